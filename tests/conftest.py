@@ -42,7 +42,7 @@ def seeded() -> None:
 def tiny_config(model_type: str = "llama", layers: int = 6, **changes: Any) -> PreTrainedConfig:
     """A small configuration of any architecture; six layers hold every kind of layer that an architecture alternates.
 
-    Grouped queries (4 heads, 2 of keys and values) and a head width (16) that is not hidden size / heads are on purpose:
+    Grouped queries (4 heads, 2 of keys and values) and a head width (16) other than hidden size / heads are on purpose:
     both are common in real models and easy to get wrong.
     """
     sizes = {
@@ -76,7 +76,7 @@ def tiny_model(model_type: str = "llama", layers: int = 6, **changes: Any) -> Pr
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template, trained on a paragraph: it can write any text, without a download."""
+    """A byte-level BPE tokenizer with a chat template, trained on one paragraph: writes any text, needs no download."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
