@@ -1,0 +1,144 @@
+"""What an architecture needs told, and how to find out the rest by looking.
+
+Almost everything comes from the source's own code (DESIGN §3); a row here holds only what cannot be seen in a module.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from linearize.errors import InputError
+from linearize.mixers.base import Geometry
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One row.
+
+    Attributes:
+        rotates: attention module -> whether this layer applies RoPE (some skip it in some layers).
+        roles: role -> names of the modules below the block that play it, where they are not called as in Llama.
+    """
+
+    rotates: Callable[[Any], bool] = lambda attention: True
+    roles: dict[str, tuple[str, ...]] | None = None
+
+
+ROLES = {
+    "q": ("q_proj",),
+    "k": ("k_proj",),
+    "v": ("v_proj",),
+    "o": ("o_proj",),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+
+ARCHS: dict[str, Arch] = {
+    "smollm3": Arch(rotates=lambda attention: bool(attention.use_rope)),
+}
+
+
+def arch_of(config: PreTrainedConfig) -> Arch:
+    """The row of a source or linearized configuration, the default where there is none."""
+    block = getattr(config, "linearize", None)
+    return ARCHS.get(block["source"]["model_type"] if block else config.model_type, Arch())
+
+
+def attention_layers(model: nn.Module) -> dict[int, str]:
+    """Layer index -> path of its attention module, found by what attention modules have in transformers.
+
+    Raises:
+        InputError: no module that calls a registered attention function.
+    """
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and hasattr(module, "is_causal") and index not in found and _routable(module):
+            found[index] = path
+    if not found:
+        kind = model.config.model_type  # type: ignore[union-attr]
+        raise InputError(
+            f"model type {kind!r}: its attention does not go through transformers' attention interface, so it cannot be "
+            "replaced without copying its code; `linearize archs` lists what can"
+        )
+    return dict(sorted(found.items()))
+
+
+def _routable(module: nn.Module) -> bool:
+    cls = getattr(type(module), "source_class", type(module))
+    takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls.forward).parameters.values())
+    return takes_kwargs and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def check_layers(paths: dict[int, str], layers: list[int] | None, config: PreTrainedConfig) -> list[int]:
+    """The chosen layers, in order.
+
+    Raises:
+        InputError: an index that names no attention layer.
+    """
+    chosen = sorted(set(paths if layers is None else layers))
+    wrong = [i for i in chosen if i not in paths]
+    if wrong:
+        raise InputError(
+            f"layers: found {', '.join(map(str, wrong))}; this model has attention in layers {min(paths)} to {max(paths)}"
+        )
+    if not chosen:
+        raise InputError("layers: none is left to linearize; expected at least one")
+    return chosen
+
+
+def geometry(config: PreTrainedConfig, module: Any = None) -> Geometry:
+    """Heads and widths of an attention layer, from the module where it knows better than the configuration."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Geometry(heads, kv_heads, width, width)
+
+
+def unrotate(
+    module: Any, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Queries [B, H, T, K] and keys [B, G, T, K] as they were before RoPE, in fp32, by the source's own rotation run backwards."""
+    if position_embeddings is None or not arch_of(module.source_config).rotates(module):
+        return q, k
+    cos, sin = (x.float() for x in position_embeddings)
+    apply = sys.modules[module.source_class.__module__].apply_rotary_pos_emb
+    width = cos.shape[-1]
+    # Scaled rotary embeddings (YaRN) multiply both by a factor; its square divides out here.
+    scale = cos[..., :1] ** 2 + sin[..., :1] ** 2
+    cos, sin = cos / scale, -sin / scale
+    raw_q, raw_k = apply(q[..., :width].float(), k[..., :width].float(), cos, sin)
+    if width == q.shape[-1]:
+        return raw_q, raw_k
+    return torch.cat([raw_q, q[..., width:].float()], -1), torch.cat([raw_k, k[..., width:].float()], -1)
+
+
+def role_modules(model: nn.Module, roles: list[str] | tuple[str, ...]) -> list[str]:
+    """Full names of the linear modules that play the given roles in the linearized layers, for peft's target_modules.
+
+    Args:
+        model: a linearized model.
+        roles: of q, k, v, o, mlp.
+
+    Raises:
+        InputError: an unknown role, or one that no module plays.
+    """
+    names = {**ROLES, **(arch_of(model.config).roles or {})}  # type: ignore[arg-type]
+    linearized = {int(i) for i in model.config.linearize["layers"]}  # type: ignore[union-attr]
+    blocks = {p.rpartition(".")[0] + "." for i, p in attention_layers(model).items() if i in linearized}
+    modules = [n for n, m in model.named_modules() if hasattr(m, "weight") and any(n.startswith(b) for b in blocks)]
+    found: list[str] = []
+    for role in roles:
+        if role not in names:
+            raise InputError(f"roles: unknown role {role!r}; expected some of {', '.join(names)}")
+        hits = [n for n in modules if n.rpartition(".")[2] in names[role]]
+        if not hits:
+            raise InputError(f"roles: {role!r} targets no module of this model; looked for {', '.join(names[role])}")
+        found += [h for h in hits if h not in found]
+    return found

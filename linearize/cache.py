@@ -1,0 +1,172 @@
+"""The cache of one linearized layer: sinks, a ring of the last W tokens, and the recurrent state. Its size never grows.
+
+Slots lie in one buffer of s + W: slot t holds token t for t < s; token t ≥ s lies in slot s + (t − s) mod W. A token that is
+overwritten is exactly the one that leaves the window, so it is read there, once, to enter the memory. Every row counts its
+own real tokens, so rows of very different length share a batch. All updates are in place on tensors of fixed address.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers.utils import is_torchdynamo_compiling
+
+
+class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+    """A transformers cache layer that `Cache` objects of any kind accept.
+
+    Args:
+        window: W ≥ 1 slots of the ring (0 for a mixer without a window).
+        sinks: s slots of the first tokens.
+        static: whether lengths are reported as tensors, as transformers' static layers do (no recompilation per step).
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, window: int, sinks: int, static: bool = False):
+        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=0)
+        self.window, self.sinks, self.static = window, sinks, static
+        self.tensors: dict[str, Tensor] = {}
+        self.is_initialized = False
+        self._length: int | Tensor = 0
+
+    def lazy_initialization(
+        self, batch: int, like: Tensor, slots: dict[str, tuple[int, int]], states: dict[str, Tensor]
+    ):
+        """Allocate everything once.
+
+        Args:
+            batch: rows B.
+            like: a tensor whose dtype and device the slots take.
+            slots: name -> (heads, width) of what is kept per token, each [B, heads, s + W, width].
+            states: name -> fp32 tensor [B, ...], the empty recurrent state (taken as it is).
+        """
+        self.batch_size, self.dtype, self.device = batch, like.dtype, like.device
+        size = self.sinks + self.window
+        self.tensors = {n: like.new_zeros(batch, heads, size, width) for n, (heads, width) in slots.items()}
+        self.tensors |= states
+        self.tensors["count"] = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.state_names = tuple(states)
+        if self.static:
+            self._length = torch.zeros((), dtype=torch.int64, device=like.device)
+        if not is_torchdynamo_compiling():
+            for x in self.tensors.values():
+                torch._dynamo.mark_static_address(x)
+        self.is_initialized = True
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """The recurrent state, in the order the mixer gave it."""
+        return tuple(self.tensors[n] for n in self.state_names)
+
+    def nbytes(self) -> int:
+        """Bytes held now; constant from the first token on."""
+        return sum(x.nbytes for x in self.tensors.values())
+
+    # --- reading and writing slots -----------------------------------------------------------------------------------
+
+    def slot_of_next(self) -> Tensor:
+        """The slot [B] that the next token of each row takes."""
+        t = self.tensors["count"]
+        if self.window == 0:
+            return t.clamp(max=self.sinks - 1)
+        return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks).remainder(self.window))
+
+    def filled(self) -> Tensor:
+        """[B, s + W] bool: which slots hold a token once the next one is written."""
+        return torch.arange(self.sinks + self.window, device=self.device) <= self.tensors["count"][:, None]
+
+    def in_order(self, name: str) -> Tensor:
+        """The W tokens before the next one, oldest first, [B, heads, W, width]; rows with fewer hold zeros or sinks there."""
+        x = self.tensors[name]
+        token = self.tensors["count"][:, None] - self.window + torch.arange(self.window, device=x.device)
+        slot = self.sinks + (token - self.sinks).remainder(self.window)
+        return x.gather(2, slot[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+    def extend(self, new: dict[str, Tensor], lengths: Tensor) -> None:
+        """Write a block of tokens: new[name] [B, heads, T, width], of which the first lengths [B] of each row are real."""
+        slot = torch.arange(self.sinks + self.window, device=self.device)
+        count = self.tensors["count"][:, None]
+        after = count + lengths[:, None]
+        # The newest token that belongs in each slot, or one before the block where the slot stays as it is.
+        ring = after - 1 - (after - 1 - slot).remainder(max(self.window, 1))
+        token = torch.where(slot < self.sinks, slot, ring)
+        take = (token >= count) & (token < after) & ((slot < self.sinks) | (token >= self.sinks))
+        source = (token - count).clamp(min=0)
+        for name, x in new.items():
+            old = self.tensors[name]
+            index = source.clamp(max=x.shape[2] - 1)[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+            old.copy_(torch.where(take[:, None, :, None], x.detach().gather(2, index).to(old.dtype), old))
+
+    def advance(self, lengths: Tensor | int, tokens: int) -> None:
+        """Count `lengths` real tokens per row, out of `tokens` positions of the batch."""
+        self.tensors["count"] += lengths
+        self._length += tokens
+
+    # --- the contract of transformers ----------------------------------------------------------------------------------
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        raise RuntimeError("a linearized layer's cache is written by its mixer; Cache.update has no meaning here")
+
+    update_conv_state = update_recurrent_state = update
+
+    def get_seq_length(self) -> int | Tensor:
+        """Positions seen, padding included, as for every other layer."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """No mask is needed: sizes for which transformers builds none."""
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        for x in self.tensors.values():
+            x.zero_()
+        self._length = self._length * 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise RuntimeError(
+                "a linearized cache cannot be cropped: its recurrent state has already absorbed the tokens; "
+                "use generation without assisted decoding"
+            )
+
+    def activate_past_recording(self) -> None:
+        raise RuntimeError("a linearized cache cannot be rolled back, so assisted decoding is not possible")
+
+    def _map(self, f) -> None:
+        self.tensors = {n: f(x) for n, x in self.tensors.items()}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices])
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._map(lambda x: x.to(self.device, non_blocking=True))
+
+
+def cache_layer(cache: Cache, layer_idx: int, window: int, sinks: int) -> LinearizedCacheLayer:
+    """The linearized layer at `layer_idx` of any Cache, put there on first use."""
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if not isinstance(layer, LinearizedCacheLayer):
+        if layer.get_seq_length():
+            raise RuntimeError(
+                f"layer {layer_idx} of this cache was filled by softmax attention; start with an empty cache"
+            )
+        layer = cache.layers[layer_idx] = LinearizedCacheLayer(window, sinks, isinstance(layer, StaticLayer))
+    return layer

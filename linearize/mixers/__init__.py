@@ -1,0 +1,46 @@
+"""The mixers a user can name. One file each; the file name is the mixer's name."""
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from linearize.errors import InputError, suggest
+from linearize.mixers import gla, softmax, window
+from linearize.mixers.base import Context, Geometry, Mixer, MixerConfig
+
+MIXERS: dict[str, type[Mixer]] = {m.Mixer.name: m.Mixer for m in (softmax, window, gla)}
+
+__all__ = ["MIXERS", "Context", "Geometry", "Mixer", "MixerConfig", "build_config"]
+
+
+def build_config(values: dict[str, Any]) -> MixerConfig:
+    """The checked configuration of the mixer that `values["name"]` names.
+
+    Raises:
+        InputError: one paragraph that lists every problem: unknown name, unknown key, wrong type, value out of range.
+    """
+    name = values.get("name")
+    if name not in MIXERS:
+        raise InputError(f"mixer.name: unknown mixer {name!r}. {suggest(str(name), list(MIXERS))}")
+    cls = MIXERS[name].Config
+    known = {f.name: f for f in fields(cls)}
+    problems = [f"mixer.{k}: unknown key. {suggest(k, list(known))}" for k in values if k not in known]
+    good = {}
+    for key, value in values.items():
+        if key not in known:
+            continue
+        expected = type(known[key].default) if known[key].default is not MISSING else str
+        if expected is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+            problems.append(f"mixer.{key}: found {value!r}; expected {expected.__name__}")
+        else:
+            good[key] = value
+    config = cls(**good)
+    problems += [f"mixer.{p}" for p in config.problems()]
+    if config.combine not in MIXERS[name].combines:
+        problems.append(
+            f"mixer.combine: {config.combine!r} is not possible for {name}; allowed: {', '.join(MIXERS[name].combines)}"
+        )
+    if problems:
+        raise InputError("; ".join(problems))
+    return config

@@ -1,0 +1,22 @@
+"""Control: the source's own attention, routed through the converted layer. Must reproduce the source exactly.
+
+y_t = Σ_{j ≤ t} softmax(a_t)_j v_j. Cache: the source's growing one. No new weights.
+"""
+
+from torch import Tensor
+
+from linearize.mixers import base
+
+
+class Mixer(base.Mixer):
+    name = "softmax"
+    combines = ("none", "memory")
+    recurrent = False
+
+    def slots(self):
+        return {}
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: base.Context) -> Tensor:
+        if context.cache is not None:
+            k, v = context.cache.update(k, v, context.layer_idx)
+        return context.attend(q, k, v)

@@ -1,0 +1,328 @@
+"""Class surgery: any transformers causal LM becomes a linearized one, with its own code, weights and names.
+
+`linearize_` swaps the class of each attention module for a subclass that keeps the source's forward (projections, biases,
+norms, RoPE, output projection) and routes the attention function inside it to a mixer. `LinearizedConfig` and
+`LinearizedForCausalLM` are made on demand as subclasses of the source's own classes and registered with the Auto classes, so
+that a saved folder opens with plain `AutoModelForCausalLM.from_pretrained` after `import linearize`. Nothing here names an architecture.
+"""
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from linearize import archs
+from linearize.cache import cache_layer
+from linearize.errors import InputError
+from linearize.mixers import MIXERS, Context, Geometry, MixerConfig, build_config
+from linearize.ops.rows import Rows
+
+FORMAT = 1
+"""Version of the `linearize` block in config.json."""
+
+IMPLEMENTATION = "linearize"
+BRANCHES = ("all", "source", "window", "memory")
+
+
+# --- attention -----------------------------------------------------------------------------------------------------------
+
+
+class LinearizedAttention:
+    """Mixed into the source's attention class. Holds `mixer` and, for the branches, which path runs now."""
+
+    branch: str = "all"
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any):
+        rows = kwargs.pop("linearize_rows", None)
+        shared = kwargs.pop("linearize_shared", None)
+        if self.branch == "source":
+            return super().forward(hidden_states, *args, **kwargs)
+        name = next((n for n in ("past_key_values", "layer_past") if n in kwargs), None)
+        past = kwargs.pop(name) if name else None
+        mask = kwargs.pop("attention_mask", None)
+        call = _Call(past, rows, mask, kwargs.get("position_embeddings"), {} if shared is None else shared)
+        return super().forward(hidden_states, *args, attention_mask=None, linearize_call=call, **kwargs)
+
+
+class _Call:
+    """What the swapped forward hands to `attention` through the source's own forward."""
+
+    def __init__(self, past, rows, mask, position_embeddings, shared):
+        self.past, self.rows, self.mask = past, rows, mask
+        self.position_embeddings, self.shared = position_embeddings, shared
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, linearize_call=None, **kwargs: Any
+):
+    """The registered attention function: query [B, H, T, K], key [B, G, T, K], value [B, G, T, V] -> ([B, T, H, V], None)."""
+    implementation = module.source_config._attn_implementation
+    eager = sys.modules[module.source_class.__module__].eager_attention_forward
+    source = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    if linearize_call is None:
+        return source(module, query, key, value, attention_mask, **kwargs)
+    call: _Call = linearize_call
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return source(module, q, k, v, call.mask, **kwargs)[0].transpose(1, 2)
+
+    def unrotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return archs.unrotate(module, q, k, call.position_embeddings)
+
+    scaling = kwargs.get("scaling")
+    context = Context(
+        layer_idx=module.layer_idx,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        extra=kwargs.get("s_aux"),
+        unrotate=unrotate,
+        rows=call.rows,
+        cache=call.past,
+        branch=module.branch,
+        attend=attend,
+        shared=call.shared,
+    )
+    return module.mixer(query, key, value, context).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(IMPLEMENTATION, attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+@cache
+def _attention_class(source: type[nn.Module]) -> type[nn.Module]:
+    name = f"Linearized{source.__name__}"
+    return type(name, (LinearizedAttention, source), {"source_class": source, "__module__": __name__})
+
+
+def _swap(module: Any, config: PreTrainedConfig, mixer: MixerConfig) -> None:
+    """Turn one attention module of a source into a linearized one, or give a linearized one another mixer."""
+    if not isinstance(module, LinearizedAttention):
+        module.source_config = config
+        module.config = copy.copy(module.config)
+        module.config._attn_implementation_internal = IMPLEMENTATION
+        module.__class__ = _attention_class(type(module))
+    reference = next(module.parameters())
+    cls = MIXERS[mixer.name]
+    module.mixer = cls(mixer, archs.geometry(config, module)).to(reference.device)
+
+
+def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
+    """Once per forward: left-aligned rows for padding or packing, and a dictionary the layers share."""
+    tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
+    T = tokens.shape[1]
+    mask, positions, rows = kwargs.get("attention_mask"), kwargs.get("position_ids"), None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        new = mask[:, -T:]
+        if torch.compiler.is_compiling() and T == 1 or bool(new.all()):
+            rows = None
+        else:
+            rows = Rows.from_padding(new)
+    elif mask is None and positions is not None and T > 1 and not torch.compiler.is_compiling():
+        rows = Rows.from_positions(positions.expand(tokens.shape[0], -1))
+    kwargs["linearize_rows"], kwargs["linearize_shared"] = rows, {}
+    return args, kwargs
+
+
+# --- factories -----------------------------------------------------------------------------------------------------------
+
+
+class LinearizedConfig(PreTrainedConfig):
+    """Opens the config.json of a linearized folder: a subclass of the source's own configuration, made on demand."""
+
+    model_type = "linearized"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+        block = config_dict.get("linearize")
+        if not isinstance(block, dict) or "source" not in block or "layers" not in block:
+            raise InputError(
+                "config.json: model_type is 'linearized' but there is no complete `linearize` block; expected format, source and "
+                "layers; convert the source again"
+            )
+        if block.get("format", 0) > FORMAT:
+            raise InputError(
+                f"config.json: linearize.format is {block['format']}; this version reads up to {FORMAT}; upgrade linearize"
+            )
+        for values in block["layers"].values():
+            build_config(values)
+        source = block["source"]["model_type"]
+        if source not in CONFIG_MAPPING:
+            raise InputError(
+                f"config.json: linearize.source.model_type is {source!r}, which this version of transformers does not know"
+            )
+        return config_class(CONFIG_MAPPING[source]).from_dict(config_dict, **kwargs)
+
+
+@cache
+def config_class(source: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The linearized subclass of a source's configuration class, registered together with its model class."""
+    # One __name__ for all, because saving and registering compare names; a distinct __qualname__, because registries of
+    # recorded outputs are keyed by it.
+    names = {"__module__": __name__, "__qualname__": f"LinearizedConfig[{source.model_type}]"}
+    linearized = type("LinearizedConfig", (source,), {"model_type": "linearized", **names})
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[source]
+    AutoModelForCausalLM.register(linearized, model_class(model, linearized), exist_ok=True)
+    return linearized
+
+
+class LinearizedForCausalLM:
+    """Mixed into the source's causal LM class; `AutoModelForCausalLM.from_pretrained` returns such a model."""
+
+    _is_stateful = True
+    config: Any
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        modules = dict(self.named_modules())  # type: ignore[attr-defined]
+        paths = archs.attention_layers(self)
+        for index, values in config.linearize["layers"].items():
+            _swap(modules[paths[int(index)]], config, build_config(values))
+        _hook(self)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        wrong = {k: sorted(info[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)}
+        if wrong:
+            found = "; ".join(
+                f"{k.replace('_', ' ')}: {', '.join(map(str, v[:5]))} ({len(v)})" for k, v in wrong.items()
+            )
+            raise InputError(f"{args[0]}: the tensors do not fit its config.json: {found}; convert the source again")
+        return (model, info) if output_loading_info else model
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
+        # Layers are swapped before the first step: a static cache would otherwise answer for the masks as if it were softmax.
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        past = model_kwargs.get("past_key_values")
+        if past is not None and not self.training:  # type: ignore[attr-defined]
+            for module in linearized_modules(self):
+                if module.mixer.name != "softmax" and module.branch != "source":
+                    c = module.mixer.config
+                    cache_layer(past, module.layer_idx, c.window, c.sinks)
+
+
+@cache
+def model_class(source: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    names = {"__module__": __name__, "__qualname__": f"LinearizedForCausalLM[{source.__name__}]"}
+    return type("LinearizedForCausalLM", (LinearizedForCausalLM, source), {"config_class": config, **names})
+
+
+AutoConfig.register("linearized", LinearizedConfig)
+
+
+# --- verbs ---------------------------------------------------------------------------------------------------------------
+
+
+def linearize_(
+    model: PreTrainedModel,
+    mixer: MixerConfig | dict[str, Any],
+    layers: list[int] | None = None,
+    source: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Replace the attention of a causal LM by a mixer, in place; the weights stay where they are.
+
+    Args:
+        model: a source model, or a linearized one, whose named layers then get another mixer.
+        mixer: which, and its numbers.
+        layers: indices of the layers to replace; None means all that have attention.
+        source: where the weights came from (id, revision, path, …), stored in the configuration.
+
+    Returns:
+        The same object.
+
+    Raises:
+        InputError: a layer out of range, an unknown mixer, or an architecture whose attention cannot be routed.
+
+    Example:
+        >>> linearize_(model, {"name": "gla", "window": 64, "sinks": 4})
+    """
+    config = build_config(mixer) if isinstance(mixer, dict) else mixer
+    paths = archs.attention_layers(model)
+    chosen = archs.check_layers(paths, layers, model.config)
+    block = getattr(model.config, "linearize", None)
+    if block is None:
+        origin = {"model_type": model.config.model_type, "id": model.config._name_or_path or None, **(source or {})}
+        model.config.__class__ = config_class(type(model.config))
+        model.__class__ = model_class(type(model), type(model.config))
+        model.config.linearize = block = {"format": FORMAT, "source": origin, "layers": {}}
+        model.config.architectures = ["LinearizedForCausalLM"]
+        _hook(model)
+    modules = dict(model.named_modules())
+    for index in chosen:
+        _swap(modules[paths[index]], model.config, config)
+        block["layers"][str(index)] = config.to_dict()
+    block["layers"] = {str(i): block["layers"][str(i)] for i in sorted(map(int, block["layers"]))}
+    return model
+
+
+def _hook(model: Any) -> None:
+    model.base_model.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+
+
+def linearized_modules(model: nn.Module) -> list[Any]:
+    """All linearized attention modules, also below wrappers such as peft's."""
+    return [m for m in model.modules() if isinstance(m, LinearizedAttention)]
+
+
+@contextmanager
+def branches(model: nn.Module, branch: str) -> Iterator[None]:
+    """Run another path through the same weights for a while.
+
+    Args:
+        model: a linearized model, wrapped or not.
+        branch: `source`: the source's own softmax attention; `window`: memory off; `memory`: window off; `all`: as converted.
+
+    Raises:
+        ValueError: an unknown branch, or a model with no linearized layer.
+    """
+    if branch not in BRANCHES:
+        raise ValueError(f"branch is {branch!r}; expected one of {', '.join(BRANCHES)}")
+    modules = linearized_modules(model)
+    if not modules:
+        raise ValueError("this model has no linearized layer")
+    before = [m.branch for m in modules]
+    try:
+        for m in modules:
+            m.branch = branch
+        yield
+    finally:
+        for m, b in zip(modules, before, strict=True):
+            m.branch = b
+
+
+def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_bytes: int = 2) -> dict[str, Any]:
+    """Bytes of cache after `context` tokens, by arithmetic from a linearized configuration.
+
+    Args:
+        config: a configuration with a `linearize` block.
+        context: tokens per row.
+        batch: rows.
+        dtype_bytes: bytes per cached key or value element (the state itself is fp32).
+
+    Returns:
+        source_kv: bytes of the source's key/value cache; linearized: bytes of this model's; per_layer: the latter by layer.
+    """
+    per_layer = []
+    total = 0
+    for index in range(config.num_hidden_layers):
+        g = archs.geometry(config)
+        grown = batch * context * g.kv_heads * (g.key_width + g.value_width) * dtype_bytes
+        total += grown
+        values = config.linearize["layers"].get(str(index))
+        if values is None or values["name"] == "softmax":
+            per_layer.append(grown)
+        else:
+            mixer = MIXERS[values["name"]](build_config(values), g)
+            per_layer.append(mixer.state_bytes(batch, dtype_bytes))
+    return {"source_kv": total, "linearized": sum(per_layer), "per_layer": per_layer}
