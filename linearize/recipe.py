@@ -249,11 +249,28 @@ def default(source_id: str, overrides: Mapping[str, Any] | Iterable[str] = ()) -
     return from_dict({"source": {"id": source_id}}, overrides, where="defaults")
 
 
-def resolve(model: str, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
-    """Recipe for whatever a user names as a model: a recipe, a recipe file, a Hub id, a folder or a GGUF file."""
+def resolve(model: str, overrides: Mapping[str, Any] | Iterable[str] = (), recipe: str | Path | None = None) -> Recipe:
+    """Recipe for whatever a user names as a model.
+
+    Args:
+        model: a recipe, a recipe file, a Hub id, a folder or a GGUF file.
+        overrides: as in :func:`load`.
+        recipe: a recipe to use for this model instead of its own.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    if recipe is not None:
+        there = load(recipe, overrides)
+        return replace(there, source=resolve(model).source)
     if Path(model).suffix in SUFFIXES or model in names():
         return load(model, overrides)
     return default(model, overrides)
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where the stages of a recipe go when the user names no folder."""
+    return Path("runs") / (recipe.name or Path(recipe.source.id).stem)
 
 
 def switch_mixer(recipe: Recipe, name: str) -> Recipe:

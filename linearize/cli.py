@@ -1,0 +1,389 @@
+"""The command line: each verb reads its arguments, calls one function and prints what it returns.
+
+Results go to stdout, as text or with ``--json`` as JSON; plans, progress and errors go to stderr. Exit codes: 0 done,
+1 a comparison fell short, 2 bad input, 130 interrupted. Everything heavy is imported inside the verbs, so that
+``--help`` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from linearize.errors import InputError
+
+app = typer.Typer(
+    help="Turn a pretrained language model into a linear-recurrent one, recover it, and measure what was lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain text: the same on every terminal, and rich need not be imported
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that linearize wrote.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
+]
+Flags = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[-- ACCELERATE FLAGS]", help="Flags of `accelerate launch`.", show_default=False),
+]
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one paragraph on stderr and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _show(value: Any, as_json: bool, text: str | None = None) -> None:
+    """Print a result to stdout: as JSON, or as its text (without one, one line per key)."""
+    if as_json:
+        text = json.dumps(value, indent=2, default=str)
+    elif text is None:
+        text = "\n".join(f"{key}: {item}" for key, item in value.items())
+    print(text)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Option(help="Recipe name, recipe file, Hub id, model folder or GGUF file.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write.  [default: runs/NAME/0-converted]")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe to use with another --model.")] = None,
+    mixer: Annotated[str | None, typer.Option(help="What replaces softmax attention; see `linearize mixers`.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of exact attention.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="First tokens that stay visible to all.")] = None,
+    combine: Annotated[str | None, typer.Option(help="memory, liger or none.")] = None,
+    layers: Annotated[str | None, typer.Option(help="all, 0-11,20, or keep:20,23.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    set_: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a pretrained model: same weights, other attention.
+
+    \b
+    Example:
+      linearize convert --model smollm2-135m --out runs/demo/0-converted
+    """
+    from linearize import recipe as recipes
+
+    resolved = recipes.resolve(model, set_ or (), recipe)
+    if mixer is not None:
+        resolved = recipes.switch_mixer(resolved, mixer)
+    flags = {
+        "convert.mixer.window": window,
+        "convert.mixer.sinks": sinks,
+        "convert.mixer.combine": combine,
+        "convert.layers": layers,
+        "convert.dtype": dtype,
+        "source.revision": revision,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    resolved = recipes.from_dict(recipes.to_dict(resolved), given, "command line")
+
+    from linearize import convert as stage
+    from linearize.sources import locate
+
+    source = resolved.source
+    located = locate(source.id, source.revision, package=source.package)
+    plan = stage.plan(located, resolved)
+    if dry_run:
+        return _show(plan.to_dict(), as_json, plan.text())
+    _note(plan.text())
+    out = stage.convert(located, resolved, out or recipes.run_folder(resolved) / "0-converted", overwrite=overwrite)
+    _show({"out": str(out), "plan": plan.to_dict()}, as_json, str(out))
+
+
+@app.command()
+def train(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    recipe: Annotated[str | None, typer.Option(help="Recipe name or file.  [default: DIR/recipe.yaml]")] = None,
+    stage: Annotated[str | None, typer.Option(help="Training stage of the recipe.  [default: the first]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    flags: Flags = None,
+) -> None:
+    """Recover a converted model: one training stage of its recipe.
+
+    Without flags after --, it runs in this process: on the GPU if there is one, else on the CPU. With them it runs
+    under `accelerate launch`, which distributes it.
+
+    \b
+    Example:
+      linearize train runs/demo/0-converted --out runs/demo/1-distil --set train.distil.tokens=50000
+    """
+    from linearize import run as runs
+
+    resolved = runs.recipe_of(folder, recipe, set_ or ())
+    out = runs.train_stage(folder, resolved, stage, out, resume=resume, overwrite=overwrite, flags=flags or ())
+    _show({"out": str(out)}, as_json, str(out))
+
+
+@app.command()
+def merge(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Fold trained adapters into the weights: a plain model folder.
+
+    \b
+    Example:
+      linearize merge runs/demo/1-distil --out runs/demo/merged
+    """
+    from linearize import train as stage
+
+    out = stage.merge(folder, out, overwrite=overwrite)
+    _show({"out": str(out)}, as_json, str(out))
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(metavar="NAME", help="Recipe, recipe file, Hub id, folder or GGUF file.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for all stages.  [default: runs/NAME]")] = None,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    flags: Flags = None,
+) -> None:
+    """Run a whole recipe: convert, train, merge, eval.
+
+    Finished stages are kept: after an interruption the same command goes on where it stopped. Flags after -- go to
+    `accelerate launch` for the training stages.
+
+    \b
+    Example:
+      linearize run smollm2-135m --out runs/demo
+    """
+    from linearize import recipe as recipes
+    from linearize import run as runs
+
+    resolved = recipes.resolve(model, set_ or ())
+    results = runs.run(
+        resolved, out or recipes.run_folder(resolved), overwrite=overwrite, flags=flags or (), note=_note
+    )
+    _show(results, as_json, _table(results))
+
+
+@app.command("eval")
+def evaluate(
+    folder: Folder,
+    suite: Annotated[str, typer.Option(help="Name or file of a suite, or lm-eval tasks: arc_easy,piqa.")] = "smoke",
+    source: Annotated[str | None, typer.Option(help="Source to compare with.  [default: the recorded one]")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write.  [default: DIR/results.json]")] = None,
+    columns: Annotated[str | None, typer.Option(help="Of source,window,converted,student.  [default: all]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task, for a quick look.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of few-shot examples and samples.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare a model with its source, the window control and the untrained conversion.
+
+    \b
+    Example:
+      linearize eval runs/demo/merged --suite smoke
+    """
+    from linearize.evaluate import evaluate as stage
+
+    results = stage(
+        folder,
+        suite=suite,
+        source=source,
+        out=out,
+        limit=limit,
+        columns=columns.split(",") if columns else None,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    _show(results, as_json, _table(results))
+
+
+def _table(results: dict[str, Any]) -> str:
+    from linearize.results import markdown_table
+
+    return markdown_table(results)
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Model folder or Hub id.", show_default=False)],
+    prompt: Annotated[str | None, typer.Option(help="Text to answer.  [default: chat on the terminal]")] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer.")] = 256,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest.  [default: the model's]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample within this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without chat template.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, or chat.
+
+    \b
+    Example:
+      linearize generate runs/demo/merged --prompt "Why is the sky blue?" --max-new-tokens 60
+    """
+    from linearize import generate as stage
+
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    if prompt is None:
+        if as_json:
+            raise InputError("generate --json: needs --prompt; a chat on the terminal is not one result")
+        model, tokenizer = stage.load(folder)
+        stage.chat(stage.Chat(model, tokenizer, system=system, **settings), sys.stdin)
+        return
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}] if system else prompt
+    answer = stage.generate(folder, messages, raw=raw, stream=None if as_json else sys.stdout, **settings)
+    if as_json:
+        _show(answer.to_dict(), as_json)
+    else:
+        _note(f"\n{sum(answer.new_tokens)} tokens, {answer.tokens_per_second:.1f} tokens/s")
+
+
+@app.command()
+def inspect(folder: Folder, as_json: Json = False) -> None:
+    """Show what a converted folder is made of: source, layers, mixers, state bytes.
+
+    \b
+    Example:
+      linearize inspect runs/demo/merged --json
+    """
+    from linearize.convert import inspect as look
+
+    _show(look(folder), as_json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes that ship with linearize, or print one, complete with its defaults.
+
+    \b
+    Example:
+      linearize recipes smollm2-135m
+    """
+    from linearize import recipe as stage
+
+    if name is not None:
+        resolved = stage.load(name)
+        return _show(stage.to_dict(resolved), as_json, stage.to_yaml(resolved).rstrip())
+    listed = [stage.load(each) for each in stage.names()]
+    rows = [
+        {"name": each.name, "source": each.source.id, "status": each.status, "description": each.description}
+        for each in listed
+    ]
+    _show(rows, as_json, "\n".join(f"{row['name']:<14} {row['status']:<25} {row['description']}" for row in rows))
+
+
+@app.command()
+def check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Recipe files or names.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Check recipe files; every problem of every file is reported.
+
+    \b
+    Example:
+      linearize check recipes/smollm2-135m.yaml
+    """
+    from linearize import recipe as stage
+
+    problems = []
+    for file in files:
+        try:
+            stage.load(file)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    _show({"ok": files}, as_json, "\n".join(f"{file}: ok" for file in files))
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repo: Annotated[str, typer.Option(help="organisation/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private repository.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the card and the files.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a folder to the Hugging Face Hub, with a model card made from its recipe and results.
+
+    \b
+    Example:
+      linearize push runs/demo/merged --repo my-org/smollm2-135m-gla --dry-run
+    """
+    from linearize import hub as stage
+
+    if dry_run and as_json:
+        return _show(stage.plan(folder, repo).to_dict(), as_json)
+    answer = stage.push(folder, repo, private=private, dry_run=dry_run, message=message)
+    _show({"url": answer}, as_json, answer)
+
+
+@app.command()
+def mixers(as_json: Json = False) -> None:
+    """List the mixers that can replace softmax attention, with their settings.
+
+    \b
+    Example:
+      linearize mixers
+    """
+    from linearize.mixers import MIXERS
+
+    rows = {}
+    for name, mixer in MIXERS.items():
+        settings = {key: value for key, value in mixer.Config(name=name).to_dict().items() if key != "name"}
+        about = (sys.modules[mixer.__module__].__doc__ or "").strip().splitlines()[0]
+        rows[name] = {"about": about, "combine": list(mixer.combines), "defaults": settings}
+    _show(rows, as_json, "\n".join(_mixer_lines(rows)))
+
+
+def _mixer_lines(rows: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: {row['about']}\n    combine: {', '.join(row['combine'])}\n    "
+        + ", ".join(f"{key}={value}" for key, value in row["defaults"].items())
+        for name, row in rows.items()
+    ]
+
+
+@app.command()
+def archs(as_json: Json = False) -> None:
+    """List the architectures that need more than the default row, and what they need.
+
+    \b
+    Example:
+      linearize archs
+    """
+    from linearize.archs import ARCHS
+
+    _show({name: str(row) for name, row in ARCHS.items()}, as_json)
+
+
+if __name__ == "__main__":
+    main()

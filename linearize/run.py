@@ -1,0 +1,173 @@
+"""A whole recipe as one resumable chain of folders, and one training stage with or without a launcher.
+
+    OUT/0-converted -> OUT/1-<stage> -> OUT/2-<stage> ... -> OUT/merged -> OUT/results.json
+
+A folder appears by one rename when it is complete and holds the recipe that made it; so a stage is finished when its
+folder is there and the parts of the recipe it depends on are unchanged.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from linearize import files, recipe
+from linearize.errors import InputError
+from linearize.recipe import Recipe
+
+
+def run(
+    wanted: Recipe,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    flags: Sequence[str] = (),
+    note: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Convert, train, merge and evaluate.
+
+    Args:
+        wanted: the resolved recipe.
+        out: folder for all stages.
+        overwrite: redo stages that were made with another recipe; without it they are an error.
+        flags: of ``accelerate launch``, for the training stages.
+        note: called with one line per stage.
+
+    Returns:
+        The results, as in :mod:`linearize.results`.
+
+    Raises:
+        InputError: bad input to a stage, or a stage was made with another recipe and `overwrite` is off.
+
+    Example:
+        >>> run(recipe.load("smollm2-135m"), "runs/demo")["summary"]["recovery"]["student"]
+    """
+    from linearize.convert import convert, plan
+    from linearize.evaluate import evaluate
+    from linearize.sources import locate
+    from linearize.train import merge
+
+    out = Path(out)
+    converted, merged = out / "0-converted", out / "merged"
+    trained = [out / f"{number}-{stage.name}" for number, stage in enumerate(wanted.train, 1)]
+    # All of them before any work, so that a changed recipe is not found out after an hour of training.
+    stages = {converted: 0, **{folder: number for number, folder in enumerate(trained, 1)}, merged: len(trained)}
+    finished = {folder for folder, number in stages.items() if _finished(folder, wanted, number, overwrite)}
+    for folder in stages:
+        if folder in finished:
+            note(f"{folder}: finished earlier, kept")
+
+    if converted not in finished:
+        located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
+        note(plan(located, wanted).text())
+        convert(located, wanted, converted, overwrite=overwrite)
+    folder = converted
+    for stage, after in zip(wanted.train, trained, strict=True):
+        if after not in finished:
+            train_stage(folder, wanted, stage.name, after, resume=True, overwrite=overwrite, flags=flags)
+        folder = after
+    if (folder / "adapter_config.json").is_file():
+        if merged not in finished:
+            merge(folder, merged, overwrite=overwrite)
+        folder = merged
+    return evaluate(folder, suite=wanted.eval.suite, out=out / "results.json")
+
+
+def train_stage(
+    folder: Path,
+    wanted: Recipe,
+    stage: str | None,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    flags: Sequence[str] = (),
+) -> Path:
+    """Run one training stage: in this process, or under ``accelerate launch`` when it gets flags.
+
+    One process needs no launcher; without one, errors stay one paragraph and nothing depends on the machine's default
+    accelerate configuration. Whoever wants several processes says so by flags.
+
+    Raises:
+        InputError: bad input, or the launched processes failed (they have said why).
+    """
+    name = wanted.stage(stage).name
+    if not flags:
+        from linearize.train import train
+
+        return train(folder, wanted, name, out, resume=resume, overwrite=overwrite)
+    if not flags[0].startswith("-"):
+        raise InputError(
+            f"train: found {flags[0]!r} after the folder; flags of `accelerate launch` start with -, after --"
+        )
+    files.check_output(out, overwrite)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "recipe.yaml"
+        file.write_text(recipe.to_yaml(wanted), encoding="utf-8")
+        command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "linearize.train"]
+        command += ["--model", str(folder), "--recipe", str(file), "--stage", name, "--out", str(out)]
+        command += ["--resume"] * resume + ["--overwrite"] * overwrite
+        code = subprocess.run(command, stdout=sys.stderr).returncode  # stdout is kept for the result
+    if code:
+        raise InputError(
+            f"train: `accelerate launch {' '.join(flags)}` ended with code {code}; the reason is printed above"
+        )
+    return out
+
+
+def recipe_of(folder: Path, name: str | None, overrides: Iterable[str] = ()) -> Recipe:
+    """Recipe for training a folder: its own, or a named one, which then says nothing about source and conversion.
+
+    Raises:
+        InputError: bad recipe, or the folder holds none and none is named.
+    """
+    own = folder / "recipe.yaml"
+    if not own.is_file():
+        if name is None:
+            raise InputError(
+                f"{folder}: holds no recipe.yaml, so was not written by linearize; name a recipe by --recipe"
+            )
+        return recipe.load(name, overrides)
+    if name is None:
+        return recipe.load(own, overrides)
+    made = recipe.load(own)
+    return replace(recipe.load(name, overrides), source=made.source, convert=made.convert)
+
+
+def _finished(folder: Path, wanted: Recipe, stages: int, overwrite: bool) -> bool:
+    """Whether a folder is there, made by the same recipe as far as it depends on it.
+
+    Raises:
+        InputError: it was made with another recipe, and may not be replaced.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        return False
+    made = recipe.load(folder / "recipe.yaml")
+    different = sorted(_decides(made, stages).items() ^ _decides(wanted, stages).items())
+    if different and not overwrite:
+        keys = dict.fromkeys(key for key, _ in different)
+        raise InputError(
+            f"{folder}: was made with another recipe, which differs in {', '.join(keys)}; pass --overwrite to redo "
+            "this stage and those after it, or choose another --out"
+        )
+    return not different
+
+
+def _decides(made: Recipe, stages: int) -> dict[str, str]:
+    """The parts of a recipe that decide the folder after so many training stages: dotted keys and their values."""
+    values = recipe.to_dict(made)
+    parts = {"source": values["source"], "convert": values["convert"]}
+    if stages:
+        parts |= {"data": values["data"], "train": values["train"][:stages]}
+    return dict(_leaves(parts))
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if not isinstance(value, dict | list):
+        yield key, repr(value)
+        return
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(item, f"{key}.{name}" if key else str(name))
