@@ -1,0 +1,147 @@
+"""What a model folder is made of, read from its configuration and the headers of its weights."""
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from linearize import weights
+from linearize.errors import InputError
+from linearize.modeling import state_bytes
+from linearize.sources import Located, fetch, locate, read_config
+
+CONTEXTS = (1024, 4096, 8192, 32768, 131072)
+
+
+def cache_sizes(config: PreTrainedConfig, dtype_bytes: int = 2) -> dict[str, Any]:
+    """Bytes of cache of one row, of the source and of the linearized model.
+
+    Args:
+        config: linearized or plain; a plain one gives the same numbers twice.
+        dtype_bytes: bytes of one cached key or value element; 2 is what models are served in.
+
+    Returns:
+        ``dtype_bytes``; ``bytes_per_token``: growth per token beyond the window; ``contexts``: one row per context
+        length; each with ``source_kv`` and ``linearized``.
+    """
+    if not hasattr(config, "linearize"):
+        config = copy.copy(config)
+        config.linearize = {"layers": {}}  # nothing replaced
+    columns = ("source_kv", "linearized")
+    sizes = {
+        context: state_bytes(config, context, dtype_bytes=dtype_bytes) for context in (*CONTEXTS, CONTEXTS[-1] + 1)
+    }
+    last, next_one = sizes[CONTEXTS[-1]], sizes[CONTEXTS[-1] + 1]
+    return {
+        "dtype_bytes": dtype_bytes,
+        "bytes_per_token": {column: next_one[column] - last[column] for column in columns},
+        "contexts": [{"context": n, **{column: sizes[n][column] for column in columns}} for n in CONTEXTS],
+    }
+
+
+def inspect(model: str | Path | Located) -> dict[str, Any]:
+    """Describe a model from headers alone.
+
+    Args:
+        model: a converted folder, a folder of an adapter on one, or a source: folder, GGUF file or Hub id.
+
+    Returns:
+        JSON-safe: path, model_type, source (None for a plain model), parameters, new_parameters, bytes, dtypes,
+        shards, layers (one entry per layer: mixer and its settings, parameters, new_parameters), cache (see
+        `cache_sizes`), and for an adapter folder `adapter`.
+
+    Raises:
+        InputError: nothing is there, or it is damaged.
+
+    Example:
+        >>> inspect("smollm2-linear")["layers"][0]["mixer"]
+        'gla'
+    """
+    adapter = Path(model) / "adapter_config.json" if isinstance(model, str | Path) else None
+    if adapter is not None and adapter.is_file():
+        return _inspect_adapter(adapter)
+    located = model if isinstance(model, Located) else locate(str(model))
+    config = _config(located)
+    if located.gguf:
+        tensors: dict[str, weights.Tensor] = {}
+        sizes = {
+            "parameters": None,
+            "bytes": (located.path / located.gguf).stat().st_size,
+            "dtypes": [],
+            "shards": [located.gguf],
+        }
+    else:
+        located = fetch(located)
+        tensors = weights.read_folder(located.path)
+        sizes = weights.describe(tensors)
+    block = getattr(config, "linearize", None)
+    new = [tensor for tensor in tensors.values() if ".mixer." in tensor.name]
+    return {
+        "path": str(located.path),
+        "model_type": config.model_type,
+        "source": block["source"] if block else None,
+        **sizes,
+        "new_parameters": _count(new),
+        "layers": _layers(config, tensors, block["layers"] if block else {}),
+        "cache": cache_sizes(config),
+    }
+
+
+def _config(located: Located) -> PreTrainedConfig:
+    try:
+        return (
+            AutoConfig.from_pretrained(located.path, local_files_only=True)
+            if _linearized(located)
+            else read_config(located)
+        )
+    except ValueError as error:
+        raise InputError(f"{located.path / 'config.json'}: cannot be read ({error})") from error
+
+
+def _linearized(located: Located) -> bool:
+    file = located.path / "config.json"
+    return located.gguf is None and '"linearize"' in file.read_text()
+
+
+def _inspect_adapter(file: Path) -> dict[str, Any]:
+    settings = json.loads(file.read_text())
+    name = "adapter_model.safetensors"
+    if not (file.parent / name).is_file():
+        raise InputError(f"{file.parent}: has adapter_config.json but no {name}; train or download the adapter again")
+    tensors = weights.read_header(file.parent / name)
+    adapter = {key: settings.get(key) for key in ("peft_type", "r", "lora_alpha", "target_modules")}
+    base = inspect(settings["base_model_name_or_path"])
+    return {**base, "adapter": {**adapter, "path": str(file.parent), **weights.describe(tensors)}}
+
+
+def _layers(
+    config: PreTrainedConfig, tensors: dict[str, weights.Tensor], mixers: dict[str, Any]
+) -> list[dict[str, Any]]:
+    by_layer: dict[int, list[weights.Tensor]] = {}
+    for tensor in tensors.values():
+        match = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{tensor.name}")
+        if match:
+            by_layer.setdefault(int(match[1]), []).append(tensor)
+    rows = []
+    for layer in range(config.get_text_config().num_hidden_layers):
+        mixer = dict(mixers.get(str(layer), {"name": "softmax"}))
+        own = by_layer.get(layer, [])
+        new = [tensor for tensor in own if ".mixer." in tensor.name]
+        rows.append(
+            {
+                "layer": layer,
+                "mixer": mixer.pop("name"),
+                **mixer,
+                "parameters": _count(own),
+                "new_parameters": _count(new),
+            }
+        )
+    return rows
+
+
+def _count(tensors: list[weights.Tensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
