@@ -7,6 +7,8 @@ Importing the package registers the model type `linearized` with transformers' A
 from importlib import import_module
 from typing import Any
 
+from linearize import autoload
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -34,3 +36,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"linearize.{_HOME[name]}"), name)
     raise AttributeError(f"module 'linearize' has no attribute {name!r}")
+
+
+autoload.install()

@@ -1,0 +1,57 @@
+"""Registers the linearized classes as soon as transformers is there, in whichever order things are imported.
+
+`import linearize` must not cost the seconds that importing torch and transformers takes, and programs that never import linearize
+should open linearized folders too: `lm_eval --model hf --model_args pretrained=DIR`, pipelines, trainers. Neither
+transformers nor lm-eval has a hook for new architectures. torch has one: it calls the entry points of group `torch.backends`
+when it is imported (TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns that off). Ours imports nothing, it only waits for transformers.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+AWAITED = "transformers.models.auto.modeling_auto"
+
+
+def install() -> None:
+    """Register now if transformers' table of causal language models is loaded, else right after it is. Repeating is harmless."""
+    if AWAITED in sys.modules:
+        importlib.import_module("linearize.modeling")
+    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting())
+
+
+class _Waiting(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; lets the other finders find the awaited module, and registers when it has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != AWAITED:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+class _ThenRegister(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader):
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        module.__loader__ = self.loader
+        try:
+            importlib.import_module("linearize.modeling")
+        except ImportError as error:
+            # A program that only shares the environment must not break because this package does not fit.
+            warnings.warn(f"linearized models cannot be opened here: {error}", RuntimeWarning, stacklevel=2)
