@@ -93,7 +93,7 @@ class _TokenLosses(torch.autograd.Function):
             target = targets[part].clamp(min=0).unsqueeze(-1)
             s = student[part].to(dtype)
             log_q = s.log_softmax(-1)
-            lm_sum -= log_q.gather(-1, target).squeeze(-1) @ is_target
+            lm_sum -= (log_q.gather(-1, target).squeeze(-1) * is_target).sum()
             slope = torch.zeros_like(s)
             if lm and gradient is not None:
                 slope.add_(log_q.exp(), alpha=lm)
@@ -103,7 +103,7 @@ class _TokenLosses(torch.autograd.Function):
                     log_q = (s / temperature).log_softmax(-1)
                 log_p = (teacher[part].to(dtype) / temperature).log_softmax(-1)
                 p = log_p.exp()
-                kl_sum += temperature**2 * ((p * (log_p - log_q)).sum(-1) @ is_target)
+                kl_sum += temperature**2 * ((p * (log_p - log_q)).sum(-1) * is_target).sum()
                 if gradient is not None:
                     slope.add_(log_q.exp_().sub_(p), alpha=kl * temperature)
             if gradient is not None:

@@ -1,0 +1,106 @@
+"""What a training run tells: a bar on stderr, one JSON line per step, TensorBoard; and where a NaN came from."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+LOG = "train_log.jsonl"
+BOARD = "tb"
+SECONDS_BETWEEN_LINES = 10
+
+
+class Monitor:
+    """Reports steps. A resumed run goes on as if it had not been interrupted: later lines of the old one are dropped.
+
+    Args:
+        folder: where the log and TensorBoard's files are written.
+        steps: in the whole run.
+        done: steps that a checkpoint has.
+        about: one line for people, printed first.
+    """
+
+    def __init__(self, folder: Path, steps: int, done: int, about: str):
+        self.steps, self.started, self.printed = steps, time.monotonic(), 0.0
+        log = folder / LOG
+        kept = [line for line in read_log(log) if line["step"] <= done]
+        log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.log = log.open("a")
+        self.board = SummaryWriter(str(folder / BOARD), purge_step=done + 1 if done else None, flush_secs=10)
+        self.first = done
+        console = Console(stderr=True)
+        console.print(about, highlight=False, soft_wrap=True)
+        columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("", total=steps, completed=done)
+        self.bar.start()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Report one step: ``step``, ``lm``, ``kl``, ``tokens_per_second`` and whatever else was measured."""
+        self.log.write(json.dumps(record) + "\n")
+        self.log.flush()
+        for name, value in record.items():
+            if name != "step":
+                self.board.add_scalar(f"train/{name}", value, record["step"])
+        losses = "  ".join(f"{name} {record[name]:.4f}" for name in ("lm", "kl"))
+        text = f"{losses}  {record['tokens_per_second']:,.0f} tokens/s"
+        self.bar.update(self.task, completed=record["step"], description=text)
+        now = time.monotonic()
+        if self.bar.disable and (now - self.printed > SECONDS_BETWEEN_LINES or record["step"] == self.steps):
+            self.printed = now
+            left = (now - self.started) / (record["step"] - self.first) * (self.steps - record["step"])
+            minutes, seconds = divmod(round(left), 60)
+            print(
+                f"step {record['step']}/{self.steps}  {text}  {minutes}:{seconds:02d} left", file=sys.stderr, flush=True
+            )
+
+    def close(self) -> None:
+        self.bar.stop()
+        self.board.close()
+        self.log.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a training log; the last one is left out if a killed run did not finish it."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str:
+    """Find what made a loss NaN or infinite: a weight, else an output in forward order, else a gradient.
+
+    Args:
+        model: after the backward pass of the step.
+        run: repeats the forward pass.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            return f"weight {name}"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if any(isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all() for x in tensors):
+                found.append(f"output of {name}")
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = ((name, weight.grad) for name, weight in reversed(list(model.named_parameters())))
+    found += [f"gradient of {name}" for name, grad in gradients if grad is not None and not grad.isfinite().all()]
+    return found[0] if found else "not found when the step was repeated"

@@ -1,0 +1,378 @@
+"""The training loop: one for every stage, on one process or many, resumable to the bit.
+
+    accelerate launch -m linearize.train --recipe smollm2-135m --model runs/demo/0-converted --out runs/demo/1-distil
+
+While it runs, everything is in ``OUT.training``; OUT appears, complete, at the end. The source that a student learns
+from is the student itself with adapters off and softmax attention on: one set of frozen weights.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoTokenizer, get_scheduler
+
+from linearize import adapters
+from linearize import recipe as recipes
+from linearize.adapters import merge
+from linearize.data import Blocks, blocks
+from linearize.errors import InputError
+from linearize.files import MANIFEST, check_output, check_space, output_folder, write_manifest
+from linearize.losses import Losses, count_targets, token_losses
+from linearize.monitor import BOARD, LOG, Monitor, first_not_finite
+from linearize.recipe import Recipe, Stage
+
+__all__ = ["main", "merge", "train"]
+
+KEPT = 2  # checkpoints: the last one, and the one before in case the disk fails
+TRAINED = "trained.safetensors"
+FREE = {"save_every", "micro_batch", "gradient_checkpointing"}
+"""Settings of a stage that decide no result, so an interrupted run may go on with other ones."""
+
+
+def train(
+    model_dir: str | Path,
+    recipe: Recipe | str | Path,
+    stage: str | None,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Run one training stage of a recipe on a converted model.
+
+    Args:
+        model_dir: a folder that ``convert`` or an earlier stage has written.
+        recipe: resolved, or a name or file.
+        stage: name of the stage; None means the first.
+        out: folder to appear at the end: adapters, or the whole model if the stage trains everything.
+        resume: go on from the last checkpoint of an interrupted run, if there is one.
+        overwrite: replace a model folder in the place of ``out``, and an interrupted run with other settings.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        InputError: bad input, or the loss is not finite any more; the checkpoints stay beside ``out``.
+
+    Example:
+        >>> train("runs/demo/0-converted", "smollm2-135m", "distil", "runs/demo/1-distil")
+    """
+    folder, out = Path(model_dir), Path(out)
+    wanted = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
+    chosen = wanted.stage(stage)
+    made = {"model": str(folder.resolve()), "stage": asdict(chosen), "data": recipes.to_dict(wanted)["data"]}
+    if resume and not overwrite and (finished := _made(out / MANIFEST)) and not _differences(finished, made):
+        return out
+    check_output(out, overwrite)
+    _check_stage(chosen, folder)
+    accelerator = Accelerator(
+        mixed_precision="no",  # accelerate's autocast returns fp32 logits, twice the memory; Loop has its own
+        step_scheduler_with_optimizer=False,  # a step is a step, however many processes there are
+        cpu=not torch.accelerator.is_available(),
+    )
+    share = chosen.micro_batch * accelerator.num_processes
+    if chosen.batch % share:
+        raise InputError(
+            f"train.{chosen.name}.batch: found {chosen.batch}; with {accelerator.num_processes} processes of "
+            f"{chosen.micro_batch} sequences each (micro_batch) it must be a multiple of {share}"
+        )
+    work = out.with_name(f"{out.name}.training")
+    checkpoint = _claim(work, made, resume, overwrite, accelerator)
+    steps = chosen.tokens // (chosen.batch * chosen.seq_len)
+    with accelerator.local_main_process_first():  # one process tokenises, the others find it done
+        data = blocks(wanted.data, _tokenizer(folder), chosen.seq_len, steps * chosen.batch, chosen.seed)
+    loop = Loop(accelerator, chosen, folder, data, steps)
+    check_space(work, loop.bytes())
+    done = loop.load(checkpoint) if checkpoint else 0
+    monitor = Monitor(work, steps, done, loop.about()) if accelerator.is_main_process else None
+    try:
+        for step in range(done + 1, steps + 1):
+            record = loop.step(step, checkpoint)
+            if monitor:
+                monitor.step(record)
+            if step % chosen.save_every == 0 and step < steps:
+                checkpoint = loop.save(work, step)
+    finally:
+        if monitor:
+            monitor.close()
+    if accelerator.is_main_process:
+        with output_folder(out, overwrite) as result:
+            adapters.carry(folder, result)
+            loop.write(result)
+            (result / "recipe.yaml").write_text(recipes.to_yaml(wanted))
+            shutil.copyfile(work / LOG, result / LOG)
+            shutil.copytree(work / BOARD, result / BOARD)
+            source = loop.plain.config.linearize["source"]
+            write_manifest(result, {"source": source, "training": made, "versions": adapters.versions()}, {})
+        shutil.rmtree(work)
+    accelerator.wait_for_everyone()
+    return out
+
+
+class Loop:
+    """A model in training: what one optimiser step needs, and its checkpoints.
+
+    Args:
+        accelerator: of this process.
+        stage: losses, optimiser, precision.
+        folder: the model to train.
+        data: ``stage.batch`` blocks for each of the ``steps``.
+        steps: in the whole run.
+
+    Attributes:
+        model: as it is called, wrapped for the processes it runs on.
+        plain: the same model unwrapped.
+        teacher: what is turned into the source for the distillation loss: ``plain``, unless all of it is trained.
+    """
+
+    def __init__(self, accelerator: Accelerator, stage: Stage, folder: Path, data: Blocks, steps: int):
+        self.accelerator, self.stage, self.folder, self.data, self.steps = accelerator, stage, folder, data, steps
+        compute = getattr(torch, stage.dtype)
+        set_seed(stage.seed)
+        # Frozen weights are stored in the compute dtype. What is trained is fp32 always: a small step added to a bf16
+        # weight is rounded away.
+        model = adapters.open_model(folder, compute if stage.peft else torch.float32)
+        before = folder if adapters.is_adapter(folder) else None
+        self.plain: Any = adapters.attach(model, stage.peft, before) if stage.peft else model
+        self.teacher: Any = self.plain
+        if stage.kl and not stage.peft:
+            self.teacher = adapters.open_model(folder, compute).requires_grad_(False).to(accelerator.device)
+        if stage.gradient_checkpointing:
+            self.plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.plain.train()
+        set_seed(stage.seed, device_specific=True)  # dropout differs between processes; the new weights above must not
+        self.trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
+        optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay
+        )
+        warmup = round(stage.warmup * steps)
+        schedule: Any = get_scheduler(stage.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps + 1)
+        factor = schedule.lr_lambdas[0]
+        # Counted from one: a first step at rate zero would be wasted, and short runs have few.
+        scheduler = LambdaLR(optimizer, lambda done: factor(done + 1))
+        self.model, self.optimizer, self.scheduler = accelerator.prepare(self.plain, optimizer, scheduler)
+        accelerator.register_save_state_pre_hook(self._save_trained)
+        accelerator.register_load_state_pre_hook(self._load_trained)
+
+    def step(self, step: int, checkpoint: Path | None) -> dict[str, Any]:
+        """Run optimiser step number ``step`` (from 1) and return its record for the log.
+
+        Raises:
+            InputError: a loss or gradient is not finite; ``checkpoint`` is the last state before that.
+        """
+        started = time.perf_counter()
+        batches = self._batches(step)
+        (targets,) = self._sum([sum(map(count_targets, batches))])
+        sums = torch.zeros(2, device=self.accelerator.device)
+        for ids in batches:
+            last = ids is batches[-1]
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                losses = self.losses(ids)
+                sums += torch.stack([losses.lm, losses.kl])
+                # Processes average their gradients, so each brings its part of the mean times their number.
+                self.accelerator.backward(losses.total * (self.accelerator.num_processes / targets))
+        lm, kl = (total / targets for total in self._sum(sums))
+        weights = list(self.trained.values())
+        norm = float(torch.as_tensor(self.accelerator.clip_grad_norm_(weights, self.stage.max_grad_norm)))
+        record = {
+            "step": step,
+            "tokens": step * self.stage.batch * self.stage.seq_len,
+            "lm": lm,
+            "kl": kl,
+            "lr": self.scheduler.get_last_lr()[0],
+            "grad_norm": norm,
+        }
+        if not all(map(math.isfinite, (lm, kl, norm))):
+            self._stop(record, batches, checkpoint)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+        return {**record, "tokens_per_second": self.stage.batch * self.stage.seq_len / seconds}
+
+    def losses(self, ids: Tensor) -> Losses:
+        """Sums over one micro batch ``ids`` [B, T]."""
+        stage, source = self.stage, None
+        autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=stage.dtype == "bfloat16")
+        with autocast:
+            if stage.kl:
+                with adapters.as_source(self.teacher):
+                    source = self.teacher(input_ids=ids, use_cache=False).logits
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return token_losses(logits, ids, source, lm=stage.lm, kl=stage.kl, temperature=stage.temperature)
+
+    def save(self, work: Path, step: int) -> Path:
+        """Write a checkpoint that is either complete or not there, and forget the oldest."""
+        checkpoint = work / "checkpoints" / f"step-{step:08d}"
+        unfinished = checkpoint.with_name("unfinished")
+        self.accelerator.save_state(str(unfinished))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            unfinished.rename(checkpoint)
+            for old in _checkpoints(work)[:-KEPT]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        return checkpoint
+
+    def load(self, checkpoint: Path) -> int:
+        """Go back to a checkpoint; returns its step."""
+        self.accelerator.load_state(str(checkpoint))
+        return int(checkpoint.name.removeprefix("step-"))
+
+    def write(self, folder: Path) -> None:
+        """Write the result of the stage: adapters, or all weights in the dtype that the stage found them in."""
+        if self.stage.peft is None:
+            stored = json.loads((self.folder / "config.json").read_text())["dtype"]
+            self.plain.to(getattr(torch, stored))
+        adapters.save(self.plain, folder)
+
+    def bytes(self) -> int:
+        """Disk space for checkpoints, one more while it is written, and the result: weights and two moments, fp32."""
+        return (3 * (KEPT + 1) + 1) * 4 * sum(weight.numel() for weight in self.trained.values())
+
+    def about(self) -> str:
+        """The run in one line."""
+        stage, accelerator = self.stage, self.accelerator
+        trained = sum(weight.numel() for weight in self.trained.values())
+        where = f"{accelerator.num_processes} x {accelerator.device.type}, {stage.dtype}"
+        passes = ", ".join(f"{epochs:.2f}" for epochs in self.data.epochs)
+        return (
+            f"{stage.name}: {trained:,} of {self.plain.num_parameters():,} weights on {where}; {self.steps} steps of "
+            f"{stage.batch} x {stage.seq_len} tokens; passes over the data: {passes}"
+        )
+
+    def _batches(self, step: int) -> list[Tensor]:
+        """This process's micro batches of a step: which blocks the step has does not depend on how it is divided."""
+        size, processes = self.stage.micro_batch, self.accelerator.num_processes
+        first = (step - 1) * self.stage.batch + self.accelerator.process_index * size
+        starts = range(first, step * self.stage.batch, size * processes)
+        return [self.data[start : start + size].to(self.accelerator.device) for start in starts]
+
+    def _sum(self, values: Any) -> list[float]:
+        """Sums over all processes."""
+        mine = torch.as_tensor(values, dtype=torch.float32, device=self.accelerator.device)
+        return torch.as_tensor(self.accelerator.reduce(mine, "sum")).tolist()
+
+    def _save_trained(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        weights.clear()  # the frozen weights are in the model's folder already
+        if self.accelerator.is_main_process:
+            save_file({n: w.detach().contiguous() for n, w in self.trained.items()}, f"{folder}/{TRAINED}")
+
+    def _load_trained(self, models: list[nn.Module], folder: str) -> None:
+        models.clear()
+        with torch.no_grad():
+            for name, value in load_file(f"{folder}/{TRAINED}").items():
+                self.trained[name].copy_(value)
+
+    def _stop(self, record: dict[str, Any], batches: list[Tensor], checkpoint: Path | None) -> None:
+        place = first_not_finite(self.plain, lambda: [self.losses(ids) for ids in batches])
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        found = ", ".join(f"{name} {record[name]:g}" for name in ("lm", "kl", "grad_norm"))
+        raise InputError(
+            f"train.{self.stage.name}: step {record['step']} of {self.steps}: {found} (lr {record['lr']:g}); the first "
+            f"value that is not finite: {place}; {kept}. Lower lr or max_grad_norm, and train again"
+        )
+
+
+def _check_stage(stage: Stage, folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; give one that `linearize convert` has written")
+    if adapters.is_adapter(folder):
+        if stage.peft is None:
+            raise InputError(f"{folder}: holds adapters, and train.{stage.name} trains all weights; merge first")
+    elif stage.kl and (folder / LOG).is_file():
+        raise InputError(
+            f"{folder}: its weights have been trained, so they are no longer the source's, which train.{stage.name}.kl "
+            "learns from; start from the converted folder or from adapters on it, or set kl to 0"
+        )
+
+
+def _claim(work: Path, made: dict[str, Any], resume: bool, overwrite: bool, accelerator: Accelerator) -> Path | None:
+    """Make the folder of a running stage, or take over an interrupted one; returns the checkpoint to go on from."""
+    before = _made(work / MANIFEST)
+    different = _differences(before, made) if before else []
+    if work.exists() and not overwrite and (not resume or different):
+        raise InputError(
+            f"{work}: holds an interrupted run"
+            + (f" with other settings ({', '.join(different)})" if different else "; pass --resume to go on with it")
+            + ("; pass --overwrite to start anew" if different else ", or --overwrite to start anew")
+        )
+    go_on = resume and before is not None and not different
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if work.exists() and not go_on:
+            shutil.rmtree(work)
+        shutil.rmtree(work / "checkpoints" / "unfinished", ignore_errors=True)
+        (work / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (work / MANIFEST).write_text(json.dumps({"training": made}, indent=2))
+    accelerator.wait_for_everyone()
+    return next(reversed(_checkpoints(work)), None)
+
+
+def _checkpoints(work: Path) -> list[Path]:
+    return sorted((work / "checkpoints").glob("step-*"))
+
+
+def _made(manifest: Path) -> dict[str, Any] | None:
+    """What a folder, finished or not, was trained with."""
+    return json.loads(manifest.read_text()).get("training") if manifest.is_file() else None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of settings that differ between two runs and matter for the result."""
+    now = json.loads(json.dumps(now))
+    stages = before["stage"], now["stage"]
+    keys = sorted(key for key in {*stages[0], *stages[1]} - FREE if stages[0].get(key) != stages[1].get(key))
+    return [key for key in ("model", "data") if before[key] != now[key]] + keys
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no tokenizer can be read there: {str(error).strip().splitlines()[0]}") from error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``python -m linearize.train``, the form that launchers start."""
+    parser = argparse.ArgumentParser(prog="linearize.train", description="Run one training stage of a recipe.")
+    parser.add_argument(
+        "--model", required=True, type=Path, help="folder written by linearize convert or an earlier stage"
+    )
+    parser.add_argument("--recipe", help="name or file (default: recipe.yaml in the model's folder)")
+    parser.add_argument("--stage", help="stage of the recipe (default: the first)")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, or an interrupted run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the recipe"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        wanted = recipes.load(given.recipe or given.model / "recipe.yaml", given.set)
+        train(given.model, wanted, given.stage, given.out, given.resume, given.overwrite)
+    except InputError as error:
+        if int(os.environ.get("RANK", "0")) == 0:  # the others say the same
+            print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"interrupted; --resume goes on from the last checkpoint in {given.out}.training", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
