@@ -132,7 +132,9 @@ def _build_source(located: Located) -> PreTrainedModel:
     """The source without values (meta device): its names, shapes and configuration."""
     config = read_config(located)
     config._name_or_path = ""
-    config.__dict__.pop("auto_map", None)  # code that came with the source describes the source's class, not ours
+    # Code that came with the source describes the source's class, not ours; a GGUF file's title is not needed.
+    for attribute in ("auto_map", "_model_name_or_path"):
+        config.__dict__.pop(attribute, None)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
@@ -343,9 +345,9 @@ def _write_weights(
                 weights.write_shard(target, zip(cast, writers, strict=True))
                 hashes[target.name] = files.sha256(target)
     if new:
-        target = folder / weights.shard_name(count, count)
-        save_file({name: tensor.to(stored) for name, tensor in new.items()}, target, metadata={"format": "pt"})
-        hashes[target.name] = files.sha256(target)
+        target, own = folder / weights.shard_name(count, count), folder / ".own.safetensors"
+        save_file({name: tensor.to(stored) for name, tensor in new.items()}, own, metadata={"format": "pt"})
+        hashes[target.name] = _move(own, target, lambda count: None)
     if count > 1:
         weights.write_index(folder, {k: v for name in hashes for k, v in weights.read_header(folder / name).items()})
     return hashes
@@ -353,6 +355,7 @@ def _write_weights(
 
 def _move(source: Path, target: Path, advance: Callable[[int], None]) -> str:
     source.replace(target)
+    target.chmod(0o666 & target.parent.stat().st_mode)  # safetensors lets only the owner read
     return files.sha256(target, advance)
 
 

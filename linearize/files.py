@@ -193,8 +193,9 @@ def _claim(partial: Path, key: str | None) -> None:
 
 def _disk_full(error: BaseException | None) -> bool:
     while error is not None:
-        # safetensors reports a full disk as text of its own.
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "StorageFull" in str(error):
+        # safetensors raises an exception of its own, with the system's text in it.
+        by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if by_number or os.strerror(errno.ENOSPC) in str(error):
             return True
         error = error.__cause__
     return False
