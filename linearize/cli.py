@@ -7,6 +7,7 @@ Results go to stdout, as text or with ``--json`` as JSON; plans, progress and er
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,12 +33,14 @@ Set = Annotated[
 ]
 Flags = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[-- ACCELERATE FLAGS]", help="Flags of `accelerate launch`.", show_default=False),
+    typer.Argument(metavar="-- ACCELERATE_FLAGS", help="Flags of `accelerate launch`.", show_default=False),
 ]
 
 
 def main() -> None:
     """Run the command line; bad input ends in one paragraph on stderr and exit code 2."""
+    # A dependency that warns of changes to come in another dependency tells the user nothing; the tests catch them.
+    warnings.simplefilter("ignore", FutureWarning)
     try:
         app()
     except InputError as error:
@@ -73,12 +76,14 @@ def convert(
     layers: Annotated[str | None, typer.Option(help="all, 0-11,20, or keep:20,23.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    link: Annotated[bool, typer.Option("--link", help="Hard-link unchanged weights instead of copying.")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights, restricted.")] = False,
     set_: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a pretrained model: same weights, other attention.
+    """Convert a model: same weights, other attention.
 
     \b
     Example:
@@ -109,7 +114,8 @@ def convert(
     if dry_run:
         return _show(plan.to_dict(), as_json, plan.text())
     _note(plan.text())
-    out = stage.convert(located, resolved, out or recipes.run_folder(resolved) / "0-converted", overwrite=overwrite)
+    out = out or recipes.run_folder(resolved) / "0-converted"
+    stage.convert(located, resolved, out, overwrite, link=link, allow_pickle=allow_pickle)
     _show({"out": str(out), "plan": plan.to_dict()}, as_json, str(out))
 
 
@@ -125,7 +131,7 @@ def train(
     as_json: Json = False,
     flags: Flags = None,
 ) -> None:
-    """Recover a converted model: one training stage of its recipe.
+    """Recover a converted model: one training stage.
 
     Without flags after --, it runs in this process: on the GPU if there is one, else on the CPU. With them it runs
     under `accelerate launch`, which distributes it.
@@ -148,7 +154,7 @@ def merge(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Fold trained adapters into the weights: a plain model folder.
+    """Fold trained adapters into a plain model folder.
 
     \b
     Example:
@@ -185,7 +191,7 @@ def run(
     results = runs.run(
         resolved, out or recipes.run_folder(resolved), overwrite=overwrite, flags=flags or (), note=_note
     )
-    _show(results, as_json, _table(results))
+    _show_results(results, as_json)
 
 
 @app.command("eval")
@@ -198,9 +204,16 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Items per task, for a quick look.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of few-shot examples and samples.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as in DIR.")] = "auto",
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run has finished.")] = False,
+    fail_under: Annotated[
+        float | None,
+        typer.Option(help="Exit with 1 if DIR keeps less than this share (0 to 1) of the source's average."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a model with its source, the window control and the untrained conversion.
+    """Compare a model with its source and with untrained controls.
 
     \b
     Example:
@@ -217,14 +230,26 @@ def evaluate(
         columns=columns.split(",") if columns else None,
         batch_size=batch_size,
         seed=seed,
+        dtype=dtype,
+        include_path=include_path,
+        resume=resume,
     )
-    _show(results, as_json, _table(results))
+    _show_results(results, as_json)
+    if fail_under is not None:
+        kept = results["summary"]["recovery"].get("student", {}).get("raw")
+        if kept is None or kept < fail_under:
+            found = "cannot be told" if kept is None else f"is {kept:.3f}"
+            _note(f"fell short: the share of the source's average {found}; expected at least {fail_under}")
+            raise typer.Exit(1)
 
 
-def _table(results: dict[str, Any]) -> str:
-    from linearize.results import markdown_table
+def _show_results(results: dict[str, Any], as_json: bool) -> None:
+    from linearize.evaluate import report
 
-    return markdown_table(results)
+    if as_json:
+        _show(results, as_json)
+    else:
+        report.show(results)
 
 
 @app.command()
@@ -252,7 +277,7 @@ def generate(
         if as_json:
             raise InputError("generate --json: needs --prompt; a chat on the terminal is not one result")
         model, tokenizer = stage.load(folder)
-        stage.chat(stage.Chat(model, tokenizer, system=system, **settings), sys.stdin)
+        stage.chat(stage.Chat(model, tokenizer, system=system, **settings), sys.stdin, sys.stdout)
         return
     messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}] if system else prompt
     answer = stage.generate(folder, messages, raw=raw, stream=None if as_json else sys.stdout, **settings)
@@ -263,14 +288,19 @@ def generate(
 
 
 @app.command()
-def inspect(folder: Folder, as_json: Json = False) -> None:
-    """Show what a converted folder is made of: source, layers, mixers, state bytes.
+def inspect(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="Any model folder, GGUF file or Hub id.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show what a model folder is made of.
 
     \b
     Example:
       linearize inspect runs/demo/merged --json
     """
-    from linearize.convert import inspect as look
+    from linearize.inspection import inspect as look
 
     _show(look(folder), as_json)
 
@@ -280,7 +310,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """List the recipes that ship with linearize, or print one, complete with its defaults.
+    """List the shipped recipes, or print one with its defaults.
 
     \b
     Example:
@@ -304,7 +334,7 @@ def check(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Recipe files or names.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Check recipe files; every problem of every file is reported.
+    """Check recipe files and report every problem.
 
     \b
     Example:
@@ -332,7 +362,7 @@ def push(
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Upload a folder to the Hugging Face Hub, with a model card made from its recipe and results.
+    """Upload a folder, with a model card, to the Hugging Face Hub.
 
     \b
     Example:
@@ -348,7 +378,7 @@ def push(
 
 @app.command()
 def mixers(as_json: Json = False) -> None:
-    """List the mixers that can replace softmax attention, with their settings.
+    """List the mixers and their settings.
 
     \b
     Example:
@@ -374,7 +404,7 @@ def _mixer_lines(rows: Mapping[str, Any]) -> list[str]:
 
 @app.command()
 def archs(as_json: Json = False) -> None:
-    """List the architectures that need more than the default row, and what they need.
+    """List the architectures that need a row of their own.
 
     \b
     Example:

@@ -32,7 +32,7 @@ def run(
     Args:
         wanted: the resolved recipe.
         out: folder for all stages.
-        overwrite: redo stages that were made with another recipe; without it they are an error.
+        overwrite: redo stages that were made with another recipe, and the comparison; without it they are an error.
         flags: of ``accelerate launch``, for the training stages.
         note: called with one line per stage.
 
@@ -73,7 +73,9 @@ def run(
         if merged not in finished:
             merge(folder, merged, overwrite=overwrite)
         folder = merged
-    return evaluate(folder, suite=wanted.eval.suite, out=out / "results.json")
+    return evaluate(
+        folder, suite=wanted.eval.suite, out=out / "results.json", resume=folder in finished and not overwrite
+    )
 
 
 def train_stage(
@@ -110,7 +112,7 @@ def train_stage(
         command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "linearize.train"]
         command += ["--model", str(folder), "--recipe", str(file), "--stage", name, "--out", str(out)]
         command += ["--resume"] * resume + ["--overwrite"] * overwrite
-        code = subprocess.run(command, stdout=sys.stderr).returncode  # stdout is kept for the result
+        code = subprocess.run(command, stdout=2).returncode  # into stderr: stdout is kept for the result
     if code:
         raise InputError(
             f"train: `accelerate launch {' '.join(flags)}` ended with code {code}; the reason is printed above"

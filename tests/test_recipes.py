@@ -1,0 +1,219 @@
+"""Recipes: every shipped one is valid, what is left out has a default, and every problem of a file is named at once."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from linearize import recipe
+from linearize.errors import InputError, suggest
+
+MINIMAL = {"source": {"id": "org/model"}}
+
+
+def problems(values: dict, overrides=()) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        recipe.from_dict(values, overrides, where="mine.yaml")
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("file", sorted(recipe.package_folder("recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_recipe_is_valid(file: Path) -> None:
+    found = recipe.load(file.stem)
+    assert found.name == file.stem, "the name a user types is the stem; the file must not carry another"
+    assert found.description and found.train
+    assert recipe.from_dict(recipe.to_dict(found)) == found
+    results = recipe.package_folder("eval") / "results"
+    if found.status == "run":
+        assert list(results.glob(f"{file.stem}*.json")), "a recipe that says it was run must have its results committed"
+
+
+def test_the_models_of_the_readme_have_recipes() -> None:
+    assert set(recipe.names()) >= {"smollm2-135m", "llama-3.2-1b", "llama-3-8b", "mistral-7b", "qwen3-8b"}
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    made = recipe.load("smollm2-135m", {"convert.layers": {"keep": [3, 1]}, "train.distil.peft": None})
+    file = tmp_path / "other-stem.yaml"
+    file.write_text(recipe.to_yaml(made))
+    assert recipe.load(file) == made
+    assert made.train[0].peft is None and made.convert.layers == {"keep": [1, 3]}
+
+
+def test_defaults_for_a_bare_model() -> None:
+    found = recipe.resolve("org/model")
+    assert found.source.id == "org/model" and found.convert.mixer == recipe.DEFAULT_MIXER and found.train
+    assert recipe.run_folder(found) == Path("runs/model")
+
+
+def test_the_id_of_a_shipped_source_finds_its_recipe() -> None:
+    assert recipe.resolve("HuggingFaceTB/SmolLM2-135M-Instruct") == recipe.load("smollm2-135m")
+
+
+def test_recipe_of_another_model() -> None:
+    found = recipe.resolve("folder/llama", ["train.finetune.lr=0.1"], recipe="llama-3-8b")
+    assert found.source == recipe.Source("folder/llama")
+    assert replace(found, source=recipe.load("llama-3-8b").source) == recipe.load("llama-3-8b", ["train.0.lr=0.1"])
+
+
+def test_overrides_by_number_name_and_into_defaults() -> None:
+    found = recipe.from_dict(
+        MINIMAL,
+        [
+            "convert.mixer.window=128",
+            "convert.layers=0-2,7",
+            "convert.dtype=bfloat16",
+            "train.distil.peft.r=4",
+            "train.0.lr=1e-3",
+            "data.0.weight=2",
+        ],
+    )
+    assert found.convert.mixer == {**recipe.DEFAULT_MIXER, "window": 128}
+    assert found.convert.layers == [0, 1, 2, 7] and found.convert.dtype == "bfloat16"
+    peft = found.train[0].peft
+    assert peft is not None and (peft.r, found.train[0].lr, found.data[0].weight) == (4, 1e-3, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("all", "all"),
+        (3, [3]),
+        ([2, 0, 2], [0, 2]),
+        ("0-2,5", [0, 1, 2, 5]),
+        ("keep:20,23", {"keep": [20, 23]}),
+        ({"keep": "4-5"}, {"keep": [4, 5]}),
+    ],
+)
+def test_ways_to_name_layers(given, expected) -> None:
+    assert recipe.parse_layers(given) == expected
+
+
+@pytest.mark.parametrize("given", ["", "none", [], [-1], "3-", {"kept": [1]}, {"keep": []}, True, [True], 1.5, None])
+def test_layers_that_make_no_sense(given) -> None:
+    (line,) = problems({**MINIMAL, "convert": {"layers": given}})
+    assert line.startswith("mine.yaml: convert.layers: found ")
+
+
+def test_every_problem_at_once() -> None:
+    found = problems(
+        {
+            "source": {"idd": "x"},
+            "convrt": 1,
+            "status": "done",
+            "convert": {"mixer": {"name": "glaa"}, "dtype": "fp32"},
+            "data": [{"path": 3}],
+            "train": [
+                {"name": "A b", "lr": -1, "batchs": 3, "peft": {"rank": 1, "roles": ["q", "z"]}},
+                {"lm": 0, "kl": 0, "batch": 3, "micro_batch": 2, "tokens": 5},
+            ],
+        }
+    )
+    keys = {line.removeprefix("mine.yaml: ").split(": ")[0] for line in found}
+    assert keys == {
+        "source.id",
+        "source.idd",
+        "convrt",
+        "status",
+        "convert.mixer.name",
+        "convert.dtype",
+        "data.0.path",
+        "train.0.name",
+        "train.0.lr",
+        "train.0.batchs",
+        "train.0.peft.rank",
+        "train.0.peft.roles.1",
+        "train.1",
+    }
+    text = "\n".join(found)
+    assert "Did you mean 'convert'?" in text and "Did you mean 'gla'?" in text and "Did you mean 'batch'" in text
+    assert "found -1; input should be greater than 0" in text
+    assert "3 is not a multiple of micro_batch 2; tokens 5 is less than one step" in text
+
+
+def test_problems_of_the_mixer_are_reported_when_the_rest_is_fine() -> None:
+    (line,) = problems({**MINIMAL, "convert": {"mixer": {"name": "gla", "windw": 3, "sinks": -1}}})
+    assert "windw" in line and "Did you mean 'window'" in line and "sinks" in line
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({**MINIMAL, "train": [{"name": "a"}, {"name": "a"}]}, "two stages share a name"),
+        ({**MINIMAL, "data": []}, "training needs at least one"),
+        ({}, "source: missing"),
+        ({"source": "org/model"}, "found 'org/model'"),
+        ({**MINIMAL, "convert": 3}, "found 3"),
+    ],
+)
+def test_wrong_shapes(values: dict, expected: str) -> None:
+    assert expected in "\n".join(problems(values))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.foo.lr=1", "there is no entry 'foo'. Available: 0, distil"),
+        ("train.distil.lr.x=1", "train.distil.lr holds 0.0005, which has no keys below it"),
+        ("train.distil.lr", "expected KEY=VALUE"),
+        ("convert.mixr.window=2", "convert.mixr: unknown key. Did you mean 'mixer'?"),
+        ("convert.mixer.window=[2", "not valid YAML"),
+    ],
+)
+def test_wrong_overrides(override: str, expected: str) -> None:
+    assert expected in "\n".join(problems(MINIMAL, [override]))
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"unknown recipe 'lama-3-8b'. Did you mean 'llama-3-8b'"):
+        recipe.load("lama-3-8b")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("- 1", "found list"), ("a: [", "not valid YAML"), ("\x00", "not valid")]
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=expected):
+        recipe.load(file)
+    with pytest.raises(InputError, match="no such recipe file"):
+        recipe.load(tmp_path / "absent.yaml")
+
+
+def test_another_mixer_keeps_what_it_knows() -> None:
+    gla = recipe.load("smollm2-135m", ["convert.mixer.window=32", "convert.mixer.gate_normalizer=8.0"])
+    window = recipe.switch_mixer(gla, "window")
+    assert window.convert.mixer["name"] == "window" and window.convert.mixer["window"] == 32
+    assert "gate_normalizer" not in window.convert.mixer
+    recipe.validate(window)
+    with pytest.raises(InputError, match="unknown mixer 'windo'. Did you mean 'window'"):
+        recipe.switch_mixer(gla, "windo")
+
+
+def test_stage_by_name() -> None:
+    found = recipe.load("smollm2-135m")
+    assert found.stage() is found.train[0] and found.stage(found.train[0].name) is found.train[0]
+    with pytest.raises(InputError, match="no training stage distill"):
+        found.stage("distill")
+    with pytest.raises(InputError, match="no training stage at all"):
+        replace(found, train=()).stage()
+
+
+def test_accelerate_config_is_understood() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    file = recipe.package_folder("recipes") / "accelerate" / "fsdp2.yaml"
+    config = load_config_from_file(str(file))
+    assert config.num_processes == 8 and config.fsdp_config["fsdp_version"] == 2
+    known = vars(launch_command_parser().parse_args(["-m", "linearize.train"]))
+    # accelerate passes unknown keys of fsdp_config over in silence: a misspelt one would change nothing.
+    assert set(yaml.safe_load(file.read_text())["fsdp_config"]) <= set(known)
+
+
+def test_suggestions() -> None:
+    assert suggest("GLA", ["gla", "window"]) == "Did you mean 'gla'? Available: gla, window"
+    assert suggest("xyz", ["gla"]) == "Available: gla"
+    assert suggest("gla", []) == "Available: none"
