@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Runs the test suite with coverage, or with arguments only what they name:  bash scripts/test.sh tests/test_recipes.py -x
+set -euo pipefail
+. "$(dirname "$0")/env.sh" dev
+if [ $# -gt 0 ]; then
+  exec pytest "$@"
+fi
+exec pytest --cov --cov-fail-under=90 --durations=10
