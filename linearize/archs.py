@@ -7,11 +7,15 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from linearize.errors import InputError
 from linearize.mixers.base import Geometry
@@ -47,6 +51,20 @@ def arch_of(config: PreTrainedConfig) -> Arch:
     """The row of a source or linearized configuration, the default where there is none."""
     block = getattr(config, "linearize", None)
     return ARCHS.get(block["source"]["model_type"] if block else config.model_type, Arch())
+
+
+def model_types() -> list[str]:
+    """Model types of causal language models whose attention goes through transformers' interface, so can be replaced.
+
+    Read from the text of transformers' modeling files, because importing them all takes minutes. Whether the conversion
+    of one is exact, the softmax control shows.
+    """
+    folder = Path(transformers.__file__).parent / "models"
+    files = {kind: model_type_to_module_name(kind) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    paths = {kind: folder / module / f"modeling_{module}.py" for kind, module in files.items()}
+    return [
+        kind for kind, path in sorted(paths.items()) if path.is_file() and "ALL_ATTENTION_FUNCTIONS" in path.read_text()
+    ]
 
 
 def attention_layers(model: nn.Module) -> dict[int, str]:

@@ -404,15 +404,17 @@ def _mixer_lines(rows: Mapping[str, Any]) -> list[str]:
 
 @app.command()
 def archs(as_json: Json = False) -> None:
-    """List the architectures that need a row of their own.
+    """List the architectures whose attention can be replaced.
 
     \b
     Example:
       linearize archs
     """
-    from linearize.archs import ARCHS
+    from linearize.archs import ARCHS, model_types
 
-    _show({name: str(row) for name, row in ARCHS.items()}, as_json)
+    kinds = model_types()
+    text = f"{', '.join(kinds)}\n\n{len(kinds)} model types; a row of their own: {', '.join(ARCHS)}"
+    _show({"model_types": kinds, "rows": list(ARCHS)}, as_json, text)
 
 
 if __name__ == "__main__":
