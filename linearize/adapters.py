@@ -22,7 +22,7 @@ from linearize.files import MANIFEST, output_folder, write_manifest
 from linearize.modeling import branches, linearized_modules
 from linearize.recipe import Peft
 
-METHODS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+METHODS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}}
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 OWN = {"config.json", "adapter_config.json", MANIFEST, "README.md"}
 """Files that each stage writes anew, or that do not describe what it has made."""
@@ -93,7 +93,7 @@ def attach(model: PreTrainedModel, settings: Peft, trained: Path | None = None) 
     if trained is not None:
         weights = peft.load_peft_weights(str(trained))
         found = json.loads((trained / "adapter_config.json").read_text())
-        same = all(found[key] == getattr(config, key) for key in ("r", "lora_alpha", "use_rslora", "use_dora"))
+        same = all(found[key] == getattr(config, key) for key in ("r", "lora_alpha", "use_rslora"))
         if not same or weights.keys() != peft.get_peft_model_state_dict(wrapped).keys():
             raise InputError(
                 f"{trained}: its adapters have other settings than this stage's peft block; "

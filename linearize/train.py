@@ -91,12 +91,19 @@ def train(
             f"{chosen.micro_batch} sequences each (micro_batch) it must be a multiple of {share}"
         )
     work = out.with_name(f"{out.name}.training")
-    checkpoint = _claim(work, made, resume, overwrite, accelerator)
+    checkpoint = _interrupted(work, made, resume, overwrite)
     steps = chosen.tokens // (chosen.batch * chosen.seq_len)
     with accelerator.local_main_process_first():  # one process tokenises, the others find it done
         data = blocks(wanted.data, _tokenizer(folder), chosen.seq_len, steps * chosen.batch, chosen.seed)
     loop = Loop(accelerator, chosen, folder, data, steps)
     check_space(work, loop.bytes())
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if checkpoint is None:
+            shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work / "checkpoints" / "unfinished", ignore_errors=True)
+        (work / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (work / MANIFEST).write_text(json.dumps({"training": made}, indent=2))
     done = loop.load(checkpoint) if checkpoint else 0
     monitor = Monitor(work, steps, done, loop.about()) if accelerator.is_main_process else None
     try:
@@ -152,7 +159,10 @@ class Loop:
         if stage.kl and not stage.peft:
             self.teacher = adapters.open_model(folder, compute).requires_grad_(False).to(accelerator.device)
         if stage.gradient_checkpointing:
-            self.plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers has renamed it and warns at the old name, the only one that earlier releases know.
+            old = "gradient_checkpointing_enable"
+            enable = getattr(self.plain, old.replace("gradient", "activation"), None) or getattr(self.plain, old)
+            enable({"use_reentrant": False})
         self.plain.train()
         set_seed(stage.seed, device_specific=True)  # dropout differs between processes; the new weights above must not
         self.trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
@@ -301,26 +311,19 @@ def _check_stage(stage: Stage, folder: Path) -> None:
         )
 
 
-def _claim(work: Path, made: dict[str, Any], resume: bool, overwrite: bool, accelerator: Accelerator) -> Path | None:
-    """Make the folder of a running stage, or take over an interrupted one; returns the checkpoint to go on from."""
+def _interrupted(work: Path, made: dict[str, Any], resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, if there is an interrupted run in ``work`` and it shall go on."""
+    checkpoints = _checkpoints(work)
     before = _made(work / MANIFEST)
-    different = _differences(before, made) if before else []
-    if work.exists() and not overwrite and (not resume or different):
-        raise InputError(
-            f"{work}: holds an interrupted run"
-            + (f" with other settings ({', '.join(different)})" if different else "; pass --resume to go on with it")
-            + ("; pass --overwrite to start anew" if different else ", or --overwrite to start anew")
-        )
-    go_on = resume and before is not None and not different
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if work.exists() and not go_on:
-            shutil.rmtree(work)
-        shutil.rmtree(work / "checkpoints" / "unfinished", ignore_errors=True)
-        (work / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (work / MANIFEST).write_text(json.dumps({"training": made}, indent=2))
-    accelerator.wait_for_everyone()
-    return next(reversed(_checkpoints(work)), None)
+    if not checkpoints or before is None:
+        return None
+    different = _differences(before, made)
+    if resume and not different:
+        return checkpoints[-1]
+    if overwrite:
+        return None
+    what = f"with other settings ({', '.join(different)})" if different else "that --resume goes on with"
+    raise InputError(f"{work}: holds an interrupted run {what}; pass --overwrite to start anew")
 
 
 def _checkpoints(work: Path) -> list[Path]:
