@@ -1,9 +1,10 @@
 """Publish a folder: check that it is complete, write its model card, upload it to the Hugging Face Hub.
 
 Nothing is written to the folder. What goes up is what ``plan`` lists and nothing else: checkpoints, TensorBoard logs,
-hidden and half-written files stay, and this machine's path of the source is taken out of config.json.
+hidden and half-written files stay, and where the source lay on this machine is taken out.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from linearize import results as results_file
 from linearize.card import is_repo_id, write_card
 from linearize.errors import InputError
-from linearize.files import format_bytes
+from linearize.files import MANIFEST, format_bytes, sha256
 
 # Matched against every part of a path. Optimiser states, logs and what an interrupted write left are not the model.
 NOT_UPLOADED = ("*checkpoint*", "tb", "runs", "__pycache__", "*.tmp", "*.partial", "*.incomplete", "*.lock", ".*")
@@ -115,18 +116,17 @@ def plan(folder: str | Path, repo: str | None = None) -> Upload:
     """
     folder = Path(folder)
     config, adapter_of = _checked(folder)
-    files: dict[str, Path | bytes] = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     files = {name: path for name, path in files.items() if not _left_out(name)}
-    results = results_file.read(folder / "results.json") if "results.json" in files else None
+    measured = _measured(folder)
+    if measured:
+        files["results.json"] = measured
+    results = results_file.read(measured) if measured else None
     card = write_card(folder, config, adapter_of, repo, results)
-    files["README.md"] = card.encode()
-    if (config.get("linearize", {}).get("source") or {}).get("path"):
-        source = config["linearize"]["source"] | {"path": None}
-        public = config | {"linearize": config["linearize"] | {"source": source}}
-        files["config.json"] = (json.dumps(public, indent=2, sort_keys=True) + "\n").encode()
-    return Upload(folder, dict(sorted(files.items())), card, results is not None)
+    path = (config.get("linearize", {}).get("source") or {}).get("path")
+    changed = _without(path, files) if path else {}
+    sent: dict[str, Path | bytes] = {**files, **changed, "README.md": card.encode()}
+    return Upload(folder, dict(sorted(sent.items())), card, bool(results))
 
 
 def card(folder: str | Path, repo: str | None = None) -> str:
@@ -186,6 +186,44 @@ def _json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected an object; write the folder again")
     return content
+
+
+def _measured(folder: Path) -> Path | None:
+    """The results of this very model: in its folder, or beside it, where ``linearize run`` writes them."""
+    own, beside = folder / "results.json", folder.resolve().parent / "results.json"
+    if not own.is_file() and not beside.is_file():
+        return None
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
+    fingerprint = hashlib.sha256("".join(map(sha256, weights)).encode()).hexdigest()
+    if own.is_file():
+        if results_file.read(own).get("settings", {}).get("weights", fingerprint) != fingerprint:
+            raise InputError(
+                f"{own}: was measured on other weights than the folder holds now; run `linearize eval {folder}` again, "
+                "or remove it to publish the model as not evaluated"
+            )
+        return own
+    try:
+        return beside if results_file.read(beside).get("settings", {}).get("weights") == fingerprint else None
+    except InputError:  # somebody else's file
+        return None
+
+
+def _without(path: str, files: dict[str, Path]) -> dict[str, bytes]:
+    """The small text files that name a path of this machine, with its last part instead, and a manifest that fits."""
+    changed: dict[str, bytes] = {}
+    for name, file in files.items():
+        if file.suffix in (".json", ".yaml", ".jsonl"):
+            before = file.read_text(encoding="utf-8")
+            after = before.replace(json.dumps(path)[1:-1], Path(path).name).replace(path, Path(path).name)
+            if after != before:
+                changed[name] = after.encode()
+    if MANIFEST in files:
+        manifest = json.loads(changed.get(MANIFEST) or files[MANIFEST].read_bytes())
+        for name in manifest["files"].keys() & changed.keys():
+            content = changed[name]
+            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        changed[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
+    return changed
 
 
 def _left_out(name: str) -> bool:

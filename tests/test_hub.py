@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from linearize.errors import InputError
+from linearize.evaluate.columns import fingerprint
+from linearize.files import verify, write_manifest
 from linearize.hub import card, plan, push
 from linearize.modeling import linearize_
 
@@ -63,27 +65,72 @@ def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "tiny-gla", results=RESULTS)
 
 
+CLIENT = """
+import json, os, sys
+from linearize.errors import InputError
+from linearize.hub import push
+for line in sys.stdin:
+    login, asked = json.loads(line)
+    os.environ["HF_TOKEN"] = login or ""
+    try:
+        answer = push(**asked)
+    except InputError as error:
+        answer = f"InputError: {error}"
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Client:
+    """A process that pushes. A process of its own, because HF_ENDPOINT is read when huggingface_hub is imported."""
+
+    def __init__(self, environ: dict[str, str]):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT], env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def push(self, folder: Path, repo: str, login: str | None = TOKEN, **options) -> str:
+        """What ``linearize.hub.push`` returns, or the paragraph of its InputError."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps([login, {"folder": str(folder), "repo": repo, **options}]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.communicate(timeout=60)
+
+
+def environ(hub: FakeHub, home: Path, token: str | None = TOKEN) -> dict[str, str]:
+    return os.environ | hub.environ(home, token) | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory):
+    with FakeHub() as hub, Client(environ(hub, tmp_path_factory.mktemp("home"))) as client:
+        yield hub, client
+
+
 @pytest.fixture
-def hub():
-    with FakeHub() as server:
-        yield server
+def hub(served) -> FakeHub:
+    """An empty Hub."""
+    server = served[0]
+    server.repos, server.uploads, server.requests, server.corrupt_uploads = {}, {}, [], False
+    return server
 
 
-def python(code: str, hub: FakeHub, home: Path, token: str | None = TOKEN) -> subprocess.CompletedProcess:
-    """Run code as a client of the hub, with nothing in its cache and no login but ``token``."""
-    root = str(Path(__file__).parents[1])
-    environ = os.environ | hub.environ(home, token) | {"PYTHONPATH": root}
-    return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def client(served) -> Client:
+    return served[1]
 
 
-def push_code(folder: Path, repo: str, **options) -> str:
-    """A client that pushes; prints the address, or the paragraph of an InputError."""
-    return (
-        "from linearize.errors import InputError\n"
-        "from linearize.hub import push\n"
-        f"try: print(push({str(folder)!r}, {repo!r}, **{options!r}))\n"
-        "except InputError as error: print('InputError:', error)\n"
-    )
+def load(code: str, hub: FakeHub, home: Path) -> str:
+    """Output of code that runs where nobody is logged in and nothing is cached."""
+    environment = environ(hub, home, token=None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -93,10 +140,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 # -- there and back ----------------------------------------------------------------------------------------------------
 
 
-def test_a_pushed_folder_loads_back_bit_for_bit(folder: Path, hub: FakeHub, tmp_path: Path):
+def test_a_pushed_folder_loads_back_bit_for_bit(folder: Path, hub: FakeHub, client: Client, tmp_path: Path):
     before = contents(folder)
-    pushed = python(push_code(folder, "acme/tiny-gla", message="first"), hub, tmp_path / "writer")
-    assert pushed.stdout.strip() == f"{hub.url}/acme/tiny-gla", pushed.stderr
+    assert client.push(folder, "acme/tiny-gla", message="first") == f"{hub.url}/acme/tiny-gla"
     assert contents(folder) == before
 
     repo = hub.repos["acme/tiny-gla"]
@@ -117,8 +163,7 @@ def test_a_pushed_folder_loads_back_bit_for_bit(folder: Path, hub: FakeHub, tmp_
         "tensors = {k: v.clone() for k, v in model.state_dict().items()}\n"
         f"save_file(tensors | {{'logits': logits, 'text': torch.tensor(text)}}, {str(tmp_path / 'back')!r})\n"
     )
-    loaded = python(code, hub, tmp_path / "reader", token=None)
-    assert loaded.returncode == 0, loaded.stderr
+    load(code, hub, tmp_path / "reader")
     back = load_file(tmp_path / "back")
     local = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -129,28 +174,26 @@ def test_a_pushed_folder_loads_back_bit_for_bit(folder: Path, hub: FakeHub, tmp_
     assert all(torch.equal(back[name], expected[name]) for name in expected)
 
 
-def test_a_second_push_replaces_shards_of_the_first(tmp_path: Path, hub: FakeHub):
+def test_a_second_push_replaces_shards_of_the_first(tmp_path: Path, hub: FakeHub, client: Client):
     sharded = write_folder(tmp_path / "sharded", max_shard_size="100KB")
     shards = {path.name for path in sharded.glob("model-*.safetensors")}
     assert len(shards) > 1
-    assert hub.url in python(push_code(sharded, "acme/gla"), hub, tmp_path / "a").stdout
+    assert client.push(sharded, "acme/gla") == f"{hub.url}/acme/gla"
     assert shards < set(hub.repos["acme/gla"].files)
     whole = write_folder(tmp_path / "whole")
-    assert hub.url in python(push_code(whole, "acme/gla"), hub, tmp_path / "b").stdout
+    assert client.push(whole, "acme/gla") == f"{hub.url}/acme/gla"
     assert {name for name in hub.repos["acme/gla"].files if "safetensors" in name} == {"model.safetensors"}
 
 
-def test_private_and_a_name_without_organisation(folder: Path, hub: FakeHub, tmp_path: Path):
-    pushed = python(push_code(folder, "tiny-gla", private=True), hub, tmp_path)
-    assert pushed.stdout.strip() == f"{hub.url}/tester/tiny-gla", pushed.stderr
+def test_private_and_a_name_without_organisation(folder: Path, hub: FakeHub, client: Client, tmp_path: Path):
+    assert client.push(folder, "tiny-gla", private=True) == f"{hub.url}/tester/tiny-gla"
     assert hub.repos["tester/tiny-gla"].private
 
 
-def test_an_adapter_goes_up_alone_when_its_base_is_on_the_hub(tmp_path: Path, hub: FakeHub):
-    pushed = python(push_code(write_folder(tmp_path / "base"), "acme/base"), hub, tmp_path / "base-home")
-    assert hub.url in pushed.stdout, pushed.stderr
+def test_an_adapter_goes_up_alone_when_its_base_is_on_the_hub(tmp_path: Path, hub: FakeHub, client: Client):
+    assert hub.url in client.push(write_folder(tmp_path / "base"), "acme/base")
     adapter = write_adapter(tmp_path / "adapter", "acme/base")
-    assert hub.url in python(push_code(adapter, "acme/adapter"), hub, tmp_path / "home").stdout
+    assert hub.url in client.push(adapter, "acme/adapter")
     metadata = ModelCard(hub.repos["acme/adapter"].files["README.md"].decode()).data
     assert (metadata.base_model, metadata.base_model_relation) == ("acme/base", "adapter")
     code = (
@@ -158,8 +201,7 @@ def test_an_adapter_goes_up_alone_when_its_base_is_on_the_hub(tmp_path: Path, hu
         "model = AutoModelForCausalLM.from_pretrained('acme/adapter')\n"
         "print(sum('lora' in name for name, _ in model.named_parameters()))"
     )
-    loaded = python(code, hub, tmp_path / "reader", token=None)
-    assert loaded.stdout.strip() == "4", loaded.stderr  # A and B of q_proj in two layers
+    assert load(code, hub, tmp_path / "reader") == "4"  # A and B of q_proj in two layers
 
 
 def write_adapter(folder: Path, base: str) -> Path:
@@ -192,40 +234,44 @@ def write_adapter(folder: Path, base: str) -> Path:
         ("acme/taken", TOKEN, "holds a llama model.*choose another name"),
     ],
 )
-def test_the_hub_says_no(repo, token, message, folder: Path, llama_folder: Path, hub: FakeHub, tmp_path: Path):
+def test_the_hub_says_no(
+    repo, token, message, folder: Path, llama_folder: Path, hub: FakeHub, client: Client, tmp_path: Path
+):
     config = (llama_folder / "config.json").read_bytes()
     hub.repos["acme/taken"] = Repo("acme/taken", private=False, files={"config.json": config})
-    answer = python(push_code(folder, repo), hub, tmp_path / "home", token).stdout
-    assert re.fullmatch(rf"InputError: --repo {repo}: .*{message}.*\n", answer), answer
+    answer = client.push(folder, repo, login=token)
+    assert re.fullmatch(rf"InputError: --repo {repo}: .*{message}.*", answer), answer
     assert set(hub.repos) == {"acme/taken"} and set(hub.repos["acme/taken"].files) == {"config.json"}
 
 
-def test_private_never_ends_up_in_a_public_repository(folder: Path, hub: FakeHub, tmp_path: Path):
+def test_private_never_ends_up_in_a_public_repository(folder: Path, hub: FakeHub, client: Client, tmp_path: Path):
     hub.repos["acme/open"] = Repo("acme/open", private=False)
-    answer = python(push_code(folder, "acme/open", private=True), hub, tmp_path).stdout
+    answer = client.push(folder, "acme/open", private=True)
     assert "exists and is public" in answer
     assert not hub.repos["acme/open"].files
 
 
-def test_damage_on_the_way_is_noticed(folder: Path, hub: FakeHub, tmp_path: Path):
+def test_damage_on_the_way_is_noticed(folder: Path, hub: FakeHub, client: Client, tmp_path: Path):
     hub.corrupt_uploads = True
-    answer = python(push_code(folder, "acme/x"), hub, tmp_path).stdout
-    assert re.fullmatch(r"InputError: .*refused the upload.*SHA-256.*\n", answer), answer
+    answer = client.push(folder, "acme/x")
+    assert re.fullmatch(r"InputError: .*refused the upload.*SHA-256.*", answer), answer
     assert not hub.repos["acme/x"].files
 
 
-def test_no_network_and_no_connection(folder: Path, hub: FakeHub, tmp_path: Path):
-    offline = "import os; os.environ['HF_HUB_OFFLINE'] = '1'\n" + push_code(folder, "acme/x")
-    assert "HF_HUB_OFFLINE is set" in python(offline, hub, tmp_path).stdout
-    hub.__exit__()
-    answer = python(push_code(folder, "acme/x"), hub, tmp_path).stdout
-    assert re.fullmatch(r"InputError: --repo acme/x: the Hub cannot be reached .*\n", answer), answer
+def test_no_network_and_no_connection(folder: Path, hub: FakeHub, client: Client, tmp_path: Path):
+    with Client(environ(hub, tmp_path) | {"HF_HUB_OFFLINE": "1"}) as offline:
+        assert "HF_HUB_OFFLINE is set" in offline.push(folder, "acme/x")
+    with FakeHub() as gone:
+        environment = environ(gone, tmp_path)
+    with Client(environment) as alone:
+        answer = alone.push(folder, "acme/x")
+    assert re.fullmatch(r"InputError: --repo acme/x: the Hub cannot be reached .*", answer), answer
 
 
-def test_metadata_that_the_hub_does_not_accept(folder: Path, hub: FakeHub, tmp_path: Path):
+def test_metadata_that_the_hub_does_not_accept(folder: Path, hub: FakeHub, client: Client, tmp_path: Path):
     (folder / "README.md").write_text("---\nlicense: other\n---\nMine.\n")
-    answer = python(push_code(folder, "acme/x"), hub, tmp_path).stdout
-    assert re.fullmatch(r'InputError: .*refused the upload.*"license_name" is required.*\n', answer), answer
+    answer = client.push(folder, "acme/x")
+    assert re.fullmatch(r'InputError: .*refused the upload.*"license_name" is required.*', answer), answer
     assert not hub.repos["acme/x"].files
 
 
@@ -280,9 +326,9 @@ def test_no_such_folder(tmp_path: Path):
 # -- dry run and card --------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_lists_files_and_card_and_touches_nothing(folder: Path, hub: FakeHub, tmp_path: Path):
+def test_a_dry_run_lists_files_and_card_and_touches_nothing(folder: Path, hub: FakeHub, client: Client, tmp_path: Path):
     before = contents(folder)
-    listing = python(push_code(folder, "acme/x", dry_run=True), hub, tmp_path, token=None).stdout
+    listing = client.push(folder, "acme/x", login=None, dry_run=True)
     assert contents(folder) == before
     assert not [request for request in hub.requests if not request.startswith("GET ")] and not hub.repos
     listed = re.findall(r"^ +\S+ \S+  (\S+)$", listing, re.MULTILINE)
@@ -325,9 +371,17 @@ def test_licence_comes_from_the_source_and_its_path_stays_here(llama_folder: Pat
     assert (metadata["license"], metadata["license_name"], metadata["language"]) == ("other", "river", "en")
     assert "Inherited from the source: `other`" in upload.card
     assert "base_model" not in metadata  # a folder's name is no id of the Hub
-    published = json.loads(upload.files["config.json"])
-    assert published["linearize"]["source"]["path"] is None
-    assert not any(str(tmp_path).encode() in content for content in upload.files.values() if isinstance(content, bytes))
+    (folder / "model.safetensors.partial").unlink()
+    write_manifest(folder, {"source": {"path": str(source)}}, {})
+    upload = plan(folder, "acme/x")
+    written = {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in upload.files.items()}
+    assert json.loads(written["config.json"])["linearize"]["source"]["path"] == "source"
+    assert not any(str(tmp_path).encode() in content for content in written.values())
+    published = tmp_path / "published"
+    published.mkdir()
+    for name, content in written.items():
+        (published / name).write_bytes(content)
+    assert verify(published) == []
 
 
 def test_licence_of_a_gguf_file(tmp_path: Path):
@@ -338,6 +392,21 @@ def test_licence_of_a_gguf_file(tmp_path: Path):
     writer.close()
     source = {"id": "tiny", "path": str(tmp_path), "gguf": "tiny.gguf"}
     assert ModelCard(card(write_folder(tmp_path / "x", source))).data.license == "apache-2.0"
+
+
+def test_results_of_the_run_beside_the_folder_and_of_other_weights(tmp_path: Path):
+    folder = write_folder(tmp_path / "run" / "merged")
+    results, beside = RESULTS | {"settings": {"weights": fingerprint(folder, lambda count: None)}}, tmp_path / "run"
+    (beside / "results.json").write_text(json.dumps(results))
+    upload = plan(folder)
+    assert upload.evaluated and "results.json" in upload.files and "47.0" in upload.card
+    (beside / "results.json").write_text("not ours")
+    assert not plan(folder).evaluated
+    (beside / "results.json").write_text(json.dumps(RESULTS | {"settings": {"weights": "0" * 64}}))
+    assert not plan(folder).evaluated
+    shutil.move(beside / "results.json", folder)
+    with pytest.raises(InputError, match="measured on other weights.*linearize eval"):
+        plan(folder)
 
 
 def test_a_card_written_by_hand_is_kept_and_a_generated_one_is_not(folder: Path):
