@@ -1,5 +1,6 @@
 """Where a source model comes from: the Hub, a local folder, a GGUF file, or a GGUF file inside an installed package."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -248,8 +249,7 @@ def _read_config_once(path: Path, gguf: str | None, stamp: int) -> "PreTrainedCo
 
 
 def _read_config(path: Path, gguf: str | None) -> "PreTrainedConfig":
-    import copy
-
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import __version__
 
     file = path / (gguf or "config.json")
@@ -264,8 +264,8 @@ def _read_config(path: Path, gguf: str | None) -> "PreTrainedConfig":
         return copy.deepcopy(_read_config_once(path, gguf, os.stat(file).st_mtime_ns))
     except FileNotFoundError as error:
         raise InputError(f"{file}: does not exist; give a folder that holds config.json or a GGUF file") from error
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
         raise InputError(
             f"{file}: transformers {__version__} cannot read this configuration ({reason}); repair the file, or "
             "install a version of transformers that knows the architecture"
@@ -372,10 +372,13 @@ def materialise(located: Located, folder: Path, dtype: Any = None) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for file in pickles(located.path):
         try:
-            tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
                 f"{file}: PyTorch's restricted loader refuses it ({reason}); give a folder with safetensors"
             ) from error
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise InputError(f"{file}: holds other things than tensors by name; give a folder with safetensors")
+        tensors |= loaded
     save_torch_state_dict(tensors, folder)

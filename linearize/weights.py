@@ -179,15 +179,15 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _no_weights(folder: Path) -> str:
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if others:
+        return f"{folder}: has no {SINGLE}, and no {INDEX} that lists {names(others)}; copy the index from the "
+        "model's page"
     if pickles(folder):
         return (
             f"{folder}: has pickled weights only (pytorch_model.bin), and a pickle can run code when it is read; pass "
             "--allow-pickle to read it with PyTorch's restricted loader, or give a folder with safetensors"
         )
-    others = sorted(file.name for file in folder.glob("*.safetensors"))
-    if others:
-        return f"{folder}: has no {SINGLE}, and no {INDEX} that lists {names(others)}; copy the index from the "
-        "model's page"
     return f"{folder}: has a configuration but no weights ({SINGLE} or {INDEX} with its shards); download them"
 
 
