@@ -1,9 +1,10 @@
 """Registers the linearized classes as soon as transformers is there, in whichever order things are imported.
 
-`import linearize` must not cost the seconds that importing torch and transformers takes, and programs that never import linearize
-should open linearized folders too: `lm_eval --model hf --model_args pretrained=DIR`, pipelines, trainers. Neither
-transformers nor lm-eval has a hook for new architectures. torch has one: it calls the entry points of group `torch.backends`
-when it is imported (TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns that off). Ours imports nothing, it only waits for transformers.
+`import linearize` must not cost the seconds that importing torch and transformers takes, and programs that never import
+linearize should open linearized folders too: `lm_eval --model hf --model_args pretrained=DIR`, pipelines, trainers.
+Neither transformers nor lm-eval has a hook for new architectures. torch has one: it calls the entry points of group
+`torch.backends` when it is imported (TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns that off). Ours imports nothing, it only
+waits for transformers.
 """
 
 import importlib
@@ -18,7 +19,7 @@ AWAITED = "transformers.models.auto.modeling_auto"
 
 
 def install() -> None:
-    """Register now if transformers' table of causal language models is loaded, else right after it is. Repeating is harmless."""
+    """Register now if transformers' table of causal language models is loaded, else as soon as it is."""
     if AWAITED in sys.modules:
         importlib.import_module("linearize.modeling")
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):

@@ -1,0 +1,139 @@
+"""Perplexity of a text by position in the context: one plain loop, exactly specified, the same for every column.
+
+1. The whole text is tokenized once, without special tokens, and cut into consecutive pieces of `length` tokens, or of
+   `length - 1` where the tokenizer puts a beginning-of-sequence token in front of text; that token then starts each
+   block. What is left at the end is dropped.
+2. Of the N pieces, `blocks` are taken, evenly spread: number floor(i N / blocks) for i = 0 … blocks - 1.
+3. A block is one forward pass. The token at position t = 1 … length - 1 is predicted from the t tokens before it; its
+   loss is -log p in nats, from the logits in float32.
+4. Buckets split the positions at 1, W, 2 W, 4 W, … up to `length`, W being the window. In the first one the window sees
+   all that the source sees; the others are beyond it. Perplexity is exp of the mean loss over all tokens of all blocks.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from linearize.errors import InputError
+
+
+def cut(text: str, tokenizer: Any, length: int, blocks: int) -> Tensor:
+    """Tokenize a text and take evenly spread blocks of it.
+
+    Returns:
+        int64 [blocks, length].
+
+    Raises:
+        InputError: the text is too short.
+    """
+    # verbose=False: a text longer than the model's context is no mistake here.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    with_special = tokenizer("a")["input_ids"]
+    first = [tokenizer.bos_token_id] if with_special[:1] == [tokenizer.bos_token_id] else []
+    piece = length - len(first)
+    count = len(ids) // piece
+    if count < blocks:
+        raise InputError(
+            f"perplexity: the text has {len(ids)} tokens, which make {count} blocks of {length}; {blocks} were asked "
+            "for; use fewer or shorter blocks"
+        )
+    starts = [i * count // blocks * piece for i in range(blocks)]
+    return torch.tensor([first + ids[start : start + piece] for start in starts])
+
+
+def edges(length: int, window: int | None) -> list[int]:
+    """Borders of the buckets: 1, W, 2 W, 4 W, … and `length`. Without a window, W = 64."""
+    borders, border = [1], window or 64
+    while border < length:
+        if border > 1:
+            borders.append(border)
+        border *= 2
+    return [*borders, length]
+
+
+@torch.inference_mode()
+def losses(model: PreTrainedModel, ids: Tensor, advance: Callable[[int], None] = lambda count: None) -> Tensor:
+    """Loss of every token but the first of each block.
+
+    Args:
+        model: a causal LM; evaluated as it is, block by block.
+        ids: int64 [blocks, length].
+        advance: called with 1 after each block.
+
+    Returns:
+        fp32 [blocks, length - 1], nats; column t - 1 belongs to position t.
+
+    Raises:
+        InputError: a loss is not finite.
+    """
+    rows = []
+    for block in ids:
+        logits = model(input_ids=block[None].to(model.device), use_cache=False).logits[0, :-1]
+        # In pieces: float32 logits of a long block and a large vocabulary would take more memory than the model.
+        row = [F.cross_entropy(part.float(), target.to(part.device), reduction="none")
+               for part, target in zip(logits.split(512), block[1:].split(512), strict=True)]  # fmt: skip
+        rows.append(torch.cat(row).cpu())
+        if not rows[-1].isfinite().all():
+            position = int((~rows[-1].isfinite()).nonzero()[0]) + 1
+            raise InputError(
+                f"perplexity: the model's prediction after {position} tokens is not a number; its weights are damaged "
+                "or its dtype is too narrow: check them with `linearize inspect`, or evaluate in float32 (--dtype "
+                "float32)"
+            )
+        advance(1)
+    return torch.stack(rows)
+
+
+def by_position(loss: Tensor, borders: list[int]) -> tuple[list[dict[str, Any]], list[list[float]]]:
+    """Summarise losses by bucket.
+
+    Args:
+        loss: fp32 [blocks, length - 1], see `losses`.
+        borders: see `edges`.
+
+    Returns:
+        One {start, end, ppl, tokens} per bucket, positions start <= t < end; and the mean loss [blocks][buckets].
+    """
+    # Summed in float64: means of thousands of float32 losses then agree to the last printed digit, whatever the order.
+    parts = [loss[:, start - 1 : end - 1].double() for start, end in zip(borders, borders[1:], strict=False)]
+    table = [
+        {"start": start, "end": end, "ppl": math.exp(part.mean()), "tokens": part.numel()}
+        for start, end, part in zip(borders, borders[1:], parts, strict=False)
+    ]
+    return table, torch.stack([part.mean(1) for part in parts], dim=1).tolist()
+
+
+def measure(
+    model: PreTrainedModel, texts: list[tuple[str, Tensor]], window: int | None, advance: Callable[[int], None]
+) -> dict:
+    """The `perplexity` entry of a column of results.json.
+
+    Args:
+        model: a causal LM.
+        texts: name and blocks, int64 [blocks, length], of each text; the first one gives the headline value.
+        window: W of the buckets.
+        advance: called with 1 after each block.
+    """
+    entries = []
+    for name, ids in texts:
+        loss = losses(model, ids, advance)
+        table, per_block = by_position(loss, edges(ids.shape[1], window))
+        entries.append(
+            {
+                "text": name,
+                "length": ids.shape[1],
+                "blocks": ids.shape[0],
+                "value": math.exp(loss.double().mean()),
+                "tokens": loss.numel(),
+                "by_position": table,
+                "losses": per_block,
+            }
+        )
+    longest = max(entries, key=lambda entry: entry["length"])
+    first = entries[0]
+    return {"value": first["value"], "tokens": first["tokens"], "by_position": longest["by_position"], "texts": entries}

@@ -1,0 +1,280 @@
+"""results.json: what a comparison leaves behind, and the table made from it. Standard library only.
+
+Schema 1. Scores are fractions, not per cent; losses are in nats per token.
+
+```
+schema       1
+complete     false while columns are still missing (an interrupted run), else true
+model        what was evaluated: folder or Hub id
+source       where the student's weights came from: Hub id, or name of a folder or file
+suite        name of the suite
+settings     what two results must share to be comparable: suite, limit, seed, batch_size, dtype, device, window, sinks,
+             weights (sha256 of the evaluated folder's files), source
+columns      name -> column, in the order of COLUMNS
+  tasks        task -> score
+    label              name in tables
+    metric             name in lm-eval, e.g. acc_norm
+    value, stderr      score and its standard error (null where lm-eval gives none)
+    n                  items scored
+    higher_is_better   bool
+    chance             score of guessing: 0 where the answer is free text, null where it has no meaning (perplexities)
+    prompts            sha256 over every prompt and choice scored: equal in all columns
+    items              score of each item, in order; null for metrics that are no mean over items
+  perplexity   absent when the suite has no texts
+    value, tokens      perplexity of the suite's first text, and how many tokens were predicted
+    by_position        [{start, end, ppl, tokens}] of the text with the longest blocks; a token's position is the
+                       number of tokens before it
+    texts              every text: {text, length, blocks, value, tokens, by_position, losses}, where
+                       losses[block][bucket] is the mean loss of a block in a bucket
+  seconds      wall time, without loading
+summary      what follows from the columns alone (see linearize/evaluate/statistics.py)
+  average      column -> {value, stderr, tasks}: plain mean of the tasks that have a chance level, without MMLU
+  recovery     column -> {raw, chance_corrected}: share of the source's average kept, s / t and (s - r) / (t - r) with
+               chance r; null where the source itself is within two standard errors of chance
+  memory       perplexity at positions from `start` (the window) on, {with, without} the memory, and the difference of
+               the losses with its 95 % interval, {loss, low, high}; null without both columns
+  paired       control -> student minus control on the same items, each {difference, low, high}: {tasks: {task: …},
+               average, loss}
+environment  versions, commit, cpu, threads, device, seed, date, data (name -> sha256), …
+```
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linearize.errors import InputError
+
+SCHEMA = 1
+COLUMNS = {
+    "source": "the model that was converted, untouched",
+    "window": "the source with the same window and sinks and nothing else, no training",
+    "converted": "the source converted, no training",
+    "student": "the evaluated model",
+    "student/window": "the student with its memory off",
+    "student/memory": "the student with its window off",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: header, rows of the same length, and notes below it."""
+
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read and check a results file.
+
+    Raises:
+        InputError: it is missing, no JSON, of a newer schema, or does not follow the schema.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; write it with `linearize eval DIR --out {path}`") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: is no readable JSON ({error}); run `linearize eval` again") from error
+    validate(content, str(path))
+    return content
+
+
+def write(results: dict[str, Any], path: str | Path) -> Path:
+    """Check results and write them so that the file appears, complete, by one rename.
+
+    Raises:
+        InputError: they do not follow the schema, or the file cannot be written.
+    """
+    path = Path(path)
+    validate(results, str(path))
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+    # Lists of numbers, one per item, take one line each. No JSON string holds a raw line break: only lists match.
+    text = re.sub(r"\[\n[-\d.eE+,\s]+\]", lambda match: "[" + " ".join(match[0][1:-1].split()) + "]", text)
+    partial = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    return path
+
+
+def validate(results: Any, where: str = "results") -> None:
+    """Check results against the schema.
+
+    Raises:
+        InputError: one paragraph that names every problem.
+    """
+    if not isinstance(results, dict) or "schema" not in results:
+        raise InputError(f"{where}: is no results file (no `schema`); write one with `linearize eval`")
+    if results["schema"] != SCHEMA:
+        raise InputError(
+            f"{where}: schema is {results['schema']!r}; this version reads {SCHEMA}; install the linearize that wrote "
+            "it"
+        )
+    problems: list[str] = []
+
+    def need(values: Any, at: str, **kinds: tuple[type, ...]) -> bool:
+        if not isinstance(values, dict):
+            problems.append(f"{at}: expected an object")
+            return False
+        for key, kind in kinds.items():
+            # bool is an int to Python, but no number to a reader of the file.
+            if key not in values:
+                problems.append(f"{at}.{key}: missing")
+            elif not isinstance(values[key], kind) or (isinstance(values[key], bool) and bool not in kind):
+                problems.append(f"{at}.{key}: found {values[key]!r}")
+        return True
+
+    text, number, maybe, mapping, array = (str,), (int, float), (int, float, type(None)), (dict,), (list,)
+    need(results, "results", model=text, source=text, suite=text, columns=mapping, environment=mapping)
+    columns = results.get("columns")
+    for name, column in columns.items() if isinstance(columns, dict) else ():
+        at = f"columns.{name}"
+        if name not in COLUMNS:
+            problems.append(f"{at}: unknown column; allowed: {', '.join(COLUMNS)}")
+        if not need(column, at, tasks=mapping, seconds=number):
+            continue
+        for task, score in column["tasks"].items() if isinstance(column.get("tasks"), dict) else ():
+            need(
+                score,
+                f"{at}.tasks.{task}",
+                metric=text,
+                value=number,
+                stderr=maybe,
+                n=(int,),
+                higher_is_better=(bool,),
+            )
+        if "perplexity" in column:
+            need(column["perplexity"], f"{at}.perplexity", value=number, tokens=(int,), by_position=array)
+    if problems:
+        raise InputError(f"{where}: does not follow schema {SCHEMA}: {'; '.join(problems)}")
+
+
+def table(results: dict[str, Any], columns: list[str] | None = None) -> Table:
+    """Lay the comparison out: a row per task, then averages, recovery and perplexities; the paired differences below.
+
+    Args:
+        results: valid results.
+        columns: which columns, in which order; None means all.
+
+    Returns:
+        Cells of plain text: scores in per cent with their standard error, perplexities with two decimals.
+    """
+    shown = {name: results["columns"][name] for name in columns or results["columns"]}
+    summary = results.get("summary") or {}
+    rows = [
+        [f"{_label(task, shown)}", *(_score(column["tasks"].get(task)) for column in shown.values())]
+        for task in _ordered(column["tasks"] for column in shown.values())
+    ]
+
+    def add(label: str, cell: Callable[[str], str]) -> None:
+        cells = [cell(name) for name in shown]
+        if any(cells):
+            rows.append([label, *cells])
+
+    average, recovery = summary.get("average") or {}, summary.get("recovery") or {}
+    if any(entry["tasks"] > 1 for entry in average.values()):
+        add("average", lambda name: _score(average.get(name)))
+    add("kept of the source", lambda name: _percent((recovery.get(name) or {}).get("raw")))
+    add("… above chance", lambda name: _percent((recovery.get(name) or {}).get("chance_corrected")))
+    rows += _perplexity_rows(shown)
+    return Table(["", *shown], rows, [*_text_notes(shown), *_notes(summary, shown)])
+
+
+def markdown_table(results: dict[str, Any], columns: list[str] | None = None) -> str:
+    """The same table in Markdown, with its notes as a list below it."""
+    content = table(results, columns)
+    lines = [content.header, ["---", *("---:" for _ in content.header[1:])], *content.rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([text, "", *(f"- {note}" for note in content.notes)]).rstrip() + "\n"
+
+
+def _ordered(groups: Any) -> list[str]:
+    return list(dict.fromkeys(key for group in groups for key in group))
+
+
+def _label(task: str, columns: dict[str, Any]) -> str:
+    score = next(column["tasks"][task] for column in columns.values() if task in column["tasks"])
+    return f"{score.get('label', task)} ({score['metric']})"
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return ""
+    scale, digits = (100, 1) if score.get("higher_is_better", True) and abs(score["value"]) <= 1 else (1, 2)
+    error = "" if score["stderr"] is None else f" ± {scale * score['stderr']:.{digits}f}"
+    return f"{scale * score['value']:.{digits}f}{error}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1e4 else f"{value:.3g}"
+
+
+def _perplexity_rows(columns: dict[str, Any]) -> list[list[str]]:
+    measured = [column.get("perplexity") for column in columns.values()]
+    first = next((entry for entry in measured if entry), None)
+    if first is None:
+        return []
+    cells = ["" if entry is None else _number(entry["value"]) for entry in measured]
+    rows = [["perplexity", *cells]]
+    for i, bucket in enumerate(first["by_position"]):
+        cells = ["" if entry is None else _number(entry["by_position"][i]["ppl"]) for entry in measured]
+        rows.append([f"… at {bucket['start']}–{bucket['end'] - 1}", *cells])
+    return rows
+
+
+def _text_notes(columns: dict[str, Any]) -> list[str]:
+    texts = next((column["perplexity"].get("texts") for column in columns.values() if "perplexity" in column), None)
+    if not texts:
+        return []
+    first, longest = texts[0], max(texts, key=lambda entry: entry["length"])
+    return [
+        f"perplexity: {first['text']}, {first['blocks']} × {first['length']} tokens; … at a–b: of tokens with a to b "
+        f"others before them, {longest['text']}, {longest['blocks']} × {longest['length']} tokens"
+    ]
+
+
+def _notes(summary: dict[str, Any], columns: dict[str, Any]) -> list[str]:
+    notes = []
+    memory = summary.get("memory")
+    if memory:
+        change = math.exp(-memory["loss"]) - 1
+        low, high = math.exp(-memory["high"]) - 1, math.exp(-memory["low"]) - 1
+        notes.append(
+            f"What the memory adds: {100 * change:+.1f} % perplexity beyond the window ({_number(memory['without'])} → "
+            f"{_number(memory['with'])}; 95 % interval {100 * low:+.1f} to {100 * high:+.1f} %)"
+        )
+    for control, pair in (summary.get("paired") or {}).items():
+        if control not in columns:
+            continue
+        parts = []
+        if pair.get("average"):
+            average = pair["average"]
+            parts.append(f"{_interval(average, 100, 1)} points on the tasks' average")
+        if pair.get("loss"):
+            parts.append(f"{_interval(pair['loss'], 1, 3)} nats per token")
+        if parts:
+            notes.append(f"student − {control}, same items, 95 % interval: {'; '.join(parts)}")
+    return notes
+
+
+def _interval(entry: dict[str, float], scale: float, digits: int) -> str:
+    difference, low, high = (scale * entry[key] for key in ("difference", "low", "high"))
+    return f"{difference:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
