@@ -92,13 +92,15 @@ def choose(name: str, collection: Path, avoid: set[int]) -> Iterator[dict[str, s
     for document in rows(collection):
         for turn, (index, text) in enumerate(passages(document)):
             candidates.append((turn, rank(document["id"]), index, document["id"], document["source"], text))
-    size = 0
+    size, taken = 0, set()
     for _, _, index, identity, source, text in sorted(candidates):
         if size >= BYTES[name]:
             return
-        if runs(text).isdisjoint(avoid):
+        key = f"{identity}#{index}"  # some textbooks share chapters
+        if key not in taken and runs(text).isdisjoint(avoid):
+            taken.add(key)
             size += len(text.encode())
-            yield {"text": text, "source": source, "id": f"{identity}#{index}"}
+            yield {"text": text, "source": source, "id": key}
 
 
 def main() -> None:
