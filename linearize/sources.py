@@ -303,8 +303,14 @@ def load_tokenizer(located: Located) -> "PreTrainedTokenizerBase":
             f"{located.path}: the tokenizer cannot be read ({error}); copy its files from the model's page"
         ) from error
     if located.gguf:
-        # The header states no length of its own for the tokenizer, and transformers then takes 10^30.
-        tokenizer.model_max_length = read_config(located).max_position_embeddings
+        config = read_config(located)
+        # The header states no length for the tokenizer, and transformers then takes 10^30. Special tokens it states by
+        # number; not every version of transformers passes them on.
+        tokenizer.model_max_length = config.max_position_embeddings
+        for kind in ("bos", "eos", "pad", "unk"):
+            number = getattr(config, f"{kind}_token_id", None)
+            if number is not None:
+                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
     return tokenizer
 
 

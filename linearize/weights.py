@@ -233,25 +233,25 @@ def cast_tensor(tensor: Tensor, target: Tensor, advance: Callable[[int], None]) 
     """
 
     def write(file: BinaryIO) -> None:
-        left = tensor.size
+        buffer, left = memoryview(bytearray(min(tensor.size, CHUNK))), tensor.size
         with tensor.file.open("rb") as source:
             source.seek(tensor.start)
             while left:
-                chunk = bytearray(min(left, CHUNK))
+                chunk = buffer[: min(left, CHUNK)]
                 if source.readinto(chunk) != len(chunk):
                     raise InputError(
                         f"{tensor.file}: became shorter while it was read; leave the source alone meanwhile"
                     )
                 left -= len(chunk)
-                if tensor.dtype != target.dtype:
-                    values = torch.frombuffer(chunk, dtype=FLOATS[tensor.dtype])
-                    cast = values.to(FLOATS[target.dtype])
-                    if not cast.isfinite().all():
-                        raise InputError(_not_finite(tensor, values, target.dtype))
-                    file.write(cast.view(torch.uint8).numpy().data)
-                else:
-                    file.write(chunk)
                 advance(len(chunk))
+                if tensor.dtype == target.dtype:
+                    file.write(chunk)
+                    continue
+                values = torch.frombuffer(chunk, dtype=FLOATS[tensor.dtype])
+                cast = values.to(FLOATS[target.dtype])
+                if not torch.stack(torch.aminmax(cast)).isfinite().all():  # NaN wins either way
+                    raise InputError(_not_finite(tensor, values, target.dtype))
+                file.write(cast.view(torch.uint8).numpy().data)
 
     return write
 
