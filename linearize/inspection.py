@@ -11,10 +11,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from linearize import weights
 from linearize.errors import InputError
+from linearize.files import format_bytes
 from linearize.modeling import state_bytes
 from linearize.sources import Located, fetch, locate, read_config
 
 CONTEXTS = (1024, 4096, 8192, 32768, 131072)
+_COUNTS = ("parameters", "new_parameters")
 
 
 def cache_sizes(config: PreTrainedConfig, dtype_bytes: int = 2) -> dict[str, Any]:
@@ -89,6 +91,46 @@ def inspect(model: str | Path | Located) -> dict[str, Any]:
         "layers": _layers(config, tensors, block["layers"] if block else {}),
         "cache": cache_sizes(config),
     }
+
+
+def text(found: dict[str, Any]) -> str:
+    """What `inspect` found, for a terminal: one fact per line, equal layers together."""
+    groups: dict[str, list[int]] = {}
+    for row in found["layers"]:
+        settings = {key: value for key, value in row.items() if key not in ("layer", "mixer", *_COUNTS)}
+        shown = ", ".join(f"{key} {value}" for key, value in settings.items()) if row["mixer"] != "softmax" else ""
+        groups.setdefault(row["mixer"] + (f" ({shown})" if shown else ""), []).append(row["layer"])
+    parameters = "" if found["parameters"] is None else f"{found['parameters']:,}, {found['new_parameters']:,} new; "
+    origin = found["source"]
+    rows = [
+        ("folder", found["path"]),
+        ("type", found["model_type"] + (f", from {origin['id']} ({origin['model_type']})" if origin else "")),
+        ("parameters", f"{parameters}{format_bytes(found['bytes'])} {' '.join(found['dtypes'])}".rstrip()),
+        *((f"layers {_ranges(layers)}", mixer) for mixer, layers in groups.items()),
+        *(
+            (
+                f"cache at {row['context'] // 1024}K",
+                f"{format_bytes(row['linearized'])} (source {format_bytes(row['source_kv'])})",
+            )
+            for row in found["cache"]["contexts"]
+        ),
+    ]
+    if "adapter" in found:
+        adapter = found["adapter"]
+        rows.insert(1, ("adapter", f"{adapter['peft_type']}, r {adapter['r']}, {adapter['parameters']:,} parameters"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers with runs joined: ``0-3, 7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _config(located: Located) -> PreTrainedConfig:

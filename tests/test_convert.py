@@ -27,7 +27,7 @@ from test_sources import write_gguf
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from linearize import files, mixers, recipe
+from linearize import files, inspection, mixers, recipe
 from linearize.convert import Plan, convert, inspect, plan, verify
 from linearize.errors import InputError
 from linearize.mixers import softmax
@@ -445,7 +445,11 @@ def test_inspect_reads_headers_only(sharded_folder: Path, tmp_path: Path, monkey
     assert found["source"]["id"] == "sharded"
     growth = found["cache"]["bytes_per_token"]
     assert growth["linearized"] * 6 == growth["source_kv"] * 5
+    shown = inspection.text(found)
+    assert "layers 0-2, 4-5" in shown
+    assert "from sharded (qwen3)" in shown
     plain = inspect(sharded_folder)
+    assert "linearize" not in inspection.text(plain).replace(plain["path"], "")
     assert plain["source"] is None
     assert plain["parameters"] == found["parameters"]
     assert {row["linearized"] - row["source_kv"] for row in plain["cache"]["contexts"]} == {0}
@@ -464,5 +468,8 @@ def test_inspect_adapter_and_gguf(llama_folder: Path, tmp_path: Path) -> None:
     found = inspect(adapter)
     assert found["adapter"]["parameters"] == 8 * 48
     assert found["model_type"] == "linearized"
+    assert "LORA, r 8, 384 parameters" in inspection.text(found)
     source = write_gguf(tmp_path / "tiny.gguf", tiny_model())
-    assert inspect(source)["bytes"] == source.stat().st_size
+    found = inspect(source)
+    assert found["bytes"] == source.stat().st_size
+    assert files.format_bytes(found["bytes"]) in inspection.text(found)
