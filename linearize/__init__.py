@@ -1,7 +1,8 @@
 """Turn a pretrained Hugging Face LLM into a gated linear-recurrent one.
 
 Importing the package registers the model type `linearized` with transformers' Auto classes, so that
-`AutoModelForCausalLM.from_pretrained` opens a linearized folder. The names below load torch and transformers on first use.
+`AutoModelForCausalLM.from_pretrained` opens a linearized folder. The names below load torch and transformers on first
+use.
 """
 
 from importlib import import_module

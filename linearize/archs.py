@@ -81,8 +81,8 @@ def attention_layers(model: nn.Module) -> dict[int, str]:
     if not found:
         kind = model.config.model_type  # type: ignore[union-attr]
         raise InputError(
-            f"model type {kind!r}: its attention does not go through transformers' attention interface, so it cannot be "
-            "replaced without copying its code; `linearize archs` lists what can"
+            f"model type {kind!r}: its attention does not go through transformers' attention interface, so it cannot "
+            "be replaced without copying its code; `linearize archs` lists what can"
         )
     return dict(sorted(found.items()))
 
@@ -103,7 +103,8 @@ def check_layers(paths: dict[int, str], layers: list[int] | None, config: PreTra
     wrong = [i for i in chosen if i not in paths]
     if wrong:
         raise InputError(
-            f"layers: found {', '.join(map(str, wrong))}; this model has attention in layers {min(paths)} to {max(paths)}"
+            f"layers: found {', '.join(map(str, wrong))}; this model has attention in layers {min(paths)} to "
+            f"{max(paths)}"
         )
     if not chosen:
         raise InputError("layers: none is left to linearize; expected at least one")
@@ -122,7 +123,8 @@ def geometry(config: PreTrainedConfig, module: Any = None) -> Geometry:
 def unrotate(
     module: Any, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Queries [B, H, T, K] and keys [B, G, T, K] as they were before RoPE, in fp32, by the source's own rotation run backwards."""
+    """Queries [B, H, T, K] and keys [B, G, T, K] as they were before RoPE, in fp32, by the source's own rotation run
+    backwards."""
     if position_embeddings is None or not arch_of(module.source_config).rotates(module):
         return q, k
     cos, sin = (x.float() for x in position_embeddings)

@@ -1,14 +1,16 @@
 """The cache of one linearized layer: sinks, a ring of the last W tokens, and the recurrent state. Its size never grows.
 
-Slots lie in one buffer of s + W: slot t holds token t for t < s; token t ≥ s lies in slot s + (t − s) mod W. A token that is
-overwritten is exactly the one that leaves the window, so it is read there, once, to enter the memory. Every row counts its
-own real tokens, so rows of very different length share a batch. All updates are in place on tensors of fixed address.
+Slots lie in one buffer of s + W: slot t holds token t for t < s; token t ≥ s lies in slot s + (t − s) mod W. A token
+that is overwritten is exactly the one that leaves the window, so it is read there, once, to enter the memory. Every row
+counts its own real tokens, so rows of very different length share a batch. All updates are in place on tensors of fixed
+address.
 """
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
-from transformers.utils import is_torchdynamo_compiling
 
 
 class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -21,8 +23,6 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """
 
     is_sliding = False
-    is_compileable = False
-    is_croppable = False
     supports_early_init = False
 
     def __init__(self, window: int, sinks: int, static: bool = False):
@@ -33,7 +33,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self._length: int | Tensor = 0
 
     def lazy_initialization(
-        self, batch: int, like: Tensor, slots: dict[str, tuple[int, int]], states: dict[str, Tensor]
+        self, batch: int, like: Tensor, slots: dict[str, tuple[int, int]], state: tuple[Tensor, ...]
     ):
         """Allocate everything once.
 
@@ -41,20 +41,30 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             batch: rows B.
             like: a tensor whose dtype and device the slots take.
             slots: name -> (heads, width) of what is kept per token, each [B, heads, s + W, width].
-            states: name -> fp32 tensor [B, ...], the empty recurrent state (taken as it is).
+            state: fp32 tensors [B, ...], the empty recurrent state, taken as they are.
         """
         self.batch_size, self.dtype, self.device = batch, like.dtype, like.device
         size = self.sinks + self.window
         self.tensors = {n: like.new_zeros(batch, heads, size, width) for n, (heads, width) in slots.items()}
-        self.tensors |= states
+        self.state_names = [f"state_{i}" for i in range(len(state))]
+        self.tensors |= dict(zip(self.state_names, state, strict=True))
         self.tensors["count"] = torch.zeros(batch, dtype=torch.int64, device=like.device)
-        self.state_names = tuple(states)
         if self.static:
             self._length = torch.zeros((), dtype=torch.int64, device=like.device)
-        if not is_torchdynamo_compiling():
+        if not torch.compiler.is_compiling():
             for x in self.tensors.values():
                 torch._dynamo.mark_static_address(x)
         self.is_initialized = True
+
+    @property
+    def is_croppable(self) -> bool:
+        """Never: the recurrent state has absorbed its tokens."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Only beside static layers: transformers then makes masks that fit their fixed length."""
+        return self.static
 
     @property
     def state(self) -> tuple[Tensor, ...]:
@@ -65,7 +75,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Bytes held now; constant from the first token on."""
         return sum(x.nbytes for x in self.tensors.values())
 
-    # --- reading and writing slots -----------------------------------------------------------------------------------
+    # --- reading and writing slots
 
     def slot_of_next(self) -> Tensor:
         """The slot [B] that the next token of each row takes."""
@@ -79,14 +89,16 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return torch.arange(self.sinks + self.window, device=self.device) <= self.tensors["count"][:, None]
 
     def in_order(self, name: str) -> Tensor:
-        """The W tokens before the next one, oldest first, [B, heads, W, width]; rows with fewer hold zeros or sinks there."""
+        """The W tokens before the next one, oldest first, [B, heads, W, width]; rows with fewer hold zeros or sinks
+        there."""
         x = self.tensors[name]
         token = self.tensors["count"][:, None] - self.window + torch.arange(self.window, device=x.device)
         slot = self.sinks + (token - self.sinks).remainder(self.window)
         return x.gather(2, slot[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     def extend(self, new: dict[str, Tensor], lengths: Tensor) -> None:
-        """Write a block of tokens: new[name] [B, heads, T, width], of which the first lengths [B] of each row are real."""
+        """Write a block of tokens: new[name] [B, heads, T, width], of which the first lengths [B] of each row are
+        real."""
         slot = torch.arange(self.sinks + self.window, device=self.device)
         count = self.tensors["count"][:, None]
         after = count + lengths[:, None]
@@ -105,9 +117,9 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.tensors["count"] += lengths
         self._length += tokens
 
-    # --- the contract of transformers ----------------------------------------------------------------------------------
+    # --- the contract of transformers
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(self, *args: Any, **kwargs: Any):
         raise RuntimeError("a linearized layer's cache is written by its mixer; Cache.update has no meaning here")
 
     update_conv_state = update_recurrent_state = update
@@ -161,8 +173,8 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 def cache_layer(cache: Cache, layer_idx: int, window: int, sinks: int) -> LinearizedCacheLayer:
     """The linearized layer at `layer_idx` of any Cache, put there on first use."""
     while len(cache.layers) <= layer_idx:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+        cache.layers.append(cast(Any, cache.layer_class_to_replicate)())
+    layer: Any = cache.layers[layer_idx]
     if not isinstance(layer, LinearizedCacheLayer):
         if layer.get_seq_length():
             raise RuntimeError(

@@ -1,9 +1,10 @@
 """Class surgery: any transformers causal LM becomes a linearized one, with its own code, weights and names.
 
-`linearize_` swaps the class of each attention module for a subclass that keeps the source's forward (projections, biases,
-norms, RoPE, output projection) and routes the attention function inside it to a mixer. `LinearizedConfig` and
-`LinearizedForCausalLM` are made on demand as subclasses of the source's own classes and registered with the Auto classes, so
-that a saved folder opens with plain `AutoModelForCausalLM.from_pretrained` after `import linearize`. Nothing here names an architecture.
+`linearize_` swaps the class of each attention module for a subclass that keeps the source's forward (projections,
+biases, norms, RoPE, output projection) and routes the attention function inside it to a mixer. `LinearizedConfig` and
+`LinearizedForCausalLM` are made on demand as subclasses of the source's own classes and registered with the Auto
+classes, so that a saved folder opens with plain `AutoModelForCausalLM.from_pretrained` after `import linearize`.
+Nothing here names an architecture.
 """
 
 import copy
@@ -11,11 +12,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -24,20 +31,26 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from linearize import archs
 from linearize.cache import cache_layer
 from linearize.errors import InputError
-from linearize.mixers import MIXERS, Context, Geometry, MixerConfig, build_config
+from linearize.mixers import MIXERS, Context, MixerConfig, build_config
 from linearize.ops.rows import Rows
 
 FORMAT = 1
 """Version of the `linearize` block in config.json."""
 
 IMPLEMENTATION = "linearize"
+# The mixed-in classes rely on the source's class that follows them; a type checker is told so.
+if TYPE_CHECKING:
+    from typing import Any as _Source
+else:
+    _Source = object
+
 BRANCHES = ("all", "source", "window", "memory")
 
 
-# --- attention -----------------------------------------------------------------------------------------------------------
+# --- attention
 
 
-class LinearizedAttention:
+class LinearizedAttention(_Source):
     """Mixed into the source's attention class. Holds `mixer` and, for the branches, which path runs now."""
 
     branch: str = "all"
@@ -65,7 +78,7 @@ class _Call:
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, linearize_call=None, **kwargs: Any
 ):
-    """The registered attention function: query [B, H, T, K], key [B, G, T, K], value [B, G, T, V] -> ([B, T, H, V], None)."""
+    """The registered attention function: query [B, H, T, K], key [B, G, T, K], value [B, G, T, V] -> [B, T, H, V]."""
     implementation = module.source_config._attn_implementation
     eager = sys.modules[module.source_class.__module__].eager_attention_forward
     source = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
@@ -121,12 +134,11 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     """Once per forward: left-aligned rows for padding or packing, and a dictionary the layers share."""
     tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
     T = tokens.shape[1]
-    mask, positions, rows = kwargs.get("attention_mask"), kwargs.get("position_ids"), None
+    mask = kwargs.pop("linearize_mask", kwargs.get("attention_mask"))
+    positions, rows = kwargs.get("position_ids"), None
     if isinstance(mask, Tensor) and mask.ndim == 2:
         new = mask[:, -T:]
-        if torch.compiler.is_compiling() and T == 1 or bool(new.all()):
-            rows = None
-        else:
+        if not (torch.compiler.is_compiling() and T == 1 or bool(new.all())):
             rows = Rows.from_padding(new)
     elif mask is None and positions is not None and T > 1 and not torch.compiler.is_compiling():
         rows = Rows.from_positions(positions.expand(tokens.shape[0], -1))
@@ -134,7 +146,7 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     return args, kwargs
 
 
-# --- factories -----------------------------------------------------------------------------------------------------------
+# --- factories
 
 
 class LinearizedConfig(PreTrainedConfig):
@@ -147,19 +159,21 @@ class LinearizedConfig(PreTrainedConfig):
         block = config_dict.get("linearize")
         if not isinstance(block, dict) or "source" not in block or "layers" not in block:
             raise InputError(
-                "config.json: model_type is 'linearized' but there is no complete `linearize` block; expected format, source and "
-                "layers; convert the source again"
+                "config.json: model_type is 'linearized' but there is no complete `linearize` block; "
+                "expected format, source and layers; convert the source again"
             )
         if block.get("format", 0) > FORMAT:
             raise InputError(
-                f"config.json: linearize.format is {block['format']}; this version reads up to {FORMAT}; upgrade linearize"
+                f"config.json: linearize.format is {block['format']}; this version reads up to {FORMAT}; "
+                "upgrade linearize"
             )
         for values in block["layers"].values():
             build_config(values)
         source = block["source"]["model_type"]
         if source not in CONFIG_MAPPING:
             raise InputError(
-                f"config.json: linearize.source.model_type is {source!r}, which this version of transformers does not know"
+                f"config.json: linearize.source.model_type is {source!r}, which this version of "
+                "transformers does not know"
             )
         return config_class(CONFIG_MAPPING[source]).from_dict(config_dict, **kwargs)
 
@@ -176,7 +190,7 @@ def config_class(source: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     return linearized
 
 
-class LinearizedForCausalLM:
+class LinearizedForCausalLM(_Source):
     """Mixed into the source's causal LM class; `AutoModelForCausalLM.from_pretrained` returns such a model."""
 
     _is_stateful = True
@@ -184,7 +198,7 @@ class LinearizedForCausalLM:
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        modules = dict(self.named_modules())  # type: ignore[attr-defined]
+        modules = dict(self.named_modules())
         paths = archs.attention_layers(self)
         for index, values in config.linearize["layers"].items():
             _swap(modules[paths[int(index)]], config, build_config(values))
@@ -192,7 +206,7 @@ class LinearizedForCausalLM:
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = {k: sorted(info[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)}
         if wrong:
             found = "; ".join(
@@ -201,11 +215,20 @@ class LinearizedForCausalLM:
             raise InputError(f"{args[0]}: the tensors do not fit its config.json: {found}; convert the source again")
         return (model, info) if output_loading_info else model
 
+    def prepare_inputs_for_generation(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any):
+        inputs = super().prepare_inputs_for_generation(*args, attention_mask=attention_mask, **kwargs)
+        # With a static cache the padding is already folded into a 4-D mask, where rows of real tokens cannot be seen
+        # any more.
+        if attention_mask is not None and inputs.get("attention_mask") is not attention_mask:
+            inputs["linearize_mask"] = attention_mask
+        return inputs
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
-        # Layers are swapped before the first step: a static cache would otherwise answer for the masks as if it were softmax.
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        # Layers are swapped before the first step: a static cache would otherwise answer for the masks as if it were
+        # softmax.
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         past = model_kwargs.get("past_key_values")
-        if past is not None and not self.training:  # type: ignore[attr-defined]
+        if past is not None and not self.training:
             for module in linearized_modules(self):
                 if module.mixer.name != "softmax" and module.branch != "source":
                     c = module.mixer.config
@@ -221,7 +244,7 @@ def model_class(source: type[PreTrainedModel], config: type[PreTrainedConfig]) -
 AutoConfig.register("linearized", LinearizedConfig)
 
 
-# --- verbs ---------------------------------------------------------------------------------------------------------------
+# --- verbs
 
 
 def linearize_(
@@ -281,7 +304,8 @@ def branches(model: nn.Module, branch: str) -> Iterator[None]:
 
     Args:
         model: a linearized model, wrapped or not.
-        branch: `source`: the source's own softmax attention; `window`: memory off; `memory`: window off; `all`: as converted.
+        branch: `source`: the source's own softmax attention; `window`: memory off; `memory`: window off; `all`: as
+            converted.
 
     Raises:
         ValueError: an unknown branch, or a model with no linearized layer.
@@ -311,7 +335,8 @@ def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_by
         dtype_bytes: bytes per cached key or value element (the state itself is fp32).
 
     Returns:
-        source_kv: bytes of the source's key/value cache; linearized: bytes of this model's; per_layer: the latter by layer.
+        source_kv: bytes of the source's key/value cache; linearized: bytes of this model's; per_layer: the latter by
+            layer.
     """
     per_layer = []
     total = 0

@@ -1,4 +1,5 @@
-"""Forms of one recurrence agree with the naive one, window attention with its explicit mask, rows with what they stand for."""
+"""Forms of one recurrence agree with the naive one, window attention with its explicit mask, rows with what they stand
+for."""
 
 import pytest
 import torch

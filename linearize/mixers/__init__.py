@@ -35,7 +35,7 @@ def build_config(values: dict[str, Any]) -> MixerConfig:
             problems.append(f"mixer.{key}: found {value!r}; expected {expected.__name__}")
         else:
             good[key] = value
-    config = cls(**good)
+    config = cls(**cls.preset(good.get("combine", cls.combine)) | good)
     problems += [f"mixer.{p}" for p in config.problems()]
     if config.combine not in MIXERS[name].combines:
         problems.append(

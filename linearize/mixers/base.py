@@ -1,11 +1,12 @@
 """What a mixer is: an exact window with sinks, a recurrence for what lies behind it, and how the two are joined.
 
-Letters as in ops/: B rows, H query heads, G key/value heads, T tokens, K key width, V value width, W window, s sinks. A mixer
-gets q, k, v as the source's own code made them (after biases, norms, RoPE) and returns what attention would; it knows no architecture.
+Letters as in ops/: B rows, H query heads, G key/value heads, T tokens, K key width, V value width, W window, s sinks. A
+mixer gets q, k, v as the source's own code made them (after biases, norms, RoPE) and returns what attention would; it
+knows no architecture.
 
-combine = memory (DESIGN: delayed recurrence): token j enters the recurrent state when it leaves the window of the query, so no token is
-counted twice and the first W + s tokens see exactly the source's attention. liger: 0.5·window + 0.5·recurrence over
-all tokens (arXiv 2503.01496). none: one branch alone.
+combine = memory (DESIGN: delayed recurrence): token j enters the recurrent state when it leaves the window of the
+query, so no token is counted twice and the first W + s tokens see exactly the source's attention. liger: 0.5·window +
+0.5·recurrence over all tokens (arXiv 2503.01496). none: one branch alone.
 """
 
 from collections.abc import Callable
@@ -37,6 +38,11 @@ class MixerConfig:
     combine: str = "memory"
     window: int = 64
     sinks: int = 4
+
+    @classmethod
+    def preset(cls, combine: str) -> dict[str, Any]:
+        """Defaults that differ for one way of combining."""
+        return {}
 
     def problems(self) -> list[str]:
         """What is wrong with the values, each as `key: found; expected`."""
@@ -98,55 +104,47 @@ class Mixer(nn.Module):
     Config: ClassVar[type[MixerConfig]] = MixerConfig
     combines: ClassVar[tuple[str, ...]] = ("memory", "liger", "none")
     recurrent: ClassVar[bool] = True
-    windowed: ClassVar[bool] = True
+
+    config: Any
 
     def __init__(self, config: MixerConfig, geometry: Geometry):
         super().__init__()
         self.config, self.geometry = config, geometry
-        self.windowed_now = self.windowed and config.combine != "none" or not self.recurrent
+        self.windowed = config.combine != "none" or not self.recurrent
         self.delayed = self.recurrent and config.combine == "memory"
 
-    # --- what a recurrent mixer's file defines -------------------------------------------------------------------------
+    # --- what a recurrent mixer's file defines
 
-    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """Unrotated keys [B, G, T, K] and values [B, G, T, V] -> what the recurrence needs of each token, [B, G, T, ·] each."""
+    def write(self, k: Tensor, raw_k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Keys [B, G, T, K] after and before RoPE, values [B, G, T, V] -> what the recurrence needs, [B, G, T, ·]
+        each."""
         raise TypeError(f"{self.name} has no recurrence")
 
-    def read(self, q: Tensor) -> Tensor:
-        """Unrotated queries [B, H, T, K] -> what reads the state."""
+    def read(self, q: Tensor, raw_q: Tensor, scaling: float) -> Tensor:
+        """Queries [B, H, T, K] after and before RoPE, and the source's score scale -> what reads the state."""
         raise TypeError(f"{self.name} has no recurrence")
 
     def recur(
-        self, q: Tensor, writes: tuple[Tensor, ...], state: tuple[Tensor, ...] | None, decoding: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, read: Tensor, writes: tuple[Tensor, ...], state: tuple[Tensor, ...], decoding: bool
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """Run it over T tokens; token t's write is visible to query t. `decoding`: T = 1, `state` is updated in place.
 
         Returns:
-            what `join` needs, [B, H, T, ·] fp32, and the state after the last token.
+            y [B, H, T, V] fp32; its log weight [B, H, T] beside the window's log-sum-exp, or None where the recurrence
+            has no normaliser; and the state after the last token.
         """
         raise TypeError(f"{self.name} has no recurrence")
-
-    def join(self, y: Tensor | None, lse: Tensor | None, memory: Tensor | None) -> Tensor:
-        """Window output y [B, H, T, V] with lse [B, H, T], and what `recur` returned; None for a branch that is off."""
-        if self.config.combine == "memory":
-            return join_normalised(y, lse, memory, self.log_strength())
-        parts = [x if self.config.combine == "none" else 0.5 * x for x in (y, memory) if x is not None]
-        return torch.stack(parts).sum(0)
-
-    def log_strength(self) -> Tensor | float:
-        """c of the shared normaliser: a number, or [H]."""
-        raise TypeError(f"{self.name} has no shared normaliser")
 
     def empty_state(self, batch: int, device: torch.device) -> tuple[Tensor, ...]:
         """The fp32 state of rows that have seen nothing."""
         return ()
 
-    # --- the hybrid ----------------------------------------------------------------------------------------------------
+    # --- the hybrid
 
     def slots(self) -> dict[str, tuple[int, int]]:
         """What the cache keeps per token in reach: name -> (heads, width)."""
         g = self.geometry
-        if not self.windowed_now:
+        if not self.windowed:
             return {}
         slots = {"k": (g.kv_heads, g.key_width), "v": (g.kv_heads, g.value_width)}
         if self.delayed:
@@ -162,144 +160,148 @@ class Mixer(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> y [B, H, T, V] in v's dtype."""
-        raw_q, raw_k = context.unrotate(q, k) if self.recurrent else (None, None)
+        raw_q, raw_k = context.unrotate(q, k) if self.recurrent else (q, k)
         rows, layer = context.rows, None
         if context.cache is not None:
             layer = cache_layer(context.cache, context.layer_idx, self.config.window, self.config.sinks)
-        if layer is not None and layer.is_initialized and q.shape[2] == 1 and rows is None:
-            return self._step(q, k, v, raw_q, raw_k, context, layer)
+        past = layer if layer is not None and layer.is_initialized else None
         T = q.shape[2]
+        if past is not None and T == 1 and rows is None:
+            return self._step(q, k, v, raw_q, raw_k, context, past)
         lengths = torch.full((q.shape[0],), T, device=q.device)
         real = None
         if rows is not None:
-            if rows.packed and layer is not None and layer.is_initialized:
+            if rows.packed and past is not None:
                 raise ValueError("packed documents can only start an empty cache")
-            q, k, v = rows.gather(q), rows.gather(k), rows.gather(v)
-            if self.recurrent:
-                raw_q, raw_k = rows.gather(raw_q), rows.gather(raw_k)
+            q, k, v, raw_q, raw_k = (rows.gather(x) for x in (q, k, v, raw_q, raw_k))
             real, lengths = rows.valid, rows.valid.sum(1)
-        y, finals = self._block(q, k, v, raw_q, raw_k, context, layer, real)
+        y, state = self._block(q, k, v, raw_q, raw_k, context, past, real)
         if layer is not None:
-            new = {"k": k, "v": v, "raw_k": raw_k}
-            if not layer.is_initialized:
+            if past is None:
                 states = self.empty_state(q.shape[0], q.device)
-                layer.lazy_initialization(q.shape[0], k, self.slots(), {f"state_{i}": x for i, x in enumerate(states)})
+                layer.lazy_initialization(q.shape[0], k, self.slots(), states)
+            new = {"k": k, "v": v, "raw_k": raw_k}
             layer.extend({n: new[n] for n in self.slots()}, lengths)
-            for kept, final in zip(layer.state, finals, strict=True):
+            for kept, final in zip(layer.state, state, strict=True):
                 kept.copy_(final.detach())
             layer.advance(lengths, T)
             if rows is not None and rows.packed:
                 layer.batch_select_indices(rows.last)
         return y if rows is None else rows.scatter(y)
 
-    def _block(self, q, k, v, raw_q, raw_k, context: Context, layer, real) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _block(
+        self, q: Tensor, k: Tensor, v: Tensor, raw_q: Tensor, raw_k: Tensor,
+        context: Context, past: LinearizedCacheLayer | None, real: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """Several tokens at once: outputs, and the state after the last real token of each row."""
         W, s = self.config.window, self.config.sinks
-        B, _, T, _ = q.shape
-        fresh = layer is None or not layer.is_initialized
-        seen = 0 if fresh else layer.tensors["count"]
-        state = None if fresh else layer.state
+        T = q.shape[2]
+        seen = 0 if past is None else past.tensors["count"]
+        state = self.empty_state(q.shape[0], q.device) if past is None else past.state
+        near = far = None
 
         def local(name: str, new: Tensor) -> Tensor:
-            return F.pad(new, (0, 0, W, 0)) if fresh else torch.cat([layer.in_order(name).to(new.dtype), new], dim=2)
+            if past is None:
+                return F.pad(new, (0, 0, W, 0))
+            return torch.cat([past.in_order(name).to(new.dtype), new], dim=2)
 
-        y = lse = memory = None
-        if self.windowed_now:
-            local_v = local("v", v)
-            if context.branch != "memory":
-                sink_k, sink_v = (self._sinks(n, x, layer, fresh) for n, x in (("k", k), ("v", v)))
-                y, lse = window_attention(
-                    q, local("k", k), local_v, sink_k, sink_v,
-                    seen=seen, window=W, scaling=context.scaling, softcap=context.softcap, extra=context.extra,
-                )  # fmt: skip
-        if not self.recurrent:
-            return y, ()
-        if not self.delayed:
-            writes = self.write(raw_k, v)
-            if real is not None:
-                writes = tuple(w * real[:, None, :, None] for w in writes)
-            memory, state = self.recur(self.read(raw_q), writes, state, decoding=False)
-        elif fresh and T <= W + s:
-            state = self.empty_state(B, q.device)
-        else:
-            # Of a fresh row, only tokens s … T − W − 1 leave the window, and only queries from W + s on can see them.
-            skip = W + s if fresh else 0
-            leaving_k, leaving_v = local("raw_k", raw_k)[:, :, skip:T], local_v[:, :, skip:T]
-            writes = self.write(leaving_k, leaving_v)
-            if not fresh or real is not None:
-                e = torch.arange(skip, T, device=q.device)
-                keep = torch.as_tensor(seen, device=q.device).view(-1, 1) + e - W >= s
-                keep = keep if real is None else keep & real[:, skip:]
+        if self.windowed and context.branch != "memory":
+            near = window_attention(
+                q, local("k", k), local("v", v), self._sinks("k", k, past), self._sinks("v", v, past),
+                seen=seen, window=W, scaling=context.scaling, softcap=context.softcap, extra=context.extra,
+            )  # fmt: skip
+        # Of a fresh row, only tokens s … T − W − 1 leave the window, and only queries from W + s on can see them.
+        skip = W + s if self.delayed and past is None else 0
+        if self.recurrent and skip < T:
+            keep = None if real is None else real[:, skip:]
+            if self.delayed:
+                leaving = (local(n, x)[:, :, skip:T] for n, x in (("k", k), ("raw_k", raw_k), ("v", v)))
+                writes = self.write(*leaving)
+                if past is not None or keep is not None:
+                    token = torch.as_tensor(seen, device=q.device).view(-1, 1) - W
+                    left = token + torch.arange(skip, T, device=q.device) >= s
+                    keep = left if keep is None else keep & left
+            else:
+                writes = self.write(k, raw_k, v)
+            if keep is not None:
                 writes = tuple(w * keep[:, None, :, None] for w in writes)
-            memory, state = self.recur(self.read(raw_q[:, :, skip:]), writes, state, decoding=False)
-            memory = F.pad(memory, (0, 0, skip, 0))
-        if context.branch == "window":
-            memory = None
-        return self.join(y, lse, memory).to(v.dtype), state
+            read = self.read(q[:, :, skip:], raw_q[:, :, skip:], context.scaling)
+            y, weight, state = self.recur(read, writes, state, decoding=False)
+            if skip:
+                y = F.pad(y, (0, 0, skip, 0))
+                weight = None if weight is None else F.pad(weight, (skip, 0), value=float("-inf"))
+            far = y, weight
+        return self._join(near, far, v, context), state
 
-    def _sinks(self, name: str, new: Tensor, layer, fresh: bool) -> Tensor:
+    def _join(self, near, far, v: Tensor, context: Context) -> Tensor:
+        far = None if context.branch == "window" else far
+        if near is None and far is None:
+            return v.new_zeros(v.shape[0], self.geometry.heads, *v.shape[2:])
+        return join(self.config.combine, near, far).to(v.dtype)
+
+    def _sinks(self, name: str, new: Tensor, past: LinearizedCacheLayer | None) -> Tensor:
         """Keys or values of the first s tokens of each row, some of which may be among the new ones."""
         s, T = self.config.sinks, new.shape[2]
-        first = new[:, :, :s] if T >= s else F.pad(new, (0, 0, 0, s - T))
-        if fresh or s == 0:
+        first = new[:, :, :s] if s <= T else F.pad(new, (0, 0, 0, s - T))
+        if past is None or s == 0:
             return first
-        count = layer.tensors["count"][:, None]
+        count = past.tensors["count"][:, None]
         slot = torch.arange(s, device=new.device)
         index = (slot - count).clamp(min=0, max=T - 1)[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-        old = layer.tensors[name][:, :, :s].to(new.dtype)
+        old = past.tensors[name][:, :, :s].to(new.dtype)
         return torch.where((slot < count)[:, None, :, None], old, new.gather(2, index))
 
-    def _step(self, q, k, v, raw_q, raw_k, context: Context, layer: LinearizedCacheLayer) -> Tensor:
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, raw_q: Tensor, raw_k: Tensor,
+        context: Context, past: LinearizedCacheLayer,
+    ) -> Tensor:  # fmt: skip
         """One decoding step: the token that the new one overwrites in the ring is the one that enters the memory."""
-        W, s = self.config.window, self.config.sinks
-        kept = layer.tensors
-        key = ("step", W, s, q.device)
+        kept = past.tensors
+        key = ("step", past.window, past.sinks, q.device)
         if key not in context.shared:
-            context.shared[key] = (
-                layer.slot_of_next()[:, None, None, None],
-                layer.filled(),
-                (kept["count"] >= W + s)[:, None, None, None],
-            )
+            # Every layer of one shape is at the same token, so the first one finds the slots for all.
+            leaving = kept["count"] >= past.window + past.sinks
+            context.shared[key] = past.slot_of_next()[:, None, None, None], past.filled(), leaving[:, None, None, None]
         slot, filled, leaving = context.shared[key]
-        writes = ()
+        writes, near, far = (), None, None
         if self.delayed:
-            old = [kept[n].gather(2, slot.expand(-1, *kept[n].shape[1:2], 1, kept[n].shape[3])) for n in ("raw_k", "v")]
-            writes = tuple(w * leaving for w in self.write(*old))
+            writes = tuple(w * leaving for w in self.write(*(_take(kept[n], slot) for n in ("k", "raw_k", "v"))))
         elif self.recurrent:
-            writes = self.write(raw_k, v)
+            writes = self.write(k, raw_k, v)
         new = {"k": k, "v": v, "raw_k": raw_k}
         for name in self.slots():
             x = new[name].to(kept[name].dtype)
             kept[name].scatter_(2, slot.expand_as(x), x)
-        y = lse = memory = None
-        if self.windowed_now and context.branch != "memory":
-            y, lse = slot_attention(
+        if self.windowed and context.branch != "memory":
+            near = slot_attention(
                 q, kept["k"], kept["v"], filled,
                 scaling=context.scaling, softcap=context.softcap, extra=context.extra,
             )  # fmt: skip
         if self.recurrent:
-            memory, _ = self.recur(self.read(raw_q), writes, layer.state, decoding=True)
-        layer.advance(1, 1)
-        if not self.recurrent:
-            return y
-        return self.join(y, lse, None if context.branch == "window" else memory).to(v.dtype)
+            y, weight, _ = self.recur(self.read(q, raw_q, context.scaling), writes, past.state, decoding=True)
+            far = y, weight
+        past.advance(1, 1)
+        return self._join(near, far, v, context)
 
 
-def join_normalised(
-    y: Tensor | None, lse: Tensor | None, memory: Tensor | None, log_strength: Tensor | float
-) -> Tensor:
-    """One softmax-like average over window and memory: (e^lse y + e^c Σ w v) / (e^lse + e^c Σ w).
+def _take(x: Tensor, slot: Tensor) -> Tensor:
+    """The token in each row's slot [B, 1, 1, 1] of x [B, heads, S, width] -> [B, heads, 1, width]."""
+    return x.gather(2, slot.expand(-1, x.shape[1], 1, x.shape[3]))
+
+
+def join(combine: str, window: tuple[Tensor, Tensor] | None, memory: tuple[Tensor, Tensor | None] | None) -> Tensor:
+    """One output [B, H, T, V] from the two branches; None for a branch that is off.
 
     Args:
-        y, lse: window output [B, H, T, V] and log normaliser [B, H, T], or None.
-        memory: [B, H, T, V + 1] fp32, Σ w v with Σ w in the last column, or None.
-        log_strength: c, a number or [H].
+        combine: memory: (e^lse y + e^w m) / (e^lse + e^w), one softmax over window and memory; otherwise the sum,
+            halved for liger.
+        window: y [B, H, T, V] and lse [B, H, T].
+        memory: m [B, H, T, V] and its log weight w [B, H, T].
     """
-    if memory is None:
-        return y
-    num, den = memory[..., :-1], memory[..., -1:]
-    if y is None:
-        return num / den.clamp(min=torch.finfo(den.dtype).tiny)
-    c = torch.as_tensor(log_strength, device=den.device, dtype=den.dtype).view(-1, 1, 1)
-    ratio = (c - lse.unsqueeze(-1)).exp()
-    return (y + ratio * num) / (1 + ratio * den)
+    if combine == "memory" and window is not None and memory is not None:
+        (y, lse), (m, weight) = window, memory
+        assert weight is not None
+        return torch.lerp(y.to(m.dtype), m, (weight - lse).sigmoid().unsqueeze(-1))
+    parts = [branch[0] for branch in (window, memory) if branch is not None]
+    total = parts[0] + parts[1] if len(parts) == 2 else parts[0]
+    return 0.5 * total if combine == "liger" else total

@@ -1,33 +1,57 @@
 """Gated linear attention with the gate from the pretrained key (GLA, arXiv 2312.06635; Liger, arXiv 2503.01496).
 
-S_t = diag(α_t) S_{t-1} + φ(k_t) v_tᵀ,  y_t = φ(q_t)ᵀ S_t,  α_t = σ(k_t)^{1/τ} per channel, φ = softmax over K, q and k before RoPE.
-State per layer: G·K·(V + 1) fp32 (one column more holds the normaliser; without it for combine: liger). No new weights.
+S_t = diag(α_t) S_{t-1} + φ(k_t) v_tᵀ,  α_t = σ(k_t)^{1/τ} per channel of the key before RoPE.
+
+features: softmax (Liger): φ = softmax over K of q and k before RoPE, y_t = φ(q_t)ᵀ S_t.
+features: expansion (for combine: memory): φ(k) = k as the source rotates it, and the state is read as the first-order
+expansion of the source's own softmax around the mean score of what has left the window (ops/expansion.py): nothing to
+fit, nothing to guess. Here the decay lets a key fade channel by channel towards "no opinion" (score 0), while its value
+stays in the average.
+
+State per layer: G·(K + 1)·(V + 1) fp32 (G·K·V for softmax). No new weights.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.mixers import base
-from linearize.ops import additive
+from linearize.ops import additive, expansion
+
+FEATURES = ("expansion", "softmax")
 
 
 @dataclass(frozen=True)
 class Config(base.MixerConfig):
     """Attributes:
     gate_normalizer: τ. A channel with key value x has decay σ(x)^{1/τ}; at x = 0 its half-life is τ tokens.
-    strength: c, the log weight of the memory in the normaliser it shares with the window (combine: memory).
+    features: expansion | softmax.
+    strength: added to the log weight of the memory in the normaliser it shares with the window (features: expansion).
     """
 
-    gate_normalizer: float = 16.0
+    gate_normalizer: float = 1024.0
+    features: str = "expansion"
     strength: float = 0.0
+
+    @classmethod
+    def preset(cls, combine: str) -> dict[str, Any]:
+        return {
+            "liger": {"gate_normalizer": 16.0, "features": "softmax", "sinks": 0},
+            "none": {"gate_normalizer": 16.0, "features": "softmax"},
+        }.get(combine, {})
 
     def problems(self) -> list[str]:
         found = super().problems()
         if self.gate_normalizer <= 0:
             found.append(f"gate_normalizer: found {self.gate_normalizer}; expected above 0")
+        if self.features not in FEATURES:
+            found.append(f"features: found {self.features!r}; expected one of {', '.join(FEATURES)}")
+        elif self.features == "softmax" and self.combine == "memory":
+            found.append("features: softmax has no weight beside the window's; with combine: memory use expansion")
+        elif self.features == "expansion" and self.combine == "liger":
+            found.append("features: expansion has a normaliser that liger's fixed half cannot use; use softmax")
         return found
 
 
@@ -35,23 +59,29 @@ class Mixer(base.Mixer):
     name = "gla"
     Config = Config
 
-    def write(self, k, v):
-        k = k.float()
-        if self.delayed:
-            v = F.pad(v.float(), (0, 1), value=1.0)
-        return k.softmax(-1), v, F.logsigmoid(k) / self.config.gate_normalizer
+    @property
+    def expands(self) -> bool:
+        return self.config.features == "expansion"
 
-    def read(self, q):
-        return q.float().softmax(-1)
+    def write(self, k, raw_k, v):
+        gate = F.logsigmoid(raw_k.float()) / self.config.gate_normalizer
+        if self.expands:
+            return k.float(), F.pad(v.float(), (0, 1), value=1.0), gate
+        return raw_k.float().softmax(-1), v.float(), gate
 
-    def recur(self, q, writes, state, decoding):
+    def read(self, q, raw_q, scaling):
+        return q.float() * scaling if self.expands else raw_q.float().softmax(-1)
+
+    def recur(self, read, writes, state, decoding):
+        if self.expands:
+            y, weight, state = expansion.run(read, *writes, state=state, decoding=decoding)
+            return y, weight + self.config.strength, state
         form = additive.step if decoding else additive.chunked
-        y, final = form(q, *writes, state=None if state is None else state[0])
-        return y, (final,)
-
-    def log_strength(self):
-        return self.config.strength
+        y, final = form(read, *writes, state=state[0])
+        return y, None, (final,)
 
     def empty_state(self, batch, device):
         g = self.geometry
-        return (torch.zeros(batch, g.kv_heads, g.key_width, g.value_width + self.delayed, device=device),)
+        if self.expands:
+            return expansion.empty_state(batch, g.kv_heads, g.key_width, g.value_width, device)
+        return (torch.zeros(batch, g.kv_heads, g.key_width, g.value_width, device=device),)

@@ -1,10 +1,11 @@
 """The additive recurrence S_t = diag(e^{g_t}) S_{t-1} + k_t v_tᵀ, read as y_t = q_tᵀ S_t.
 
-One family for linear attention (no decay), RetNet (fixed g), Mamba-2 and Lightning (one g per head), GLA and HGRN-2 (one g
-per channel). Letters: B rows, H query heads, G key/value heads (H = r·G, a group of r queries reads one state), T tokens,
-K key width, V value width, C chunk. Shapes: q [B, H, T, K], k [B, G, T, K], v [B, G, T, V], log_decay g ≤ 0 of shape
-[B, G, T, K], [B, G, T, 1], anything that broadcasts to it, or None; state [B, G, K, V] fp32. All forms compute in fp32 (fp64 for
-fp64 inputs) and return (y [B, H, T, V] in q's dtype, state). A token with k = 0 and g = 0 leaves no trace.
+One family for linear attention (no decay), RetNet (fixed g), Mamba-2 and Lightning (one g per head), GLA and HGRN-2
+(one g per channel). Letters: B rows, H query heads, G key/value heads (H = r·G, a group of r queries reads one state),
+T tokens, K key width, V value width, C chunk. Shapes: q [B, H, T, K], k [B, G, T, K], v [B, G, T, V], log_decay g ≤ 0
+of shape [B, G, T, K], [B, G, T, 1], anything that broadcasts to it, or None; state [B, G, K, V] fp32. All forms compute
+in fp32 (fp64 for fp64 inputs) and return (y [B, H, T, V] in q's dtype, state). A token with k = 0 and g = 0 leaves no
+trace.
 
 Sources: GLA, arXiv 2312.06635 (chunked form with secondary chunks); SSD, arXiv 2405.21060.
 """
@@ -120,14 +121,16 @@ def chunked(
 
 
 def _to_ends(q: Tensor, k: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries decayed from the start of their chunk, keys decayed to its end, and the decay of the whole chunk [..., K, 1]."""
+    """Queries decayed from the start of their chunk, keys decayed to its end, and the decay of the whole chunk [..., K,
+    1]."""
     if g is None:
         return q, k, k.new_ones(*k.shape[:-2], 1, 1)
     return q * g.cumsum(-2).exp().unsqueeze(-3), k * _after(g).exp(), g.sum(-2, keepdim=True).exp().mT
 
 
 def _after(g: Tensor) -> Tensor:
-    """Σ_{l > j} g_l along the tokens. Summed from the end: a difference of two prefix sums would cancel under strong decay."""
+    """Σ_{l > j} g_l along the tokens. Summed from the end: a difference of two prefix sums would cancel under strong
+    decay."""
     return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
@@ -155,7 +158,8 @@ def _pairs_by_halves(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     """`_pairs` with a decay per channel, without the C×C×K tensor.
 
     The square below the diagonal factorises around the last token of the first half: q decayed from there, k decayed to
-    there, both exponents ≤ 0 however strong the decay. The two halves are squares of the same kind; blocks of LEAF are direct.
+    there, both exponents ≤ 0 however strong the decay. The two halves are squares of the same kind; blocks of LEAF are
+    direct.
     """
     C = q.shape[-2]
     if C <= LEAF:

@@ -1,8 +1,8 @@
 """Padded and packed batches as left-aligned rows of real tokens.
 
-A recurrence, a ring and "the first s tokens" are simple on a row that starts at its first real token and has its padding at
-the end: causality hides the padding from every real query. So left padding, right padding, holes and packed documents all
-become rows once per forward pass, and no mixer knows any of them.
+A recurrence, a ring and "the first s tokens" are simple on a row that starts at its first real token and has its
+padding at the end: causality hides the padding from every real query. So left padding, right padding, holes and packed
+documents all become rows once per forward pass, and no mixer knows any of them.
 """
 
 from dataclasses import dataclass

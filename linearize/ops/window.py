@@ -1,9 +1,9 @@
 """Sliding-window softmax attention with sinks, in O(T·W) time and memory.
 
-Letters: B rows, H query heads, G key/value heads (H = r·G), T new tokens, K key width, V value width, W window, s sinks,
-C block. Query t sees token j ≤ t when t − j < W or j < s; every token counts once. Keys come in two parts: the sinks, and
-`local`, the W tokens before the new ones followed by the new ones, so that local index e is token n + e − W, n being the
-number of tokens that came before. A query block of C needs C + W neighbouring local keys, whatever T is.
+Letters: B rows, H query heads, G key/value heads (H = r·G), T new tokens, K key width, V value width, W window, s
+sinks, C block. Query t sees token j ≤ t when t − j < W or j < s; every token counts once. Keys come in two parts: the
+sinks, and `local`, the W tokens before the new ones followed by the new ones, so that local index e is token n + e − W,
+n being the number of tokens that came before. A query block of C needs C + W neighbouring local keys, whatever T is.
 
 Source of the pattern: StreamingLLM, arXiv 2309.17453.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 64
-"""Queries per block: 64 makes the matrix products large enough for a CPU while W = 64 wastes only half of each block."""
+"""Queries per block: 64 makes the matrix products large enough for a CPU while W = 64 wastes only half of each
+block."""
 
 
 def scores(q: Tensor, k: Tensor, scaling: float, softcap: float | None) -> Tensor:

@@ -1,0 +1,385 @@
+"""Conversion by class surgery: exact controls, the whole parity table, folders that open, branches that switch."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from linearize.errors import InputError
+from linearize.mixers import MIXERS, build_config
+from linearize.modeling import FORMAT, branches, linearize_, linearized_modules, state_bytes
+
+W, S, T = 16, 3, 90
+ARCHITECTURES = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite",
+    "starcoder2",
+]  # fmt: skip
+MIXTURES = [
+    {"name": name, "combine": combine, "window": W, "sinks": S}
+    for name, cls in MIXERS.items()
+    for combine in cls.combines
+]
+IDS = [f"{m['name']}-{m['combine']}" for m in MIXTURES]
+
+# fp32 on CPU; 3e-7 measured. DESIGN §5.
+LIMIT = 1e-5
+
+
+def tokens(batch: int = 2, length: int = T) -> torch.Tensor:
+    return torch.randint(3, 384, (batch, length))
+
+
+def logits(model, x, **kwargs):
+    with torch.no_grad():
+        return model(x, **kwargs).logits
+
+
+def in_pieces(model, x, cuts):
+    past, out = None, []
+    for start, end in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
+        with torch.no_grad():
+            result = model(x[:, start:end], past_key_values=past, use_cache=True)
+        past = result.past_key_values
+        out.append(result.logits)
+    return torch.cat(out, 1), past
+
+
+def difference(a, b):
+    return float((a - b).abs().max())
+
+
+@pytest.fixture(params=MIXTURES, ids=IDS)
+def mixture(request):
+    return request.param
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_softmax_control_is_the_source_bit_for_bit(architecture):
+    model, x = tiny_model(architecture), tokens()
+    mask = torch.ones_like(x)
+    mask[0, :9] = 0
+    expected = logits(model, x), logits(model, x, attention_mask=mask), in_pieces(model, x, [5, 30])[0]
+    linearize_(model, {"name": "softmax"})
+    assert torch.equal(logits(model, x), expected[0])
+    assert torch.equal(logits(model, x, attention_mask=mask)[mask.bool()], expected[1][mask.bool()])
+    assert torch.equal(in_pieces(model, x, [5, 30])[0], expected[2])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_in_reach_of_window_and_sinks_it_is_the_source(architecture):
+    """Every length up to W + s, for the mixer that would disturb it most if a token were counted twice."""
+    model, x = tiny_model(architecture), tokens(1, W + S)
+    expected = [logits(model, x[:, :n]) for n in range(1, W + S + 1)]
+    linearize_(model, {"name": "gla", "window": W, "sinks": S})
+    for n, e in enumerate(expected, start=1):
+        assert difference(logits(model, x[:, :n]), e) < 1e-4 * max(1, float(e.abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_unrotated_keys_are_those_of_an_unrotated_forward(architecture, monkeypatch):
+    """What the memory reads and writes, against the source's own forward with RoPE switched off."""
+    from linearize import archs
+
+    model, x = tiny_model(architecture), tokens(1, 12)
+    linearize_(model, {"name": "gla", "combine": "none", "window": W, "sinks": S})
+    seen = []
+    original = archs.unrotate
+
+    def spy(module, q, k, embeddings):
+        raw = original(module, q, k, embeddings)
+        off = (torch.ones_like(embeddings[0]), torch.zeros_like(embeddings[1]))
+        seen.append((module.layer_idx, raw, original(module, q, k, off)))
+        return raw
+
+    monkeypatch.setattr(archs, "unrotate", spy)
+    logits(model, x)
+    first = {index: raw for index, raw, _ in seen}
+    rotated_off = {}
+
+    def no_rope(module, args, kwargs):
+        cos, sin = kwargs["position_embeddings"]
+        kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+        return args, kwargs
+
+    seen.clear()
+    # Only the first layer's input is the same in both runs.
+    module = linearized_modules(model)[0]
+    handle = module.register_forward_pre_hook(no_rope, with_kwargs=True)
+    logits(model, x)
+    handle.remove()
+    rotated_off = {index: raw for index, _, raw in seen}
+    for a, b in zip(first[0], rotated_off[0], strict=True):
+        assert difference(a, b) < 1e-4
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.integers(1, T - 1), max_size=4, unique=True).map(sorted))
+def test_full_equals_pieces_wherever_it_is_cut(mixture, cuts):
+    model, x = converted(mixture), tokens()
+    assert difference(in_pieces(model, x, cuts)[0], logits(model, x)) < LIMIT * 10
+
+
+_CONVERTED = {}
+
+
+def converted(mixture):
+    """One tiny model per mixer for the whole module: examples of a property test share it."""
+    key = json.dumps(mixture)
+    if key not in _CONVERTED:
+        _CONVERTED[key] = linearize_(tiny_model("llama"), mixture)
+    return _CONVERTED[key]
+
+
+def test_full_equals_token_by_token(mixture):
+    model, x = converted(mixture), tokens()
+    assert difference(in_pieces(model, x, list(range(1, T)))[0], logits(model, x)) < LIMIT * 10
+
+
+def test_padding_changes_nothing(mixture):
+    """Left, right, both, and a row of other length, against each row alone."""
+    model = converted(mixture)
+    rows = [tokens(1, n)[0] for n in (40, T, 7, 61)]
+    left = [5, 0, T - 7, 11]
+    x, mask = torch.full((4, T), 2), torch.zeros(4, T, dtype=torch.long)
+    for i, (row, start) in enumerate(zip(rows, left, strict=True)):
+        x[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    got = logits(model, x, attention_mask=mask, position_ids=positions)
+    for i, row in enumerate(rows):
+        assert difference(got[i][mask[i].bool()], logits(model, row[None])[0]) < LIMIT * 10
+
+
+def test_padded_prefill_then_steps(mixture):
+    model = converted(mixture)
+    rows = [tokens(1, n + 30)[0] for n in (40, 7)]
+    x = torch.stack([torch.cat([torch.full((40 - n,), 2), r]) for n, r in zip((40, 7), rows, strict=True)])
+    mask = torch.ones_like(x)
+    mask[1, :33] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    past, out = None, []
+    for start, end in [(0, 40), (40, 45), *((i, i + 1) for i in range(45, 70))]:
+        with torch.no_grad():
+            result = model(
+                x[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=past,
+            )
+        past = result.past_key_values
+        out.append(result.logits)
+    got = torch.cat(out, 1)
+    for i, row in enumerate(rows):
+        assert difference(got[i][mask[i].bool()], logits(model, row[None])[0]) < LIMIT * 10
+
+
+def test_packed_documents_are_separate_documents(mixture):
+    model = converted(mixture)
+    lengths = [40, 1, 25, 24]
+    x = tokens(1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    got = logits(model, x, position_ids=positions, use_cache=False).split(lengths, 1)
+    for part, document in zip(got, x.split(lengths, 1), strict=True):
+        assert difference(part, logits(model, document)) < LIMIT * 10
+
+
+@pytest.mark.parametrize("kept", [[], [2, 5]], ids=["all", "hybrid"])
+def test_generation_is_the_same_with_every_cache(mixture, kept, tmp_path):
+    model = linearize_(tiny_model("qwen3"), mixture, [i for i in range(6) if i not in kept])
+    x = tokens(2, 30)
+    greedy = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    expected = model.generate(x, use_cache=False, **greedy)
+    for how in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 7}):
+        assert torch.equal(model.generate(x, **how, **greedy), expected), how
+    beams = model.generate(x, num_beams=3, **greedy)
+    assert torch.equal(model.generate(x, num_beams=3, use_cache=False, **greedy), beams)
+    sampled = model.generate(x, num_return_sequences=2, num_beams=2, **greedy)
+    assert sampled.shape == (4, 70)
+
+
+def test_256_greedy_tokens_cached_and_recomputed_are_identical():
+    model = converted({"name": "gla", "combine": "memory", "window": W, "sinks": S})
+    greedy = {"max_new_tokens": 256, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    x = tokens(1, 10)
+    assert torch.equal(model.generate(x, **greedy), model.generate(x, use_cache=False, **greedy))
+
+
+def test_a_prompt_cache_serves_several_calls():
+    import copy
+
+    model = converted({"name": "gla", "combine": "memory", "window": W, "sinks": S})
+    prompt, x = tokens(1, 50), tokens(2, 8)
+    with torch.no_grad():
+        past = model(prompt, use_cache=True).past_key_values
+    for question in x:
+        whole = torch.cat([prompt, question[None]], 1)
+        greedy = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+        assert torch.equal(
+            model.generate(whole, past_key_values=copy.deepcopy(past), **greedy), model.generate(whole, **greedy)
+        )
+
+
+def test_assisted_decoding_is_refused_in_one_sentence():
+    model = converted({"name": "gla", "combine": "memory", "window": W, "sinks": S})
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(tokens(1, 9), max_new_tokens=3, prompt_lookup_num_tokens=2, pad_token_id=2)
+
+
+def test_cache_size_is_known_and_constant(mixture):
+    model = linearize_(tiny_model("llama"), mixture)
+    _, past = in_pieces(model, tokens(), [30])
+    if mixture["name"] == "softmax":
+        return
+    sizes = [layer.nbytes() for layer in past.layers]
+    assert sizes == state_bytes(model.config, T, batch=2, dtype_bytes=4)["per_layer"]
+    addresses = [x.data_ptr() for layer in past.layers for x in layer.tensors.values()]
+    with torch.no_grad():
+        for token in tokens(2, 30).T:
+            model(token[:, None], past_key_values=past)
+    assert sizes == [layer.nbytes() for layer in past.layers]
+    assert addresses == [x.data_ptr() for layer in past.layers for x in layer.tensors.values()]
+
+
+def test_save_and_load_are_equal(mixture, tmp_path):
+    model, x = converted(mixture), tokens()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again).__name__ == "LinearizedForCausalLM"
+    assert again.config.linearize == model.config.linearize
+    assert torch.equal(logits(again, x), logits(model, x))
+    names = {n for n, _ in again.named_parameters()}
+    assert names >= {n for n, _ in tiny_model("llama").named_parameters()}
+
+
+def test_branches_switch_and_return():
+    source, x = tiny_model("llama"), tokens()
+    model = linearize_(tiny_model("llama"), {"name": "gla", "window": W, "sinks": S, "strength": 1.0})
+    window = linearize_(tiny_model("llama"), {"name": "window", "window": W, "sinks": S})
+    before = logits(model, x)
+    with branches(model, "source"):
+        assert torch.equal(logits(model, x), logits(source, x))
+    with branches(model, "window"):
+        assert torch.equal(logits(model, x), logits(window, x))
+    with branches(model, "memory"):
+        alone = logits(model, x)
+    assert difference(alone, before) > 1e-2
+    assert difference(logits(window, x), before) > 1e-4
+    assert torch.equal(logits(model, x), before)
+    with pytest.raises(ValueError, match="expected one of all, source"):
+        branches(model, "nonsense").__enter__()
+    with pytest.raises(ValueError, match="no linearized layer"):
+        branches(source, "all").__enter__()
+
+
+def test_linearizing_again_replaces_the_mixer():
+    model, x = tiny_model("llama"), tokens()
+    linearize_(model, {"name": "gla", "window": W})
+    linearize_(model, {"name": "window", "window": W, "sinks": S}, [1, 2])
+    assert [m.mixer.name for m in linearized_modules(model)] == ["gla", "window", "window", "gla", "gla", "gla"]
+    assert [v["name"] for v in model.config.linearize["layers"].values()][1] == "window"
+    assert logits(model, x).isfinite().all()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(mixture):
+    x = tokens()
+
+    def gradients(checkpointing):
+        model = linearize_(tiny_model("llama"), mixture)
+        model.train()
+        if checkpointing:
+            # The new name of 5.23; older releases know the other one only.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        model(x, labels=x, use_cache=False).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    for name, g in plain.items():
+        assert g is not None and g.isfinite().all(), name
+        assert torch.equal(g, checkpointed[name]), name
+
+
+def test_low_precision_errs_no_more_than_the_naive_form():
+    """bf16 weights: error against fp32 within twice that of the source's own softmax in bf16, plus 1e-3 (DESIGN §5)."""
+    model, x = tiny_model("llama"), tokens()
+    low = tiny_model("llama").bfloat16()
+    scale = float(logits(model, x).abs().max())
+    naive = difference(logits(low, x).float(), logits(model, x)) / scale
+    mixer = {"name": "gla", "window": W, "sinks": S}
+    linearize_(model, mixer)
+    linearize_(low, mixer)
+    ours = difference(logits(low, x).float(), logits(model, x)) / scale
+    assert ours <= 2 * naive + 1e-3
+    steps = difference(in_pieces(low, x, list(range(1, T)))[0].float(), logits(model, x)) / scale
+    assert steps <= 2 * naive + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": FORMAT + 1}, "upgrade linearize"),
+        ({"layers": {"0": {"name": "glaa"}}}, "Did you mean 'gla'"),
+        ({"layers": {"0": {"name": "gla", "windw": 3}}}, "windw: unknown key"),
+        ({"source": {"model_type": "nope"}}, "does not know"),
+        (None, "no complete `linearize` block"),
+    ],
+)
+def test_a_config_that_cannot_be_honoured_is_refused(tmp_path, change, says):
+    model = linearize_(tiny_model("llama"), {"name": "gla"})
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    if change is None:
+        del config["linearize"]
+    else:
+        config["linearize"].update(change)
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=says):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_an_error(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = linearize_(tiny_model("llama"), {"name": "gla"})
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="missing keys: model.layers.0.self_attn.q_proj.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"name": "glaa"}, "Did you mean 'gla'"),
+        ({"name": "gla", "window": 0, "sinks": -1}, "window: found 0; expected at least 1; mixer.sinks: found -1"),
+        ({"name": "gla", "window": "64"}, "expected int"),
+        ({"name": "gla", "sinks": True}, "expected int"),
+        ({"name": "gla", "combine": "both"}, "allowed: memory, liger, none"),
+        ({"name": "window", "combine": "liger"}, "allowed: none"),
+    ],
+)
+def test_bad_mixers_are_named(values, says):
+    with pytest.raises(InputError, match=says):
+        build_config(values)
+
+
+def test_layers_out_of_range_are_named():
+    with pytest.raises(InputError, match="found 6, 40; this model has attention in layers 0 to 5"):
+        linearize_(tiny_model("llama"), {"name": "gla"}, [0, 6, 40])
+    with pytest.raises(InputError, match="none is left"):
+        linearize_(tiny_model("llama"), {"name": "gla"}, [])
+
+
+def test_an_architecture_with_attention_code_of_its_own_is_refused():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2))
+    with pytest.raises(InputError, match="'bloom'.*attention interface"):
+        linearize_(model, {"name": "gla"})
