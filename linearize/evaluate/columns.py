@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from linearize import files, sources
+from linearize import adapters, files, sources
 from linearize.errors import InputError
 from linearize.mixers import MIXERS
 from linearize.modeling import branches, linearize_
@@ -25,12 +25,8 @@ def read_config(folder: str | Path) -> Any:
     Raises:
         InputError: it cannot be read, or it is not linearized.
     """
-    base = str(folder)
-    adapter = Path(folder) / "adapter_config.json"
     try:
-        if adapter.is_file() and not (Path(folder) / "config.json").is_file():
-            base = json.loads(adapter.read_text())["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(_base(folder))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -42,6 +38,10 @@ def read_config(folder: str | Path) -> Any:
             "convert`"
         )
     return config
+
+
+def _base(folder: str | Path) -> str | Path:
+    return adapters.base_folder(Path(folder)) if adapters.is_adapter(Path(folder)) else folder
 
 
 def window_of(config: Any) -> tuple[int, int] | None:
@@ -134,7 +134,9 @@ class Models:
             self._check_source(model.config, tokenizer)
         else:
             try:
-                model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+                model = AutoModelForCausalLM.from_pretrained(_base(self.folder), dtype=self.dtype)
+                if adapters.is_adapter(Path(self.folder)):
+                    model.load_adapter(self.folder)
             except (OSError, ValueError) as error:
                 raise InputError(
                     f"{self.folder}: cannot be opened as a model ({' '.join(str(error).split())})"

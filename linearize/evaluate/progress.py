@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from io import StringIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -88,9 +89,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopwatch() -> Iterator[list[float]]:
-    """Seconds of the block, as the one entry of the list, when it has ended."""
-    seconds: list[float] = []
+def stopwatch(column: dict[str, Any]) -> Iterator[None]:
+    """Add the seconds of the block to those of a column."""
     start = time.perf_counter()
-    yield seconds
-    seconds.append(time.perf_counter() - start)
+    yield
+    column["seconds"] += time.perf_counter() - start

@@ -15,6 +15,7 @@ from linearize.errors import InputError, suggest
 from linearize.recipe import package_folder
 from linearize.results import COLUMNS
 
+DEFAULT_TEXT = "wikitext2_valid"
 STRICT = ConfigDict(extra="forbid")
 
 

@@ -1,0 +1,190 @@
+"""The run behind `evaluate`: columns one after the other, every finished task on disk."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from linearize import results as results_file
+from linearize import sources
+from linearize.errors import InputError
+from linearize.evaluate import compare, perplexity
+from linearize.evaluate import suite as suites
+from linearize.evaluate.columns import Models, fingerprint, read_config, weight_files, window_of, without_branches
+from linearize.evaluate.environment import embedded_sha256, environment
+from linearize.evaluate.progress import Bar, quiet, stopwatch
+from linearize.evaluate.statistics import summarize
+from linearize.results import COLUMNS, SCHEMA
+
+PROBE = 256  # tokens of the forward pass that looks for broken numbers, where the suite has no text of its own
+
+
+def run(
+    folder: str,
+    chosen: suites.Suite,
+    *,
+    source: str | None,
+    target: Path | None,
+    limit: int | None,
+    columns: list[str] | None,
+    batch_size: int,
+    seed: int,
+    dtype: str,
+    device: str | None,
+    include_path: str | Path | None,
+    resume: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """See `linearize.evaluate.evaluate`."""
+    with quiet(), Bar(progress) as bar:
+        config = read_config(folder)
+        names = _possible(columns or chosen.columns, config, explicit=columns is not None, bar=bar)
+        located = sources.locate(source) if source else sources.relocate(config.linearize["source"])
+        models = Models(folder, config, located, dtype, device, seed)
+        bar.start("reading weights", total=sum(path.stat().st_size for path in weight_files(folder)))
+        window = window_of(config)
+        settings = {
+            "suite": asdict(chosen),
+            "limit": limit,
+            "seed": seed,
+            "batch_size": batch_size,
+            "dtype": str(models.dtype).removeprefix("torch."),
+            "device": models.device.type,
+            "window": window[0] if window else None,
+            "sinks": window[1] if window else None,
+            "weights": fingerprint(folder, bar.advance),
+            # Without its path, which would only say where this machine keeps it.
+            "source": {key: value for key, value in located.to_dict().items() if key != "path"},
+        }
+        saved = _Saved(target, settings, resume)
+        bar.start("reading tasks")
+        work = _Work(chosen, models, settings, include_path, bar)
+        saved.results |= {
+            "model": folder,
+            "source": located.id,
+            "suite": chosen.name,
+            "environment": environment(models.device, seed, work.data),
+        }
+        for name in names:
+            work.column(name, saved)
+        return saved.finish(work.complete)
+
+
+def _possible(names: list[str], config: Any, explicit: bool, bar: Bar) -> list[str]:
+    """Columns in the order that needs each set of weights once, without those that a model cannot have."""
+    names = [name for name in COLUMNS if name in names]
+    reason = without_branches(config)
+    dropped = [name for name in names if "/" in name] if reason else []
+    if dropped and explicit:
+        raise InputError(f"columns: {', '.join(dropped)}: {reason}; leave them out")
+    if dropped:
+        bar.line(f"without {', '.join(dropped)}: {reason}")
+    return [name for name in names if name not in dropped]
+
+
+class _Saved:
+    """The results so far, in a hidden file beside the target after every finished task."""
+
+    def __init__(self, target: Path | None, settings: dict[str, Any], resume: bool):
+        self.results = {"schema": SCHEMA, "complete": False, "settings": settings, "columns": {}}
+        self.target = target
+        self.partial = None if target is None else target.with_name(f".{target.name}.partial")
+        found = next((path for path in (self.partial, target) if path is not None and path.is_file()), None)
+        if resume and found:
+            earlier = results_file.read(found)
+            differing = [key for key in settings if earlier.get("settings", {}).get(key) != settings[key]]
+            if differing:
+                raise InputError(
+                    f"{found}: was made with other settings ({', '.join(differing)}), so its numbers cannot be taken "
+                    "over; leave out --resume, or choose another --out"
+                )
+            self.results["columns"] = earlier["columns"]
+
+    def column(self, name: str) -> dict[str, Any]:
+        return self.results["columns"].setdefault(name, {"tasks": {}, "seconds": 0.0})
+
+    def save(self) -> None:
+        if self.partial is not None:
+            results_file.write(self.results, self.partial)
+
+    def finish(self, complete: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Summarise the complete columns and let the file appear. Half a column of an earlier run is dropped."""
+        found, settings = self.results["columns"], self.results["settings"]
+        columns = {name: found[name] for name in COLUMNS if name in found and complete(found[name])}
+        self.results = {
+            **{key: self.results[key] for key in ("schema", "model", "source", "suite", "settings")},
+            "complete": True,
+            "columns": columns,
+            "summary": summarize(columns, settings["window"], settings["seed"]),
+            "environment": self.results["environment"],
+        }
+        if self.target is not None and self.partial is not None:
+            results_file.write(self.results, self.target)
+            self.partial.unlink(missing_ok=True)
+        return self.results
+
+
+class _Work:
+    """Tasks and texts, loaded once, and how a column runs them.
+
+    Attributes:
+        data: name -> sha256 of the texts and embedded items.
+    """
+
+    def __init__(
+        self, chosen: suites.Suite, models: Models, settings: dict[str, Any], include_path: str | Path | None, bar: Bar
+    ):
+        self.models, self.settings, self.bar = models, settings, bar
+        context = getattr(models.config, "max_position_embeddings", None)
+        for spec in chosen.perplexity:
+            if context is not None and spec.length > context:
+                raise InputError(
+                    f"perplexity: blocks of {spec.length} tokens do not fit the model's context of {context}; use "
+                    "shorter blocks"
+                )
+        read = {spec.text: suites.read_text(spec.text) for spec in chosen.perplexity}
+        self.texts = [
+            (spec.text, perplexity.cut(read[spec.text][0], models.tokenizer, spec.length, spec.blocks))
+            for spec in chosen.perplexity
+        ]
+        self.probe = None
+        if not self.texts:
+            text, _ = suites.read_text(suites.DEFAULT_TEXT)
+            self.probe = perplexity.cut(text[: 100 * PROBE], models.tokenizer, min(PROBE, context or PROBE), 1)
+        self.tasks = compare.load(chosen.tasks, include_path, model=models.folder, seed=settings["seed"])
+        items = [entry.embedded for entry in self.tasks if entry.embedded]
+        self.data = {**{name: digest for name, (_, digest) in read.items()}, **embedded_sha256(items)}
+
+    def complete(self, column: dict[str, Any]) -> bool:
+        return not self._missing(column) and (not self.texts or "perplexity" in column)
+
+    def _missing(self, column: dict[str, Any]) -> list[compare.Loaded]:
+        return [entry for entry in self.tasks if entry.name not in column["tasks"]]
+
+    def column(self, name: str, saved: _Saved) -> None:
+        """Run what is missing of a column."""
+        column = saved.column(name)
+        if self.complete(column):
+            self.bar.line(f"{name}: kept from the earlier run")
+            return
+        self.bar.start(f"{name}: loading")
+        with self.models.column(name) as model:
+            if self.probe is not None:
+                perplexity.losses(model, self.probe)
+            elif "perplexity" not in column:
+                self.bar.start(f"{name}: perplexity", total=sum(len(ids) for _, ids in self.texts))
+                with stopwatch(column):
+                    column["perplexity"] = perplexity.measure(
+                        model, self.texts, self.settings["window"], self.bar.advance
+                    )
+                saved.save()
+            missing = self._missing(column)
+            if missing:
+                scorer = compare.Scorer(model, self.models.tokenizer, self.settings["batch_size"], self.bar)
+            for entry in missing:
+                self.bar.start(f"{name}: {entry.label}")
+                with stopwatch(column):
+                    score = compare.run(scorer, entry, self.settings["limit"], self.settings["seed"])
+                column["tasks"][entry.name] = score
+                saved.save()
+        self.bar.line(f"{name}: {column['seconds']:.0f} s")
