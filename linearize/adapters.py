@@ -12,6 +12,7 @@ import peft
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -39,7 +40,7 @@ def open_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
     folder = base_folder(folder) if is_adapter(folder) else folder
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: no model can be read there: {str(error).strip().splitlines()[0]}") from error
     if not linearized_modules(model):
         raise InputError(

@@ -9,6 +9,7 @@ changes it.
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from glob import glob
@@ -192,7 +193,7 @@ def _open(source: Source) -> tuple[datasets.Dataset, str]:
     except (OSError, ValueError, DatasetsError) as error:
         # datasets wraps what was wrong with a file into a sentence that does not say it.
         cause = str(error.__cause__ or error).strip() or type(error).__name__
-        hint = "" if files else f". Allowed: an embedded name ({', '.join(embedded())}), a file, a Hub id within reach"
+        hint = "" if files else "; is the Hub within reach, and the name right? A local file or folder works offline"
         raise InputError(
             f"data: cannot read {source.path!r}, split {source.split!r}: {cause.splitlines()[0]}{hint}"
         ) from error
@@ -223,11 +224,11 @@ def _files(path: str) -> list[Path]:
             f"data: {path!r}: cannot read {', '.join(sorted(kinds))} as one data set; "
             f"allowed: one of {', '.join(READERS)}, also with .gz behind it"
         )
-    means_file = path.startswith((".", "/", "~")) or any(c in path for c in "*?[") or _kind(Path(path)) in READERS
-    if not found and means_file and not os.path.isdir(os.path.expanduser(path)):
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and _kind(Path(path)) not in READERS
+    if not found and not is_hub_id and not os.path.isdir(os.path.expanduser(path)):
         raise InputError(
-            f"data: no such file {path!r}; allowed: a local file or glob, the id of a data set on the Hub, "
-            f"or an embedded name ({', '.join(embedded())})"
+            f"data: found nothing named {path!r}; allowed: a local file or glob, a data set on the Hub as owner/name, "
+            f"or an embedded text. {suggest(path, embedded())}"
         )
     return found
 

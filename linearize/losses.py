@@ -94,20 +94,21 @@ class _TokenLosses(torch.autograd.Function):
             s = student[part].to(dtype)
             log_q = s.log_softmax(-1)
             lm_sum -= (log_q.gather(-1, target).squeeze(-1) * is_target).sum()
-            slope = torch.zeros_like(s)
+            slope = 0.0
             if lm and gradient is not None:
-                slope.add_(log_q.exp(), alpha=lm)
+                slope = lm * log_q.exp()
                 slope.scatter_add_(-1, target, torch.full_like(target, -lm, dtype=dtype))
             if teacher is not None and kl:
+                t = teacher[part].to(dtype)
                 if temperature != 1:
-                    log_q = (s / temperature).log_softmax(-1)
-                log_p = (teacher[part].to(dtype) / temperature).log_softmax(-1)
+                    log_q, t = (s / temperature).log_softmax(-1), t / temperature
+                log_p = t.log_softmax(-1)
                 p = log_p.exp()
-                kl_sum += temperature**2 * ((p * (log_p - log_q)).sum(-1) * is_target).sum()
+                kl_sum += temperature**2 * (torch.linalg.vecdot(p, log_p - log_q) * is_target).sum()
                 if gradient is not None:
-                    slope.add_(log_q.exp_().sub_(p), alpha=kl * temperature)
+                    slope = slope + kl * temperature * log_q.exp_().sub_(p)
             if gradient is not None:
-                gradient[part] = slope.mul_(is_target.unsqueeze(-1)).to(gradient.dtype)
+                gradient[part] = (slope * is_target.unsqueeze(-1)).to(gradient.dtype)
         ctx.gradient = None if gradient is None else gradient.view_as(logits)
         ctx.mark_non_differentiable(lm_sum, kl_sum)
         return lm * lm_sum + kl * kl_sum, lm_sum, kl_sum

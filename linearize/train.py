@@ -111,7 +111,7 @@ def train(
             record = loop.step(step, checkpoint)
             if monitor:
                 monitor.step(record)
-            if step % chosen.save_every == 0 and step < steps:
+            if step % chosen.save_every == 0 or step == steps:  # the last: writing the result may still fail
                 checkpoint = loop.save(work, step)
     finally:
         if monitor:

@@ -184,15 +184,17 @@ def test_bad_data_is_one_paragraph(tmp_path, tokenizer, cache):
     (tmp_path / "text.csv").write_text("text\na\n")
     cases = {
         "no column 'txt'. Did you mean 'text'\\? Available: id, text": replace(good, column="txt"),
-        "no such file '.*nothing.jsonl'.*demo-text": Data(path=str(tmp_path / "nothing.jsonl")),
-        "no such file 'nothing/\\*.txt'": Data(path="nothing/*.txt"),
+        "found nothing named '.*nothing.jsonl'": Data(path=str(tmp_path / "nothing.jsonl")),
+        "found nothing named 'nothing/\\*.txt'": Data(path="nothing/*.txt"),
+        "found nothing named 'texts/a.jsonl'": Data(path="texts/a.jsonl"),
+        "found nothing named 'demo-txt'.* Did you mean 'demo-text'": Data(path="demo-txt"),
         "cannot read .csv .*allowed: one of .txt, .jsonl": Data(path=str(tmp_path / "text.csv")),
         "cannot read .csv, .gz, .jsonl as one data set|cannot read .csv, .jsonl": Data(path=str(tmp_path / "*")),
         "column 'n' holds int, expected text; columns there: n, id": write(tmp_path, "numbers.jsonl", [1, 2], "n"),
         "holds no text in column 'text'": write(tmp_path, "blank.jsonl", ["", " "]),
         "cannot read '.*broken.jsonl', split 'train'": Data(path=str(tmp_path / "broken.jsonl")),
         "cannot read '.*broken.jsonl.gz'": Data(path=str(tmp_path / "broken.jsonl.gz")),
-        "cannot read 'org/name', split 'train'.*embedded name \\(demo-text\\)": Data(path="org/name"),
+        "cannot read 'org/name.v2', split 'train'.*is the Hub within reach": Data(path="org/name.v2"),
         "cannot read '.*good.jsonl', split 'tr@in'": replace(good, split="tr@in"),
     }
     for message, source in cases.items():
