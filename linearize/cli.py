@@ -51,13 +51,9 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-def _show(value: Any, as_json: bool, text: str | None = None) -> None:
-    """Print a result to stdout: as JSON, or as its text (without one, one line per key)."""
-    if as_json:
-        text = json.dumps(value, indent=2, default=str)
-    elif text is None:
-        text = "\n".join(f"{key}: {item}" for key, item in value.items())
-    print(text)
+def _show(value: Any, as_json: bool, text: str = "") -> None:
+    """Print a result to stdout, as JSON or as its text."""
+    print(json.dumps(value, indent=2, default=str) if as_json else text)
 
 
 def _note(text: str) -> None:
@@ -300,9 +296,10 @@ def inspect(
     Example:
       linearize inspect runs/demo/merged --json
     """
-    from linearize.inspection import inspect as look
+    from linearize import inspection
 
-    _show(look(folder), as_json)
+    found = inspection.inspect(folder)
+    _show(found, as_json, inspection.text(found))
 
 
 @app.command()

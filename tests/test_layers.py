@@ -15,6 +15,7 @@ ROWS = [
     {"mixers"},
     {"archs"},
     {"modeling"},
+    {"autoload"},
     {"__init__"},
     {"weights"},
     {"sources"},
