@@ -253,7 +253,7 @@ def convert(
         tensors = weights.read_folder(located.path)
         check_weights(located, tensors)
     read = [located.path / located.gguf] if located.gguf else pickles if staged else _files(tensors)
-    with files.output_folder(out, overwrite, key=_key(read, recipe, link)) as folder:
+    with files.output_folder(out, overwrite, _key(read, recipe, link), keep="model*.safetensors") as folder:
         done = sum(path.stat().st_size for path in folder.iterdir())
         files.check_space(out, _needed(model, tensors, dtype, link) - done)
         plain = located.path

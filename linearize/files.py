@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,18 @@ def check_space(out: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def output_folder(out: str | Path, overwrite: bool = False, key: str | None = None) -> Iterator[Path]:
+def output_folder(out: str | Path, overwrite: bool = False, key: str | None = None, keep: str = "*") -> Iterator[Path]:
     """Write a folder so that it appears, complete, by one rename at the end of the block.
 
     The block writes into a hidden sibling, ``.<name>.partial``. When the block raises, the sibling is removed; when the
-    process is killed, it stays, and the next call for the same folder clears it. A call with the `key` of the killed
-    one finds the files already written instead, and need not write them again.
+    process is killed, it stays until the next call for the same folder, which clears it or, with the same `key`, takes
+    over its finished files.
 
     Args:
         out: the folder to appear.
         overwrite: replace a model folder in its place; it stays until the new one is complete.
         key: names what is being written; None never takes over the files of a killed run.
+        keep: pattern of the files that a killed run with the same key leaves complete or not at all; only they stay.
 
     Yields:
         The folder to write into.
@@ -113,7 +115,7 @@ def output_folder(out: str | Path, overwrite: bool = False, key: str | None = No
                 else:
                     replaced.rename(out)
             check_output(out, overwrite)
-            _claim(partial, key)
+            _claim(partial, key, keep)
             yield partial
             _key_file(partial).unlink()
             check_output(out, overwrite)
@@ -182,13 +184,15 @@ def _key_file(partial: Path) -> Path:
     return partial / ".key"
 
 
-def _claim(partial: Path, key: str | None) -> None:
-    """Keep what a killed run with the same key has left in `partial`, clear anything else."""
+def _claim(partial: Path, key: str | None, keep: str) -> None:
+    """Keep what a killed run with the same key has finished in `partial`, clear anything else."""
     note = _key_file(partial)
-    if key is None or not note.is_file() or note.read_text() != key:
-        for entry in partial.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        note.write_text(key or "")
+    same = key is not None and note.is_file() and note.read_text() == key
+    for entry in partial.iterdir():
+        if same and not entry.name.startswith(".") and fnmatch(entry.name, keep):
+            continue
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    note.write_text(key or "")
 
 
 def _disk_full(error: BaseException | None) -> bool:
@@ -354,7 +358,8 @@ def write_manifest(folder: Path, facts: dict[str, Any], hashes: dict[str, str | 
         hashes: file name -> sha256 where it is known already. None: record the size only. Other files are hashed here.
     """
     files = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    for path in [folder / name for name in names if name != MANIFEST]:
         digest = hashes[path.name] if path.name in hashes else sha256(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
     (folder / MANIFEST).write_text(json.dumps({"format": 1, **facts, "files": files}, indent=2) + "\n")

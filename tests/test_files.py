@@ -98,9 +98,10 @@ def test_killed_run_is_continued_only_with_its_key(tmp_path: Path) -> None:
     for key, kept in [("same", True), ("other", False), (None, False)]:
         unfinished.mkdir()
         (unfinished / ".key").write_text("same")
-        (unfinished / "done").write_text("1")
-        with pytest.raises(KeyError), files.output_folder(tmp_path / "out", key=key) as folder:
-            assert (folder / "done").exists() == kept
+        for name in ("done", "half", ".hidden"):
+            (unfinished / name).write_text("1")
+        with pytest.raises(KeyError), files.output_folder(tmp_path / "out", key=key, keep="do*") as folder:
+            assert {entry.name for entry in folder.iterdir()} == ({".key", "done"} if kept else {".key"})
             raise KeyError("x")
 
 
@@ -239,7 +240,8 @@ def test_link_shares_the_bytes_and_knows_only_free_hashes(blob: Path, monkeypatc
 def test_manifest_finds_every_change(tmp_path: Path) -> None:
     for name in ("same", "changed", "longer", "gone", "unhashed"):
         (tmp_path / name).write_text("1234")
-    files.write_manifest(tmp_path, {"source": {"id": "x"}}, {"unhashed": None})
+    for _ in range(2):  # the second time there is a manifest already
+        files.write_manifest(tmp_path, {"source": {"id": "x"}}, {"unhashed": None})
     assert files.verify(tmp_path) == []
     (tmp_path / "changed").write_text("4321")
     (tmp_path / "longer").write_text("12345")

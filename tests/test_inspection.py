@@ -1,0 +1,59 @@
+"""`inspect` tells what a folder is made of, from headers alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import save_file
+from test_convert import run
+from test_sources import write_gguf
+
+from linearize import files, inspection
+from linearize.errors import InputError
+from linearize.inspection import inspect
+
+
+def test_inspect_reads_headers_only(qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = run(qwen3_folder, tmp_path / "out", mixer={"name": "gla", "window": 32}, layers=[3])
+    monkeypatch.setattr(torch, "frombuffer", lambda *arguments: pytest.fail("values were read"))
+    found = inspect(out)
+    model = tiny_model("qwen3", tie_word_embeddings=True)
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert found["bytes"] == 4 * found["parameters"]
+    assert found["dtypes"] == ["F32"]
+    assert [layer["mixer"] for layer in found["layers"]] == ["softmax"] * 3 + ["gla"] + ["softmax"] * 2
+    assert found["layers"][3]["window"] == 32
+    assert found["layers"][0]["parameters"] == sum(p.numel() for p in model.model.layers[0].parameters())
+    assert found["source"]["id"] == "tiny-qwen3"
+    growth = found["cache"]["bytes_per_token"]
+    assert growth["linearized"] * 6 == growth["source_kv"] * 5
+    shown = inspection.text(found)
+    assert "layers 0-2, 4-5" in shown
+    assert "from tiny-qwen3 (qwen3)" in shown
+    plain = inspect(qwen3_folder)
+    assert "linearize" not in inspection.text(plain).replace(plain["path"], "")
+    assert plain["source"] is None
+    assert plain["parameters"] == found["parameters"]
+    assert {row["linearized"] - row["source_kv"] for row in plain["cache"]["contexts"]} == {0}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_inspect_adapter_and_gguf(llama_folder: Path, tmp_path: Path) -> None:
+    out = run(llama_folder, tmp_path / "out")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(out)}))
+    with pytest.raises(InputError, match="no adapter_model.safetensors"):
+        inspect(adapter)
+    save_file({"a": torch.zeros(8, 48)}, adapter / "adapter_model.safetensors")
+    found = inspect(adapter)
+    assert found["adapter"]["parameters"] == 8 * 48
+    assert found["model_type"] == "linearized"
+    assert "LORA, r 8, 384 parameters" in inspection.text(found)
+    source = write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    found = inspect(source)
+    assert found["bytes"] == source.stat().st_size
+    assert files.format_bytes(found["bytes"]) in inspection.text(found)
