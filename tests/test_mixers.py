@@ -1,0 +1,132 @@
+"""Each mixer against its formula, written out here another way; and the numbers a user reads about it."""
+
+import torch
+from conftest import tiny_model
+from torch.nn import functional as F
+
+from linearize.mixers import MIXERS, Context, Geometry, build_config
+from linearize.modeling import linearize_, linearized_modules
+from linearize.ops import expansion
+
+B, H, G, T, K = 2, 4, 2, 50, 8
+W, S = 9, 3
+
+
+def context(unrotate=lambda q, k: (q, k), **changes) -> Context:
+    values = {
+        "layer_idx": 0, "scaling": 0.4, "softcap": None, "extra": None, "unrotate": unrotate, "rows": None, "cache":
+        None, "branch": "all", "attend": lambda q, k, v: v,
+    }  # fmt: skip
+    return Context(**{**values, **changes})
+
+
+def qkv():
+    return torch.randn(B, H, T, K), torch.randn(B, G, T, K), torch.randn(B, G, T, K)
+
+
+def mixer(**values):
+    config = build_config({"window": W, "sinks": S, **values})
+    return MIXERS[config.name](config, Geometry(H, G, K, K))
+
+
+def test_liger_is_as_published():
+    """0.5·window + 0.5·GLA over all tokens: σ(k)^{1/16}, softmax features before RoPE, no denominator."""
+    q, k, v = qkv()
+    raw_q, raw_k = torch.randn_like(q), torch.randn_like(k)
+    config = build_config({"name": "gla", "combine": "liger"})
+    assert (config.window, config.sinks, config.gate_normalizer, config.features) == (64, 0, 16.0, "softmax")
+    got = mixer(name="gla", combine="liger", sinks=0)(q, k, v, context(lambda *_: (raw_q, raw_k)))
+
+    expected = torch.zeros_like(got)
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // G)
+            state = torch.zeros(K, K)
+            for t in range(T):
+                state = state * torch.sigmoid(raw_k[b, g, t])[:, None] ** (1 / 16)
+                state = state + raw_k[b, g, t].softmax(0)[:, None] * v[b, g, t]
+                first = max(0, t - W + 1)
+                weights = (0.4 * k[b, g, first : t + 1] @ q[b, h, t]).softmax(0)
+                expected[b, h, t] = 0.5 * weights @ v[b, g, first : t + 1] + 0.5 * raw_q[b, h, t].softmax(0) @ state
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_is_one_softmax_over_window_and_expansion():
+    """Every token out of reach gets the weight e^μ (1 + a − μ), every other its own e^a, under one normaliser."""
+    q, k, v = qkv()
+    got = mixer(name="gla", gate_normalizer=1e9, strength=0.3)(q, k, v, context())
+    a = 0.4 * q @ k.repeat_interleave(H // G, 1).mT
+    t = torch.arange(T)
+    distance = t[:, None] - t
+    near = (distance >= 0) & ((distance < W) | (t < S))
+    far = (distance >= W) & (t >= S)
+    mean = (a * far).sum(-1, keepdim=True) / far.sum(-1, keepdim=True).clamp(min=1)
+    weights = near * a.exp() + far * (mean + 0.3).exp() * (1 + a - mean)
+    expected = (weights @ v.repeat_interleave(H // G, 1)) / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_expansion_is_exact_where_scores_are_equal():
+    """Equal keys: the average of values, and the log weight of an exact softmax."""
+    q, v = torch.randn(1, 1, 6, 4), F.pad(torch.randn(1, 1, 6, 5), (0, 1), value=1.0)
+    k = torch.randn(4).expand(1, 1, 6, 4)
+    y, weight, _ = expansion.run(q, k, v, None, expansion.empty_state(1, 1, 4, 5, torch.device("cpu")))
+    a = (q @ k.mT).masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf"))
+    torch.testing.assert_close(y, a.softmax(-1) @ v[..., :-1])
+    torch.testing.assert_close(weight, a.logsumexp(-1))
+
+
+def test_expansion_forms_agree():
+    q, k, v = qkv()
+    v = F.pad(v, (0, 1), value=1.0)
+    k[:, :, ::7], v[:, :, ::7] = 0, 0  # tokens that do not exist
+    g = F.logsigmoid(torch.randn(B, G, T, K)) * (k != 0).any(-1, keepdim=True)
+    empty = expansion.empty_state(B, G, K, K, torch.device("cpu"))
+    y, weight, state = expansion.run(q, k, v, g, empty)
+    expected = expansion.naive(q, k, v, g)
+    torch.testing.assert_close(y, expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weight, expected[1], rtol=1e-4, atol=1e-5)
+    running = tuple(x.clone() for x in empty)
+    for t in range(T):
+        one = slice(t, t + 1)
+        yt, wt, running = expansion.run(q[:, :, one], k[:, :, one], v[:, :, one], g[:, :, one], running, decoding=True)
+        torch.testing.assert_close(yt, y[:, :, one], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(wt, weight[:, :, one], rtol=1e-4, atol=1e-5)
+    for a, b in zip(running, state, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_at_fifty_stay_finite_with_their_gradients():
+    q, k, v = (50 * x.sign() for x in qkv())
+    for values in ({"combine": "memory"}, {"combine": "memory", "gate_normalizer": 1.0}, {"combine": "liger"}):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = mixer(name="gla", **values)(*inputs, context())
+        y.square().sum().backward()
+        assert y.isfinite().all()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs)
+
+
+def test_soft_caps_scaling_and_logits_without_values_are_the_sources():
+    """gemma2 caps scores, gpt_oss adds a logit per head: in reach of the window the mixer must do both."""
+    q, k, v = (x[:, :, : W + S] for x in qkv())
+    extra = torch.randn(H)
+    got = mixer(name="gla")(q, k, v, context(softcap=2.0, extra=extra))
+    a = 2 * torch.tanh(0.4 * q @ k.repeat_interleave(H // G, 1).mT / 2)
+    a = a.masked_fill(torch.ones(W + S, W + S).triu(1).bool(), float("-inf"))
+    a = torch.cat([a, extra.view(H, 1, 1).expand(B, H, W + S, 1)], -1).softmax(-1)[..., :-1]
+    torch.testing.assert_close(got, a @ v.repeat_interleave(H // G, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_no_mixer_so_far_adds_weights():
+    for name in MIXERS:
+        model = linearize_(tiny_model("llama"), {"name": name})
+        assert [n for m in linearized_modules(model) for n, _ in m.mixer.named_parameters()] == []
+
+
+def test_configs_survive_json():
+    import json
+
+    for name, cls in MIXERS.items():
+        for combine in cls.combines:
+            config = build_config({"name": name, "combine": combine, "window": 7})
+            assert build_config(json.loads(json.dumps(config.to_dict()))) == config
