@@ -14,16 +14,44 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 AWAITED = "transformers.models.auto.modeling_auto"
 
 
 def install() -> None:
     """Register now if transformers' table of causal language models is loaded, else as soon as it is."""
-    if AWAITED in sys.modules:
+    module = sys.modules.get(AWAITED)
+    if module is None:
+        if not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Waiting())
+    elif not _running(module):
+        _register()
+    elif not isinstance(module.__spec__ and module.__spec__.loader, _ThenRegister):
+        # Torch called from inside the awaited module, whose import is what imports torch: too late to wait for it.
+        module.__class__ = _Unregistered
+
+
+def _running(module: ModuleType) -> bool:
+    return getattr(module.__spec__, "_initializing", False)
+
+
+def _register() -> None:
+    try:
         importlib.import_module("linearize.modeling")
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    except ImportError as error:
+        # A program that only shares the environment must not break because this package does not fit.
+        warnings.warn(f"linearized models cannot be opened here: {error}", RuntimeWarning, stacklevel=2)
+
+
+class _Unregistered(ModuleType):
+    """The awaited module, found while it was running: registers when somebody looks into it after that."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("__") and not _running(self):
+            self.__class__ = ModuleType  # pyright: ignore[reportAttributeAccessIssue]
+            _register()
+        return ModuleType.__getattribute__(self, name)
 
 
 class _Waiting(importlib.abc.MetaPathFinder):
@@ -51,8 +79,4 @@ class _ThenRegister(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
         module.__loader__ = self.loader
-        try:
-            importlib.import_module("linearize.modeling")
-        except ImportError as error:
-            # A program that only shares the environment must not break because this package does not fit.
-            warnings.warn(f"linearized models cannot be opened here: {error}", RuntimeWarning, stacklevel=2)
+        _register()
