@@ -386,7 +386,7 @@ def mixers(as_json: Json = False) -> None:
     rows = {}
     for name, mixer in MIXERS.items():
         settings = {key: value for key, value in mixer.Config(name=name).to_dict().items() if key != "name"}
-        about = (sys.modules[mixer.__module__].__doc__ or "").strip().splitlines()[0]
+        about = " ".join((sys.modules[mixer.__module__].__doc__ or "").split("\n\n")[0].split())
         rows[name] = {"about": about, "combine": list(mixer.combines), "defaults": settings}
     _show(rows, as_json, "\n".join(_mixer_lines(rows)))
 
