@@ -116,27 +116,26 @@ def geometry(config: PreTrainedConfig, module: Any = None) -> Geometry:
     config = config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    if module is not None:
+        kv_heads = heads // getattr(module, "num_key_value_groups", 1)
+    widths = (getattr(o, n, None) for o, n in ((module, "head_dim"), (module, "head_size"), (config, "head_dim")))
+    width = next((w for w in widths if w), config.hidden_size // heads)
     return Geometry(heads, kv_heads, width, width)
 
 
-def unrotate(
-    module: Any, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Queries [B, H, T, K] and keys [B, G, T, K] as they were before RoPE, in fp32, by the source's own rotation run
-    backwards."""
+def unrotate(module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Queries or keys [B, heads, T, K] as they were before RoPE, in fp32: the source's own rotation, run backwards."""
+    x = x.float()
     if position_embeddings is None or not arch_of(module.source_config).rotates(module):
-        return q, k
-    cos, sin = (x.float() for x in position_embeddings)
+        return x
+    cos, sin = (e.float() for e in position_embeddings)
     apply = sys.modules[module.source_class.__module__].apply_rotary_pos_emb
     width = cos.shape[-1]
     # Scaled rotary embeddings (YaRN) multiply both by a factor; its square divides out here.
     scale = cos[..., :1] ** 2 + sin[..., :1] ** 2
-    cos, sin = cos / scale, -sin / scale
-    raw_q, raw_k = apply(q[..., :width].float(), k[..., :width].float(), cos, sin)
-    if width == q.shape[-1]:
-        return raw_q, raw_k
-    return torch.cat([raw_q, q[..., width:].float()], -1), torch.cat([raw_k, k[..., width:].float()], -1)
+    # It rotates queries and keys; the second place gets no heads.
+    raw = apply(x[..., :width], x[:, :0, :, :width], cos / scale, -sin / scale)[0]
+    return raw if width == x.shape[-1] else torch.cat([raw, x[..., width:]], -1)
 
 
 def role_modules(model: nn.Module, roles: list[str] | tuple[str, ...]) -> list[str]:

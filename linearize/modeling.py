@@ -23,6 +23,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -89,8 +93,8 @@ def attention(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return source(module, q, k, v, call.mask, **kwargs)[0].transpose(1, 2)
 
-    def unrotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return archs.unrotate(module, q, k, call.position_embeddings)
+    def unrotate(x: Tensor) -> Tensor:
+        return archs.unrotate(module, x, call.position_embeddings)
 
     scaling = kwargs.get("scaling")
     context = Context(
@@ -206,6 +210,7 @@ class LinearizedForCausalLM(_Source):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
+        _inherit_conversions(cls)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = {k: sorted(info[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)}
         if wrong:
@@ -214,6 +219,10 @@ class LinearizedForCausalLM(_Source):
             )
             raise InputError(f"{args[0]}: the tensors do not fit its config.json: {found}; convert the source again")
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        _inherit_conversions(type(self))
+        super().save_pretrained(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any):
         inputs = super().prepare_inputs_for_generation(*args, attention_mask=attention_mask, **kwargs)
@@ -233,6 +242,18 @@ class LinearizedForCausalLM(_Source):
                 if module.mixer.name != "softmax" and module.branch != "source":
                     c = module.mixer.config
                     cache_layer(past, module.layer_idx, c.window, c.sinks)
+
+
+def _inherit_conversions(cls: type) -> None:
+    """Let transformers rename and join the checkpoint's tensors as it does for the source (fused experts, old names).
+
+    It finds these rules by class name or model type, and all linearized classes share both; so they are set anew
+    whenever a model is opened or saved.
+    """
+    source: Any = cls.__mro__[2]
+    names = (source.__name__, source.config_class.model_type)
+    rules = next((rules for name in names if (rules := get_checkpoint_conversion_mapping(name)) is not None), [])
+    register_checkpoint_conversion_mapping("LinearizedForCausalLM", rules, overwrite=True)
 
 
 @cache

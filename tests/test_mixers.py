@@ -12,7 +12,7 @@ B, H, G, T, K = 2, 4, 2, 50, 8
 W, S = 9, 3
 
 
-def context(unrotate=lambda q, k: (q, k), **changes) -> Context:
+def context(unrotate=lambda x: x, **changes) -> Context:
     values = {
         "layer_idx": 0, "scaling": 0.4, "softcap": None, "extra": None, "unrotate": unrotate, "rows": None, "cache":
         None, "branch": "all", "attend": lambda q, k, v: v,
@@ -35,7 +35,7 @@ def test_liger_is_as_published():
     raw_q, raw_k = torch.randn_like(q), torch.randn_like(k)
     config = build_config({"name": "gla", "combine": "liger"})
     assert (config.window, config.sinks, config.gate_normalizer, config.features) == (64, 0, 16.0, "softmax")
-    got = mixer(name="gla", combine="liger", sinks=0)(q, k, v, context(lambda *_: (raw_q, raw_k)))
+    got = mixer(name="gla", combine="liger", sinks=0)(q, k, v, context(lambda x: raw_q if x is q else raw_k))
 
     expected = torch.zeros_like(got)
     for b in range(B):
@@ -80,7 +80,7 @@ def test_expansion_forms_agree():
     q, k, v = qkv()
     v = F.pad(v, (0, 1), value=1.0)
     k[:, :, ::7], v[:, :, ::7] = 0, 0  # tokens that do not exist
-    g = F.logsigmoid(torch.randn(B, G, T, K)) * (k != 0).any(-1, keepdim=True)
+    g = F.logsigmoid(torch.randn(B, G, T, 1)) * (k != 0).any(-1, keepdim=True)
     empty = expansion.empty_state(B, G, K, K, torch.device("cpu"))
     y, weight, state = expansion.run(q, k, v, g, empty)
     expected = expansion.naive(q, k, v, g)

@@ -74,7 +74,7 @@ class Context:
     Attributes:
         layer_idx: the layer's index in the cache.
         scaling, softcap, extra: the source's score scale, soft cap and [H] logits without a value (or None).
-        unrotate: (q, k) -> (q, k) before RoPE.
+        unrotate: queries or keys -> the same before RoPE, fp32.
         rows: left-aligned view of a padded or packed batch, or None.
         cache: the Cache to continue and update, or None.
         branch: all | window (memory off) | memory (window off).
@@ -86,7 +86,7 @@ class Context:
     scaling: float
     softcap: float | None
     extra: Tensor | None
-    unrotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    unrotate: Callable[[Tensor], Tensor]
     rows: Rows | None
     cache: Cache | None
     branch: str
@@ -95,7 +95,7 @@ class Context:
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A recurrent one defines `write`, `read`, `recur` and `empty_state`; the rest is here.
+    """Base of all mixers. A recurrent one defines `prepare`, `write`, `recur` and `empty_state`; the rest is here.
 
     The one rule of a recurrence: a token whose writes are all zero leaves the state exactly as it was.
     """
@@ -115,13 +115,13 @@ class Mixer(nn.Module):
 
     # --- what a recurrent mixer's file defines
 
-    def write(self, k: Tensor, raw_k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """Keys [B, G, T, K] after and before RoPE, values [B, G, T, V] -> what the recurrence needs, [B, G, T, ·]
-        each."""
+    def prepare(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Once per token, as it arrives: queries [B, H, T, K] -> what reads the state [B, H, T, ·]; keys [B, G, T, K]
+        -> what `write` will need beside k and v [B, G, T, C], kept until the token leaves the window."""
         raise TypeError(f"{self.name} has no recurrence")
 
-    def read(self, q: Tensor, raw_q: Tensor, scaling: float) -> Tensor:
-        """Queries [B, H, T, K] after and before RoPE, and the source's score scale -> what reads the state."""
+    def write(self, k: Tensor, carry: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Keys [B, G, T, K], what `prepare` made of them, values [B, G, T, V] -> what the recurrence takes in."""
         raise TypeError(f"{self.name} has no recurrence")
 
     def recur(
@@ -134,6 +134,11 @@ class Mixer(nn.Module):
             has no normaliser; and the state after the last token.
         """
         raise TypeError(f"{self.name} has no recurrence")
+
+    @property
+    def carry_width(self) -> int:
+        """C of `prepare`."""
+        return self.geometry.key_width
 
     def empty_state(self, batch: int, device: torch.device) -> tuple[Tensor, ...]:
         """The fp32 state of rows that have seen nothing."""
@@ -148,7 +153,7 @@ class Mixer(nn.Module):
             return {}
         slots = {"k": (g.kv_heads, g.key_width), "v": (g.kv_heads, g.value_width)}
         if self.delayed:
-            slots["raw_k"] = (g.kv_heads, g.key_width)
+            slots["carry"] = (g.kv_heads, self.carry_width)
         return slots
 
     def state_bytes(self, batch: int, dtype_bytes: int) -> int:
@@ -160,27 +165,28 @@ class Mixer(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> y [B, H, T, V] in v's dtype."""
-        raw_q, raw_k = context.unrotate(q, k) if self.recurrent else (q, k)
+        read, carry = self.prepare(q, k, context) if self.recurrent else (q, k)
+        carry = carry.to(k.dtype)
         rows, layer = context.rows, None
         if context.cache is not None:
             layer = cache_layer(context.cache, context.layer_idx, self.config.window, self.config.sinks)
         past = layer if layer is not None and layer.is_initialized else None
         T = q.shape[2]
         if past is not None and T == 1 and rows is None:
-            return self._step(q, k, v, raw_q, raw_k, context, past)
+            return self._step(q, k, v, read, carry, context, past)
         lengths = torch.full((q.shape[0],), T, device=q.device)
         real = None
         if rows is not None:
             if rows.packed and past is not None:
                 raise ValueError("packed documents can only start an empty cache")
-            q, k, v, raw_q, raw_k = (rows.gather(x) for x in (q, k, v, raw_q, raw_k))
+            q, k, v, read, carry = (rows.gather(x) for x in (q, k, v, read, carry))
             real, lengths = rows.valid, rows.valid.sum(1)
-        y, state = self._block(q, k, v, raw_q, raw_k, context, past, real)
+        y, state = self._block(q, k, v, read, carry, context, past, real)
         if layer is not None:
             if past is None:
                 states = self.empty_state(q.shape[0], q.device)
                 layer.lazy_initialization(q.shape[0], k, self.slots(), states)
-            new = {"k": k, "v": v, "raw_k": raw_k}
+            new = {"k": k, "v": v, "carry": carry}
             layer.extend({n: new[n] for n in self.slots()}, lengths)
             for kept, final in zip(layer.state, state, strict=True):
                 kept.copy_(final.detach())
@@ -190,7 +196,7 @@ class Mixer(nn.Module):
         return y if rows is None else rows.scatter(y)
 
     def _block(
-        self, q: Tensor, k: Tensor, v: Tensor, raw_q: Tensor, raw_k: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, carry: Tensor,
         context: Context, past: LinearizedCacheLayer | None, real: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """Several tokens at once: outputs, and the state after the last real token of each row."""
@@ -215,18 +221,17 @@ class Mixer(nn.Module):
         if self.recurrent and skip < T:
             keep = None if real is None else real[:, skip:]
             if self.delayed:
-                leaving = (local(n, x)[:, :, skip:T] for n, x in (("k", k), ("raw_k", raw_k), ("v", v)))
+                leaving = (local(n, x)[:, :, skip:T] for n, x in (("k", k), ("carry", carry), ("v", v)))
                 writes = self.write(*leaving)
                 if past is not None or keep is not None:
                     token = torch.as_tensor(seen, device=q.device).view(-1, 1) - W
                     left = token + torch.arange(skip, T, device=q.device) >= s
                     keep = left if keep is None else keep & left
             else:
-                writes = self.write(k, raw_k, v)
+                writes = self.write(k, carry, v)
             if keep is not None:
                 writes = tuple(w * keep[:, None, :, None] for w in writes)
-            read = self.read(q[:, :, skip:], raw_q[:, :, skip:], context.scaling)
-            y, weight, state = self.recur(read, writes, state, decoding=False)
+            y, weight, state = self.recur(read[:, :, skip:], writes, state, decoding=False)
             if skip:
                 y = F.pad(y, (0, 0, skip, 0))
                 weight = None if weight is None else F.pad(weight, (skip, 0), value=float("-inf"))
@@ -252,7 +257,7 @@ class Mixer(nn.Module):
         return torch.where((slot < count)[:, None, :, None], old, new.gather(2, index))
 
     def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, raw_q: Tensor, raw_k: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, carry: Tensor,
         context: Context, past: LinearizedCacheLayer,
     ) -> Tensor:  # fmt: skip
         """One decoding step: the token that the new one overwrites in the ring is the one that enters the memory."""
@@ -265,10 +270,10 @@ class Mixer(nn.Module):
         slot, filled, leaving = context.shared[key]
         writes, near, far = (), None, None
         if self.delayed:
-            writes = tuple(w * leaving for w in self.write(*(_take(kept[n], slot) for n in ("k", "raw_k", "v"))))
+            writes = tuple(w * leaving for w in self.write(*(_take(kept[n], slot) for n in ("k", "carry", "v"))))
         elif self.recurrent:
-            writes = self.write(k, raw_k, v)
-        new = {"k": k, "v": v, "raw_k": raw_k}
+            writes = self.write(k, carry, v)
+        new = {"k": k, "v": v, "carry": carry}
         for name in self.slots():
             x = new[name].to(kept[name].dtype)
             kept[name].scatter_(2, slot.expand_as(x), x)
@@ -278,7 +283,7 @@ class Mixer(nn.Module):
                 scaling=context.scaling, softcap=context.softcap, extra=context.extra,
             )  # fmt: skip
         if self.recurrent:
-            y, weight, _ = self.recur(self.read(q, raw_q, context.scaling), writes, past.state, decoding=True)
+            y, weight, _ = self.recur(read, writes, past.state, decoding=True)
             far = y, weight
         past.advance(1, 1)
         return self._join(near, far, v, context)

@@ -3,10 +3,10 @@
 S_t = diag(α_t) S_{t-1} + φ(k_t) v_tᵀ,  α_t = σ(k_t)^{1/τ} per channel of the key before RoPE.
 
 features: softmax (Liger): φ = softmax over K of q and k before RoPE, y_t = φ(q_t)ᵀ S_t.
-features: expansion (for combine: memory): φ(k) = k as the source rotates it, and the state is read as the first-order
+features: expansion (combine: memory): φ(k) = k as the source rotates it, and the state is read as the first-order
 expansion of the source's own softmax around the mean score of what has left the window (ops/expansion.py): nothing to
-fit, nothing to guess. Here the decay lets a key fade channel by channel towards "no opinion" (score 0), while its value
-stays in the average.
+fit. The gate is pooled over the channels, α_t = σ(k_t)^{1/τ} averaged in log space, so that a token's key fades
+together with its weight; a key that fades alone drifts to score 0, above most real scores.
 
 State per layer: G·(K + 1)·(V + 1) fp32 (G·K·V for softmax). No new weights.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.mixers import base
@@ -63,14 +64,24 @@ class Mixer(base.Mixer):
     def expands(self) -> bool:
         return self.config.features == "expansion"
 
-    def write(self, k, raw_k, v):
-        gate = F.logsigmoid(raw_k.float()) / self.config.gate_normalizer
-        if self.expands:
-            return k.float(), F.pad(v.float(), (0, 1), value=1.0), gate
-        return raw_k.float().softmax(-1), v.float(), gate
+    @property
+    def carry_width(self):
+        return 1 if self.expands else self.geometry.key_width
 
-    def read(self, q, raw_q, scaling):
-        return q.float() * scaling if self.expands else raw_q.float().softmax(-1)
+    def prepare(self, q, k, context):
+        raw_k = context.unrotate(k)
+        if self.expands:
+            return q.float() * context.scaling, self._log_decay(raw_k).mean(-1, keepdim=True)
+        return context.unrotate(q).softmax(-1), raw_k
+
+    def write(self, k, carry, v):
+        if self.expands:
+            return k.float(), F.pad(v.float(), (0, 1), value=1.0), carry.float()
+        raw_k = carry.float()
+        return raw_k.softmax(-1), v.float(), self._log_decay(raw_k)
+
+    def _log_decay(self, raw_k: Tensor) -> Tensor:
+        return F.logsigmoid(raw_k) / self.config.gate_normalizer
 
     def recur(self, read, writes, state, decoding):
         if self.expands:

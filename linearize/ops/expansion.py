@@ -8,7 +8,8 @@ query. Then e^{a_j} ≈ e^μ (1 + a_j − μ), so that
 and everything the query needs is in two sums of fixed size, S = Σ k_j [v_j, 1]ᵀ (K×(V+1)) and m = Σ [v_j, 1] (V+1). The
 weight is positive whatever the query, and the output is an average of values plus their covariance with the key along
 the query. It is the first-order case of what Taylor feature maps do (arXiv 2402.18668), taken around the mean instead
-of zero, where real scores are not. A decay g ≤ 0 lets the keys in S fade; m counts every token in full.
+of zero, where real scores are not. A decay g ≤ 0 per token fades both sums, so that n, μ and the average weigh recent
+tokens more.
 
 Shapes as in ops/additive.py; values come with their column of ones.
 """
@@ -34,7 +35,7 @@ def run(
 
     Args:
         q: [B, H, T, K] scaled queries; k: [B, G, T, K]; v: [B, G, T, V + 1] with ones in the last column (zeros for a
-            token that does not exist, whose k is zero too); log_decay: [B, G, T, K or 1] or None.
+            token that does not exist, whose k is zero too); log_decay: [B, G, T, 1] or None.
         state: S and m as `empty_state` makes them.
         decoding: T = 1 and the state is updated in place.
 
@@ -42,25 +43,29 @@ def run(
         y [B, H, T, V], the log weight n e^μ [B, H, T] (−inf where there is no token), and the new state.
     """
     S, m = state
-    B, H, T, _ = q.shape
-    x, S = (additive.step if decoding else additive.chunked)(q, k, v, log_decay, S)
-    sums = m.add_(v) if decoding else m + v.cumsum(2)
-    m = sums[:, :, -1:] if T else m
-    sums = sums.repeat_interleave(H // k.shape[1], dim=1)
+    form = additive.step if decoding else additive.chunked
+    x, S = form(q, k, v, log_decay, S)
+    one = k.new_ones(1).expand(*v.shape[:3], 1)
+    sums, m = form(one, one, v, log_decay, m)
+    B, H, T, _ = x.shape
+    G = k.shape[1]
+    x, sums = x.view(B, G, H // G, T, -1), sums[:, :, None]
     n = sums[..., -1:]
-    count = n.clamp(min=1)
+    count = n.clamp(min=torch.finfo(n.dtype).tiny)
     mean = x[..., -1:] / count
-    y = (x[..., :-1] + (1 - mean) * sums[..., :-1]) / count
-    return y, (n.log() + mean).squeeze(-1), (S, m)
+    y = torch.addcmul(x[..., :-1], 1 - mean, sums[..., :-1]) / count
+    return y.view(B, H, T, -1), (n.log() + mean).view(B, H, T), (S, m)
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
     """The oracle: the same from explicit T×T scores, for rows that start empty."""
     rep = q.shape[1] // k.shape[1]
-    a = additive.materialise(q, k, log_decay)
-    exists = v[..., -1].repeat_interleave(rep, 1)[:, :, None, :]
-    mask = torch.ones(a.shape[-2:], device=a.device).tril() * exists
-    n = mask.sum(-1, keepdim=True)
-    mean = (a * mask).sum(-1, keepdim=True) / n.clamp(min=1)
-    weights = mask * (1 + a - mean) / n.clamp(min=1)
-    return weights @ v[..., :-1].repeat_interleave(rep, 1), (n.log() + mean).squeeze(-1)
+    a = q @ k.repeat_interleave(rep, 1).mT
+    ones = torch.ones_like(q[..., :1])
+    gates = None if log_decay is None else log_decay.repeat_interleave(rep, 1)
+    weight = additive.materialise(ones, ones, gates) * v[..., -1].repeat_interleave(rep, 1)[:, :, None, :]
+    n = weight.sum(-1, keepdim=True)
+    safe = n.clamp(min=torch.finfo(n.dtype).tiny)
+    mean = (a * weight).sum(-1, keepdim=True) / safe
+    y = (weight * (1 + a - mean) / safe) @ v[..., :-1].repeat_interleave(rep, 1)
+    return y, (n.log() + mean).squeeze(-1)
