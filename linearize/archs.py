@@ -129,12 +129,15 @@ def unrotate(module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] 
     if position_embeddings is None or not arch_of(module.source_config).rotates(module):
         return x
     cos, sin = (e.float() for e in position_embeddings)
+    sin = -sin
     apply = sys.modules[module.source_class.__module__].apply_rotary_pos_emb
     width = cos.shape[-1]
-    # Scaled rotary embeddings (YaRN) multiply both by a factor; its square divides out here.
-    scale = cos[..., :1] ** 2 + sin[..., :1] ** 2
+    if any(kind in str(getattr(module.source_config, "rope_parameters", "")) for kind in ("yarn", "longrope")):
+        # These multiply cos and sin by a factor; its square divides out.
+        square = cos[..., :1] ** 2 + sin[..., :1] ** 2
+        cos, sin = cos / square, sin / square
     # It rotates queries and keys; the second place gets no heads.
-    raw = apply(x[..., :width], x[:, :0, :, :width], cos / scale, -sin / scale)[0]
+    raw = apply(x[..., :width], x[:, :0, :, :width], cos, sin)[0]
     return raw if width == x.shape[-1] else torch.cat([raw, x[..., width:]], -1)
 
 

@@ -79,12 +79,17 @@ def test_in_reach_of_window_and_sinks_it_is_the_source(architecture):
         assert difference(logits(model, x[:, :n]), e) < 1e-4 * max(1, float(e.abs().max()))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_unrotated_keys_are_those_of_a_forward_without_rope(architecture, monkeypatch):
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [*((a, {}) for a in ARCHITECTURES), ("llama", {"rope_parameters": YARN})]
+)
+def test_unrotated_keys_are_those_of_a_forward_without_rope(architecture, changes, monkeypatch):
     """What gates see, against the source's own first layer called with cos = 1 and sin = 0."""
     from linearize import archs
 
-    model, x = tiny_model(architecture), tokens(1, 12)
+    model, x = tiny_model(architecture, **changes), tokens(1, 12)
     linearize_(model, {"name": "gla", "combine": "none"})
     module = linearized_modules(model)[0]
     seen = []

@@ -266,8 +266,12 @@ class Mixer(nn.Module):
         if key not in context.shared:
             # Every layer of one shape is at the same token, so the first one finds the slots for all.
             leaving = kept["count"] >= past.window + past.sinks
-            context.shared[key] = past.slot_of_next()[:, None, None, None], past.filled(), leaving[:, None, None, None]
-        slot, filled, leaving = context.shared[key]
+            context.shared[key] = (
+                past.slot_of_next()[:, None, None, None],
+                torch.zeros((), device=q.device).masked_fill(~past.filled(), float("-inf")).unsqueeze(1),
+                leaving[:, None, None, None].to(k.dtype),
+            )
+        slot, bias, leaving = context.shared[key]
         writes, near, far = (), None, None
         if self.delayed:
             writes = tuple(w * leaving for w in self.write(*(_take(kept[n], slot) for n in ("k", "carry", "v"))))
@@ -279,7 +283,7 @@ class Mixer(nn.Module):
             kept[name].scatter_(2, slot.expand_as(x), x)
         if self.windowed and context.branch != "memory":
             near = slot_attention(
-                q, kept["k"], kept["v"], filled,
+                q, kept["k"], kept["v"], bias,
                 scaling=context.scaling, softcap=context.softcap, extra=context.extra,
             )  # fmt: skip
         if self.recurrent:

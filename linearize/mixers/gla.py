@@ -32,7 +32,7 @@ class Config(base.MixerConfig):
     strength: added to the log weight of the memory in the normaliser it shares with the window (features: expansion).
     """
 
-    gate_normalizer: float = 1024.0
+    gate_normalizer: float = 8192.0
     features: str = "expansion"
     strength: float = 0.0
 
@@ -85,8 +85,8 @@ class Mixer(base.Mixer):
 
     def recur(self, read, writes, state, decoding):
         if self.expands:
-            y, weight, state = expansion.run(read, *writes, state=state, decoding=decoding)
-            return y, weight + self.config.strength, state
+            y, weight, final = expansion.run(read, *writes, state=state[0], decoding=decoding)
+            return y, weight + self.config.strength, (final,)
         form = additive.step if decoding else additive.chunked
         y, final = form(read, *writes, state=state[0])
         return y, None, (final,)
@@ -94,5 +94,5 @@ class Mixer(base.Mixer):
     def empty_state(self, batch, device):
         g = self.geometry
         if self.expands:
-            return expansion.empty_state(batch, g.kv_heads, g.key_width, g.value_width, device)
+            return (expansion.empty_state(batch, g.kv_heads, g.key_width, g.value_width, device),)
         return (torch.zeros(batch, g.kv_heads, g.key_width, g.value_width, device=device),)

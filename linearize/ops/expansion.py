@@ -16,54 +16,59 @@ Shapes as in ops/additive.py; values come with their column of ones.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from linearize.ops import additive
 
 
-def empty_state(
-    batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """S [B, G, K, V + 1] and m [B, G, 1, V + 1], fp32 zeros."""
-    shape = (batch, kv_heads, key_width, value_width + 1)
-    return torch.zeros(shape, device=device), torch.zeros(*shape[:2], 1, shape[3], device=device)
+def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> Tensor:
+    """S over m, [B, G, K + 1, V + 1], fp32 zeros."""
+    return torch.zeros(batch, kv_heads, key_width + 1, value_width + 1, device=device)
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: tuple[Tensor, ...], decoding: bool = False
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, decoding: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Read the expansion at every token.
 
     Args:
         q: [B, H, T, K] scaled queries; k: [B, G, T, K]; v: [B, G, T, V + 1] with ones in the last column (zeros for a
-            token that does not exist, whose k is zero too); log_decay: [B, G, T, 1] or None.
-        state: S and m as `empty_state` makes them.
+            token that does not exist); log_decay: [B, G, T, 1].
+        state: as `empty_state` makes it.
         decoding: T = 1 and the state is updated in place.
 
     Returns:
         y [B, H, T, V], the log weight n e^μ [B, H, T] (−inf where there is no token), and the new state.
     """
-    S, m = state
-    form = additive.step if decoding else additive.chunked
-    x, S = form(q, k, v, log_decay, S)
-    one = k.new_ones(1).expand(*v.shape[:3], 1)
-    sums, m = form(one, one, v, log_decay, m)
-    B, H, T, _ = x.shape
+    B, H, T, K = q.shape
     G = k.shape[1]
+    if decoding:
+        state.mul_(log_decay.exp())
+        state.flatten(0, 1).baddbmm_(F.pad(k, (0, 1), value=1.0).flatten(0, 1).mT, v.flatten(0, 1))
+        x = q.view(B, G, H // G, K) @ state[:, :, :K]
+        sums = state[:, :, K:]
+    else:
+        x, S = additive.chunked(q, k, v, log_decay, state[:, :, :K])
+        one = torch.ones_like(log_decay)
+        sums, m = additive.chunked(one, one, v, log_decay, state[:, :, K:])
+        state = torch.cat([S, m], dim=2)
     x, sums = x.view(B, G, H // G, T, -1), sums[:, :, None]
     n = sums[..., -1:]
     count = n.clamp(min=torch.finfo(n.dtype).tiny)
     mean = x[..., -1:] / count
     y = torch.addcmul(x[..., :-1], 1 - mean, sums[..., :-1]) / count
-    return y.view(B, H, T, -1), (n.log() + mean).view(B, H, T), (S, m)
+    return y.view(B, H, T, -1), (n.log() + mean).view(B, H, T), state
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
+def naive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
     """The oracle: the same from explicit T×T scores, for rows that start empty."""
     rep = q.shape[1] // k.shape[1]
     a = q @ k.repeat_interleave(rep, 1).mT
     ones = torch.ones_like(q[..., :1])
-    gates = None if log_decay is None else log_decay.repeat_interleave(rep, 1)
-    weight = additive.materialise(ones, ones, gates) * v[..., -1].repeat_interleave(rep, 1)[:, :, None, :]
+    weight = (
+        additive.materialise(ones, ones, log_decay.repeat_interleave(rep, 1))
+        * v[..., -1].repeat_interleave(rep, 1)[:, :, None, :]
+    )
     n = weight.sum(-1, keepdim=True)
     safe = n.clamp(min=torch.finfo(n.dtype).tiny)
     mean = (a * weight).sum(-1, keepdim=True) / safe

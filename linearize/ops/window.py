@@ -23,13 +23,14 @@ def scores(q: Tensor, k: Tensor, scaling: float, softcap: float | None) -> Tenso
     return a if softcap is None else softcap * torch.tanh(a / softcap)
 
 
-def normalise(a: Tensor, mask: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Masked softmax weights and log-sum-exp of fp32 scores a [..., N]; `extra` [..., 1] is a logit without a value."""
-    a = a.masked_fill(~mask, float("-inf"))
-    lse = a.logsumexp(-1, keepdim=True)
+def normalise(a: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax of fp32 scores a [..., N] and their log-sum-exp [...]; `extra` [..., 1] is a logit without a value."""
     if extra is not None:
-        lse = torch.logaddexp(lse, extra)
-    return (a - lse).exp(), lse.squeeze(-1)
+        a = torch.cat([a, extra.expand(*a.shape[:-1], 1)], dim=-1)
+    p = a.softmax(-1)
+    # For the largest score a, p = e^{a − lse}: two reductions instead of the dozen steps of logsumexp.
+    lse = a.amax(-1) - p.amax(-1).log()
+    return p if extra is None else p[..., :-1], lse
 
 
 def window_attention(
@@ -85,7 +86,7 @@ def window_attention(
         a = torch.cat([scores(qb, sink_k[:, :, None], scaling, softcap), a], dim=-1)
     a = a.view(B, G, N, rep, C, s + C + window)
     extra = None if extra is None else extra.float().view(G, 1, rep, 1, 1)
-    p, lse = normalise(a, mask[:, None, :, None], extra)
+    p, lse = normalise(a.masked_fill(~mask[:, None, :, None], float("-inf")), extra)
     p = p.to(q.dtype).view(B, G, N, rep * C, s + C + window)
     y = p[..., s:] @ vb
     if s:
@@ -98,7 +99,7 @@ def slot_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor,
+    bias: Tensor,
     *,
     scaling: float,
     softcap: float | None = None,
@@ -107,17 +108,22 @@ def slot_attention(
     """One decoding step over cached slots, in whatever order they lie.
 
     Args:
-        q: [B, H, 1, K]; k, v: [B, G, S, K or V]; mask: [B, S] bool, True where a slot is filled.
+        q: [B, H, 1, K]; k, v: [B, G, S, K or V]; bias: [B, 1, S] fp32, 0 where a slot is filled and −inf elsewhere.
 
     Returns:
         y [B, H, 1, V] and lse [B, H, 1] fp32, as `window_attention`.
     """
     B, H, _, K = q.shape
     G = k.shape[1]
-    a = scores(q.view(B, G, H // G, K), k, scaling, softcap)
-    extra = None if extra is None else extra.float().view(G, H // G, 1)
-    p, lse = normalise(a, mask[:, None, None], extra)
-    return (p.to(q.dtype) @ v).view(B, H, 1, -1), lse.view(B, H, 1)
+    q = q.view(B, G, H // G, K)
+    if softcap is None and q.dtype == torch.float32:
+        grouped = (q.flatten(0, 1), k.flatten(0, 1).mT)
+        each = bias if B == 1 else bias.repeat_interleave(G, 0)
+        a = torch.baddbmm(each, *grouped, alpha=scaling).view(B, G, H // G, -1)
+    else:
+        a = scores(q, k, scaling, softcap) + bias[:, None]
+    p, lse = normalise(a, None if extra is None else extra.float().view(G, H // G, 1))
+    return (p.to(v.dtype) @ v).view(B, H, 1, -1), lse.view(B, H, 1)
 
 
 def naive_window_attention(
@@ -139,5 +145,5 @@ def naive_window_attention(
     mask = (distance >= 0) & ((distance < window) | (t < sinks))
     a = scores(q.view(B, G, H // G, T, K), k[:, :, None], scaling, softcap)
     extra = None if extra is None else extra.float().view(G, H // G, 1, 1)
-    p, lse = normalise(a, mask, extra)
+    p, lse = normalise(a.masked_fill(~mask, float("-inf")), extra)
     return (p.to(q.dtype) @ v[:, :, None]).reshape(B, H, T, -1), lse.reshape(B, H, T)
