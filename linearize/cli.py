@@ -196,7 +196,10 @@ def evaluate(
     suite: Annotated[str, typer.Option(help="Name or file of a suite, or lm-eval tasks: arc_easy,piqa.")] = "smoke",
     source: Annotated[str | None, typer.Option(help="Source to compare with.  [default: the recorded one]")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write.  [default: DIR/results.json]")] = None,
-    columns: Annotated[str | None, typer.Option(help="Of source,window,converted,student.  [default: all]")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Of source,window,converted,student,student/window,student/memory.  [default: the suite's]"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Items per task, for a quick look.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of few-shot examples and samples.")] = 0,

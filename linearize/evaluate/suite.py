@@ -53,7 +53,7 @@ class TextSpec:
 
 @dataclass(frozen=True, config=STRICT)
 class Suite:
-    """See the fields of a suite file in CONTRIBUTING.
+    """What a suite file may say.
 
     Attributes:
         name: file stem.
