@@ -30,11 +30,13 @@ class Config(base.MixerConfig):
     gate_normalizer: τ. A channel with key value x has decay σ(x)^{1/τ}; at x = 0 its half-life is τ tokens.
     features: expansion | softmax.
     strength: added to the log weight of the memory in the normaliser it shares with the window (features: expansion).
+        The expansion leaves out the variance of the scores, which real heads have: 0 gives perplexity 26.3 and 24.4 at
+        512 and 2048 tokens, 1.5 gives 25.8 and 23.7 (SmolLM2-135M, WikiText-2 validation; window control 27.6, 25.8).
     """
 
     gate_normalizer: float = 8192.0
     features: str = "expansion"
-    strength: float = 0.0
+    strength: float = 1.5
 
     @classmethod
     def preset(cls, combine: str) -> dict[str, Any]:

@@ -5,12 +5,13 @@ y_t = Σ_{j ≤ t} softmax(a_t)_j v_j. Cache: the source's growing one. No new w
 
 from torch import Tensor
 
-from linearize.mixers import base
+from linearize.mixers import base, window
 
 
 class Mixer(base.Mixer):
     name = "softmax"
-    combines = ("none", "memory")
+    Config = window.Config
+    combines = ("none",)
     recurrent = False
 
     def slots(self):

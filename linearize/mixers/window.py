@@ -5,10 +5,18 @@ y_t = Σ_{j ∈ E_t} softmax(a_t)_j v_j. Cache per layer: (W + s) keys and value
 must beat.
 """
 
+from dataclasses import dataclass
+
 from linearize.mixers import base
+
+
+@dataclass(frozen=True)
+class Config(base.MixerConfig):
+    combine: str = "none"
 
 
 class Mixer(base.Mixer):
     name = "window"
-    combines = ("none", "memory")
+    Config = Config
+    combines = ("none",)
     recurrent = False
