@@ -33,10 +33,8 @@ def open_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
     """The converted model in a folder, or the one that the adapters in it were trained on.
 
     Raises:
-        InputError: there is no such folder, or no linearized model in it.
+        InputError: there is no model in it, or none that is linearized.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder; give one that `linearize convert` has written")
     folder = base_folder(folder) if is_adapter(folder) else folder
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
