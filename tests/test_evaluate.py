@@ -645,10 +645,11 @@ def test_a_model_whose_numbers_are_broken(
 def test_columns_that_a_model_cannot_have(
     llama_folder: Path, text_only: Suite, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = student_of(llama_folder, tmp_path / "window", name="window")
+    folder = student_of(llama_folder, tmp_path / "window", name="window", combine="none")
     assert "student/window: the model has no memory; leave them out" in refused(folder, columns=["student/window"])
     answer = evaluate(folder, text_only)
     assert list(answer["columns"]) == ["source", "window", "converted", "student"]
+    assert answer["settings"]["window"] == W
     assert "without student/window, student/memory: the model has no memory" in capfd.readouterr().err
     assert results_file.read(folder / "results.json") == answer
 
