@@ -43,6 +43,8 @@ ROLES = {
 }
 
 ARCHS: dict[str, Arch] = {
+    "cohere2": Arch(rotates=lambda attention: attention.sliding_window is not None),
+    "exaone4": Arch(rotates=lambda attention: attention.sliding_window is None or attention.is_sliding),
     "smollm3": Arch(rotates=lambda attention: bool(attention.use_rope)),
 }
 

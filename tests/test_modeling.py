@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from linearize import archs
 from linearize.errors import InputError
 from linearize.mixers import MIXERS, build_config
 from linearize.modeling import FORMAT, branches, linearize_, linearized_modules, state_bytes
@@ -86,33 +87,24 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_pos
     ("architecture", "changes"), [*((a, {}) for a in ARCHITECTURES), ("llama", {"rope_parameters": YARN})]
 )
 def test_unrotated_keys_are_those_of_a_forward_without_rope(architecture, changes, monkeypatch):
-    """What gates see, against the source's own first layer called with cos = 1 and sin = 0."""
-    from linearize import archs
-
+    """What gates see in every layer, against the source's own forward of that layer with cos = 1 and sin = 0."""
     model, x = tiny_model(architecture, **changes), tokens(1, 12)
     linearize_(model, {"name": "gla", "combine": "none"})
-    module = linearized_modules(model)[0]
-    seen = []
+    seen, calls = [], []
     unrotate = archs.unrotate
-
-    def spy(module, x, embeddings):
-        raw = unrotate(module, x, embeddings)
-        if module.layer_idx == 0:
-            seen.append(raw)
-        return raw
-
-    def without_rope(module, args, kwargs):
+    monkeypatch.setattr(archs, "unrotate", lambda *args: seen.append(unrotate(*args)) or seen[-1])
+    for module in linearized_modules(model):
+        module.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
+    logits(model, x, use_cache=False)
+    for module, args, kwargs in list(calls):
         cos, sin = kwargs["position_embeddings"]
-        kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
-        return args, kwargs
-
-    monkeypatch.setattr(archs, "unrotate", spy)
-    logits(model, x)
-    module.register_forward_pre_hook(without_rope, with_kwargs=True)
-    logits(model, x)
-    assert len(seen) == 4
-    for with_rope, without in ((seen[0], seen[2]), (seen[1], seen[3])):
-        assert difference(with_rope, without) < 1e-5 * max(1, float(without.abs().max()))
+        seen.clear()
+        with torch.no_grad():
+            module(*args, **kwargs)
+            module(*args, **{**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))})
+        key, query, expected_key, expected_query = seen
+        assert difference(key, expected_key) < 1e-5 * max(1, float(expected_key.abs().max()))
+        assert difference(query, expected_query) < 1e-5 * max(1, float(expected_query.abs().max()))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
