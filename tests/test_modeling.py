@@ -145,6 +145,29 @@ def test_padding_changes_nothing(mixture):
         assert difference(got[i][mask[i].bool()], logits(model, row[None])[0]) < LIMIT * 10
 
 
+def test_padding_changes_no_gradient(mixture):
+    """A long row and one that never fills the window, in one batch or alone."""
+    model = linearize_(tiny_model("llama"), mixture)
+    rows = [tokens(1, n) for n in (T, 7)]
+    x, mask = torch.full((2, T), 2), torch.zeros(2, T, dtype=torch.long)
+    for i, row in enumerate(rows):
+        x[i, T - row.shape[1] :] = row
+        mask[i, T - row.shape[1] :] = 1
+    weight = torch.randn(2, T, 384)
+
+    def gradients(losses):
+        model.zero_grad()
+        sum(losses).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    alone = gradients([(model(r, use_cache=False).logits * weight[i, -r.shape[1] :]).sum() for i, r in enumerate(rows)])
+    both = model(x, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    together = gradients([(both * weight * mask[..., None]).sum()])
+    for name, expected in alone.items():
+        assert difference(together[name], expected) < 1e-4 * max(1, float(expected.abs().max())), name
+
+
 def test_padded_prefill_then_steps(mixture):
     model = converted(mixture)
     rows = [tokens(1, n + 30)[0] for n in (40, 7)]

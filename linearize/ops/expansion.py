@@ -57,7 +57,9 @@ def run(
     count = n.clamp(min=torch.finfo(n.dtype).tiny)
     mean = x[..., -1:] / count
     y = torch.addcmul(x[..., :-1], 1 - mean, sums[..., :-1]) / count
-    return y.view(B, H, T, -1), (n.log() + mean).view(B, H, T), state
+    # Not n.log(): its gradient at zero is 0/0.
+    weight = (count.log() + mean).masked_fill(n == 0, float("-inf"))
+    return y.view(B, H, T, -1), weight.view(B, H, T), state
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
