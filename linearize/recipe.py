@@ -285,6 +285,8 @@ def switch_mixer(recipe: Recipe, name: str) -> Recipe:
         raise InputError(f"unknown mixer {name!r}. {suggest(name, MIXERS)}")
     known = {field.name for field in fields(MIXERS[name].Config)}
     kept = {key: value for key, value in recipe.convert.mixer.items() if key in known}
+    if kept.get("combine") not in MIXERS[name].combines:
+        kept.pop("combine", None)
     return replace(recipe, convert=replace(recipe.convert, mixer={**kept, "name": name}))
 
 
