@@ -1,6 +1,6 @@
 """What an architecture needs told, and how to find out the rest by looking.
 
-Almost everything comes from the source's own code (DESIGN §3); a row here holds only what cannot be seen in a module.
+Almost everything comes from the source's own code; a row here holds only what cannot be seen in a module.
 """
 
 import inspect

@@ -345,7 +345,8 @@ def test_card_of_an_evaluated_model(folder: Path):
     text = card(folder, "acme/tiny-gla")
     data = ModelCard(text).data
     assert data.base_model == "acme/tiny-llama" and data.base_model_relation == "finetune"
-    assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+    values = data.to_dict()
+    assert (values["library_name"], values["pipeline_tag"]) == ("transformers", "text-generation")
     assert {"linearize", "gla"} <= set(data.tags)
     scores = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
     assert scores == {("arc_easy", "acc_norm"): 0.47, ("smoke text", "perplexity"): 17.75}

@@ -14,7 +14,7 @@ B, H, G, K, V = 2, 6, 2, 16, 12
 LENGTHS = [1, 2, 7, 8, 9, 63, 64, 65, 130, 300]
 DECAYS = ["none", "one", "scalar", "channel", "strong"]
 
-# fp32: measured 2e-6 relative to the largest output; the bound is DESIGN §5's. fp64: algebra leaves no room.
+# fp32: measured 2e-6 relative to the largest output; the bound leaves a factor of five. fp64: algebra leaves no room.
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 

@@ -4,7 +4,7 @@ Letters as in ops/: B rows, H query heads, G key/value heads, T tokens, K key wi
 mixer gets q, k, v as the source's own code made them (after biases, norms, RoPE) and returns what attention would; it
 knows no architecture.
 
-combine = memory (DESIGN: delayed recurrence): token j enters the recurrent state when it leaves the window of the
+combine = memory, a delayed recurrence: token j enters the recurrent state when it leaves the window of the
 query, so no token is counted twice and the first W + s tokens see exactly the source's attention. liger: 0.5·window +
 0.5·recurrence over all tokens (arXiv 2503.01496). none: one branch alone.
 """
