@@ -143,6 +143,23 @@ def unrotate(module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] 
     return raw if width == x.shape[-1] else torch.cat([raw, x[..., width:]], -1)
 
 
+def unrotate_token(
+    module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, shared: dict[str, Any]
+) -> Tensor:
+    """`unrotate` for one token, x [B, heads, 1, K]: the rotation as a matrix that the layers of a forward share, because
+    twenty small operations a layer are what a decoding step has no time for."""
+    if position_embeddings is None or not arch_of(module.source_config).rotates(module):
+        return x.float()
+    known = shared.setdefault("rotations", [])
+    matrix = next((m for cos, m in known if cos is position_embeddings[0]), None)
+    if matrix is None:
+        K = x.shape[-1]
+        basis = torch.eye(K, device=x.device).view(1, K, 1, K).expand(position_embeddings[0].shape[0], -1, -1, -1)
+        matrix = unrotate(module, basis, position_embeddings).squeeze(2)
+        known.append((position_embeddings[0], matrix))
+    return (x.squeeze(2).float() @ matrix).unsqueeze(2)
+
+
 def role_modules(model: nn.Module, roles: list[str] | tuple[str, ...]) -> list[str]:
     """Full names of the linear modules that play the given roles in the linearized layers, for peft's target_modules.
 

@@ -32,20 +32,18 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.is_initialized = False
         self._length: int | Tensor = 0
 
-    def lazy_initialization(
-        self, batch: int, like: Tensor, slots: dict[str, tuple[int, int]], state: tuple[Tensor, ...]
-    ):
+    def lazy_initialization(self, batch: int, like: Tensor, token_shape: tuple[int, int], state: tuple[Tensor, ...]):
         """Allocate everything once.
 
         Args:
             batch: rows B.
             like: a tensor whose dtype and device the slots take.
-            slots: name -> (heads, width) of what is kept per token, each [B, heads, s + W, width].
+            token_shape: (heads, width) of what is kept per token, in slots [B, heads, s + W, width].
             state: fp32 tensors [B, ...], the empty recurrent state, taken as they are.
         """
         self.batch_size, self.dtype, self.device = batch, like.dtype, like.device
-        size = self.sinks + self.window
-        self.tensors = {n: like.new_zeros(batch, heads, size, width) for n, (heads, width) in slots.items()}
+        heads, width = token_shape
+        self.tensors = {"tokens": like.new_zeros(batch, heads, self.sinks + self.window, width)}
         self.state_names = [f"state_{i}" for i in range(len(state))]
         self.tensors |= dict(zip(self.state_names, state, strict=True))
         self.tensors["count"] = torch.zeros(batch, dtype=torch.int64, device=like.device)
@@ -88,17 +86,16 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """[B, s + W] bool: which slots hold a token once the next one is written."""
         return torch.arange(self.sinks + self.window, device=self.device) <= self.tensors["count"][:, None]
 
-    def in_order(self, name: str) -> Tensor:
+    def in_order(self) -> Tensor:
         """The W tokens before the next one, oldest first, [B, heads, W, width]; rows with fewer hold zeros or sinks
         there."""
-        x = self.tensors[name]
+        x = self.tensors["tokens"]
         token = self.tensors["count"][:, None] - self.window + torch.arange(self.window, device=x.device)
         slot = self.sinks + (token - self.sinks).remainder(self.window)
         return x.gather(2, slot[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
-    def extend(self, new: dict[str, Tensor], lengths: Tensor) -> None:
-        """Write a block of tokens: new[name] [B, heads, T, width], of which the first lengths [B] of each row are
-        real."""
+    def extend(self, new: Tensor, lengths: Tensor) -> None:
+        """Write a block of tokens new [B, heads, T, width], of which the first lengths [B] of each row are real."""
         slot = torch.arange(self.sinks + self.window, device=self.device)
         count = self.tensors["count"][:, None]
         after = count + lengths[:, None]
@@ -106,11 +103,10 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         ring = after - 1 - (after - 1 - slot).remainder(max(self.window, 1))
         token = torch.where(slot < self.sinks, slot, ring)
         take = (token >= count) & (token < after) & ((slot < self.sinks) | (token >= self.sinks))
-        source = (token - count).clamp(min=0)
-        for name, x in new.items():
-            old = self.tensors[name]
-            index = source.clamp(max=x.shape[2] - 1)[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
-            old.copy_(torch.where(take[:, None, :, None], x.detach().gather(2, index).to(old.dtype), old))
+        source = (token - count).clamp(min=0, max=new.shape[2] - 1)
+        old = self.tensors["tokens"]
+        index = source[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+        old.copy_(torch.where(take[:, None, :, None], new.detach().gather(2, index).to(old.dtype), old))
 
     def advance(self, lengths: Tensor | int, tokens: int) -> None:
         """Count `lengths` real tokens per row, out of `tokens` positions of the batch."""

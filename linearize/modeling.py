@@ -94,6 +94,8 @@ def attention(
         return source(module, q, k, v, call.mask, **kwargs)[0].transpose(1, 2)
 
     def unrotate(x: Tensor) -> Tensor:
+        if x.shape[2] == 1:
+            return archs.unrotate_token(module, x, call.position_embeddings, call.shared)
         return archs.unrotate(module, x, call.position_embeddings)
 
     scaling = kwargs.get("scaling")
@@ -369,6 +371,7 @@ def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_by
         if values is None or values["name"] == "softmax":
             per_layer.append(grown)
         else:
-            mixer = MIXERS[values["name"]](build_config(values), g)
+            with torch.device("meta"):
+                mixer = MIXERS[values["name"]](build_config(values), g)
             per_layer.append(mixer.state_bytes(batch, dtype_bytes))
     return {"source_kv": total, "linearized": sum(per_layer), "per_layer": per_layer}

@@ -5,12 +5,14 @@ mixer gets q, k, v as the source's own code made them (after biases, norms, RoPE
 knows no architecture.
 
 combine = memory, a delayed recurrence: token j enters the recurrent state when it leaves the window of the
-query, so no token is counted twice and the first W + s tokens see exactly the source's attention. liger: 0.5·window +
-0.5·recurrence over all tokens (arXiv 2503.01496). none: one branch alone.
+query, so no token is counted twice and the first W + s tokens see exactly the source's attention. A recurrence that
+knows how much it weighs shares one softmax with the window; any other is added through a gate per head that starts
+closed. liger: 0.5·window + 0.5·recurrence over all tokens (arXiv 2503.01496). none: one branch alone.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -94,10 +96,53 @@ class Context:
     shared: dict = field(default_factory=dict)
 
 
+class Tokens:
+    """What is kept of each token: columns [k | 1 | v | 1 | carry] of one tensor x [B, G, T, K + V + 2 + C].
+
+    A token that does not exist (padding, an empty slot) is a row of zeros. The ones lie so that a key and a value each
+    have theirs at hand, which is how sums of weights are carried beside sums of values.
+    """
+
+    def __init__(self, x: Tensor, geometry: Geometry):
+        self.x, self.K, self.V = x, geometry.key_width, geometry.value_width
+
+    @classmethod
+    def join(cls, k: Tensor, v: Tensor, carry: Tensor | None, one: Tensor, geometry: Geometry) -> "Tokens":
+        """From keys [B, G, T, K], values [B, G, T, V], carry [B, G, T, C] or None and ones [B, G, T, 1]."""
+        return cls(torch.cat([k, one, v, one] if carry is None else [k, one, v, one, carry.to(k.dtype)], -1), geometry)
+
+    @property
+    def k(self) -> Tensor:
+        return self.x[..., : self.K]
+
+    @property
+    def k1(self) -> Tensor:
+        """[k | 1]"""
+        return self.x[..., : self.K + 1]
+
+    @property
+    def v(self) -> Tensor:
+        return self.x[..., self.K + 1 : self.K + 1 + self.V]
+
+    @property
+    def v1(self) -> Tensor:
+        """[v | 1]"""
+        return self.x[..., self.K + 1 : self.K + self.V + 2]
+
+    @property
+    def present(self) -> Tensor:
+        """[B, G, T, 1]: 1, or 0 for a token that does not exist."""
+        return self.x[..., self.K : self.K + 1]
+
+    @property
+    def carry(self) -> Tensor:
+        return self.x[..., self.K + self.V + 2 :]
+
+
 class Mixer(nn.Module):
     """Base of all mixers. A recurrent one defines `prepare`, `write`, `recur` and `empty_state`; the rest is here.
 
-    The one rule of a recurrence: a token whose writes are all zero leaves the state exactly as it was.
+    The one rule of a recurrence: a token that does not exist leaves the state exactly as it was.
     """
 
     name: ClassVar[str]
@@ -112,20 +157,27 @@ class Mixer(nn.Module):
         self.config, self.geometry = config, geometry
         self.windowed = config.combine != "none" or not self.recurrent
         self.delayed = self.recurrent and config.combine == "memory"
+        if self.delayed and not self.weighted:
+            self.gate = nn.Parameter(torch.zeros(geometry.heads))
 
     # --- what a recurrent mixer's file defines
 
-    def prepare(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    @property
+    def weighted(self) -> bool:
+        """Whether `recur` returns the log weight of the memory beside the window's log-sum-exp."""
+        return False
+
+    def prepare(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """Once per token, as it arrives: queries [B, H, T, K] -> what reads the state [B, H, T, ·]; keys [B, G, T, K]
         -> what `write` will need beside k and v [B, G, T, C], kept until the token leaves the window."""
         raise TypeError(f"{self.name} has no recurrence")
 
-    def write(self, k: Tensor, carry: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """Keys [B, G, T, K], what `prepare` made of them, values [B, G, T, V] -> what the recurrence takes in."""
+    def write(self, tokens: Tokens) -> tuple[Tensor, ...]:
+        """What the recurrence takes in, [B, G, T, ·] each."""
         raise TypeError(f"{self.name} has no recurrence")
 
     def recur(
-        self, read: Tensor, writes: tuple[Tensor, ...], state: tuple[Tensor, ...], decoding: bool
+        self, read: Tensor, writes: tuple[Tensor, ...], state: tuple[Tensor, ...], context: Context, decoding: bool
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """Run it over T tokens; token t's write is visible to query t. `decoding`: T = 1, `state` is updated in place.
 
@@ -138,7 +190,7 @@ class Mixer(nn.Module):
     @property
     def carry_width(self) -> int:
         """C of `prepare`."""
-        return self.geometry.key_width
+        return 0
 
     def empty_state(self, batch: int, device: torch.device) -> tuple[Tensor, ...]:
         """The fp32 state of rows that have seen nothing."""
@@ -146,27 +198,23 @@ class Mixer(nn.Module):
 
     # --- the hybrid
 
-    def slots(self) -> dict[str, tuple[int, int]]:
-        """What the cache keeps per token in reach: name -> (heads, width)."""
+    @cached_property
+    def token_shape(self) -> tuple[int, int]:
+        """(heads, width) of what the cache keeps of each token in reach; width 0 where no token is kept."""
         g = self.geometry
-        if not self.windowed:
-            return {}
-        slots = {"k": (g.kv_heads, g.key_width), "v": (g.kv_heads, g.value_width)}
-        if self.delayed:
-            slots["carry"] = (g.kv_heads, self.carry_width)
-        return slots
+        carry = self.carry_width if self.delayed else 0
+        return g.kv_heads, g.key_width + g.value_width + 2 + carry if self.windowed else 0
 
     def state_bytes(self, batch: int, dtype_bytes: int) -> int:
         """Bytes of cache of one layer, whatever the context length."""
-        tokens = self.config.window + self.config.sinks
-        kept = sum(heads * width for heads, width in self.slots().values()) * tokens * dtype_bytes
+        heads, width = self.token_shape
+        kept = heads * width * (self.config.window + self.config.sinks) * dtype_bytes
         state = sum(x.nbytes for x in self.empty_state(1, torch.device("meta")))
         return batch * (kept + state + torch.int64.itemsize)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> y [B, H, T, V] in v's dtype."""
-        read, carry = self.prepare(q, k, context) if self.recurrent else (q, k)
-        carry = carry.to(k.dtype)
+        read, carry = self.prepare(q, k, context) if self.recurrent else (q, None)
         rows, layer = context.rows, None
         if context.cache is not None:
             layer = cache_layer(context.cache, context.layer_idx, self.config.window, self.config.sinks)
@@ -174,20 +222,21 @@ class Mixer(nn.Module):
         T = q.shape[2]
         if past is not None and T == 1 and rows is None:
             return self._step(q, k, v, read, carry, context, past)
+        tokens = Tokens.join(k, v, carry, k.new_ones(*k.shape[:3], 1), self.geometry)
         lengths = torch.full((q.shape[0],), T, device=q.device)
         real = None
         if rows is not None:
             if rows.packed and past is not None:
                 raise ValueError("packed documents can only start an empty cache")
-            q, k, v, read, carry = (rows.gather(x) for x in (q, k, v, read, carry))
+            q, read, tokens.x = (rows.gather(x) for x in (q, read, tokens.x))
             real, lengths = rows.valid, rows.valid.sum(1)
-        y, state = self._block(q, k, v, read, carry, context, past, real)
+        y, state = self._block(q, read, tokens, context, past, real)
         if layer is not None:
             if past is None:
                 states = self.empty_state(q.shape[0], q.device)
-                layer.lazy_initialization(q.shape[0], k, self.slots(), states)
-            new = {"k": k, "v": v, "carry": carry}
-            layer.extend({n: new[n] for n in self.slots()}, lengths)
+                layer.lazy_initialization(q.shape[0], tokens.x, self.token_shape, states)
+            if self.windowed:
+                layer.extend(tokens.x[..., : self.token_shape[1]], lengths)
             for kept, final in zip(layer.state, state, strict=True):
                 kept.copy_(final.detach())
             layer.advance(lengths, T)
@@ -196,56 +245,50 @@ class Mixer(nn.Module):
         return y if rows is None else rows.scatter(y)
 
     def _block(
-        self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, carry: Tensor,
+        self, q: Tensor, read: Tensor, tokens: Tokens,
         context: Context, past: LinearizedCacheLayer | None, real: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """Several tokens at once: outputs, and the state after the last real token of each row."""
         W, s = self.config.window, self.config.sinks
-        T = q.shape[2]
+        T, x = q.shape[2], tokens.x
         seen = 0 if past is None else past.tensors["count"]
         state = self.empty_state(q.shape[0], q.device) if past is None else past.state
         near = far = None
 
-        def local(name: str, new: Tensor) -> Tensor:
-            if past is None:
-                return F.pad(new, (0, 0, W, 0))
-            return torch.cat([past.in_order(name).to(new.dtype), new], dim=2)
-
-        if self.windowed and context.branch != "memory":
-            near = window_attention(
-                q, local("k", k), local("v", v), self._sinks("k", k, past), self._sinks("v", v, past),
-                seen=seen, window=W, scaling=context.scaling, softcap=context.softcap, extra=context.extra,
-            )  # fmt: skip
+        if self.windowed:
+            before = x.new_zeros(*x.shape[:2], W, x.shape[3]) if past is None else past.in_order().to(x.dtype)
+            if before.shape[3] < x.shape[3]:  # a carry that no cache keeps
+                x = x[..., : before.shape[3]]
+            local = Tokens(torch.cat([before, x], dim=2), self.geometry)
+            if context.branch != "memory":
+                sinks = Tokens(self._sinks(x, past), self.geometry)
+                near = window_attention(
+                    q, local.k, local.v, sinks.k, sinks.v,
+                    seen=seen, window=W, scaling=context.scaling, softcap=context.softcap, extra=context.extra,
+                )  # fmt: skip
         # Of a fresh row, only tokens s … T − W − 1 leave the window, and only queries from W + s on can see them.
         skip = W + s if self.delayed and past is None else 0
         if self.recurrent and skip < T:
+            entering = tokens.x
             keep = None if real is None else real[:, skip:]
             if self.delayed:
-                leaving = (local(n, x)[:, :, skip:T] for n, x in (("k", k), ("carry", carry), ("v", v)))
-                writes = self.write(*leaving)
+                entering = local.x[:, :, skip:T]
                 if past is not None or keep is not None:
                     token = torch.as_tensor(seen, device=q.device).view(-1, 1) - W
                     left = token + torch.arange(skip, T, device=q.device) >= s
                     keep = left if keep is None else keep & left
-            else:
-                writes = self.write(k, carry, v)
             if keep is not None:
-                writes = tuple(w * keep[:, None, :, None] for w in writes)
-            y, weight, state = self.recur(read[:, :, skip:], writes, state, decoding=False)
+                entering = entering * keep[:, None, :, None]
+            writes = self.write(Tokens(entering, self.geometry))
+            y, weight, state = self.recur(read[:, :, skip:], writes, state, context, decoding=False)
             if skip:
                 y = F.pad(y, (0, 0, skip, 0))
                 weight = None if weight is None else F.pad(weight, (skip, 0), value=float("-inf"))
             far = y, weight
-        return self._join(near, far, v, context), state
+        return self._join(near, far, q, context), state
 
-    def _join(self, near, far, v: Tensor, context: Context) -> Tensor:
-        far = None if context.branch == "window" else far
-        if near is None and far is None:
-            return v.new_zeros(v.shape[0], self.geometry.heads, *v.shape[2:])
-        return join(self.config.combine, near, far).to(v.dtype)
-
-    def _sinks(self, name: str, new: Tensor, past: LinearizedCacheLayer | None) -> Tensor:
-        """Keys or values of the first s tokens of each row, some of which may be among the new ones."""
+    def _sinks(self, new: Tensor, past: LinearizedCacheLayer | None) -> Tensor:
+        """The first s tokens of each row, some of which may be among the new ones."""
         s, T = self.config.sinks, new.shape[2]
         first = new[:, :, :s] if s <= T else F.pad(new, (0, 0, 0, s - T))
         if past is None or s == 0:
@@ -253,64 +296,68 @@ class Mixer(nn.Module):
         count = past.tensors["count"][:, None]
         slot = torch.arange(s, device=new.device)
         index = (slot - count).clamp(min=0, max=T - 1)[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-        old = past.tensors[name][:, :, :s].to(new.dtype)
+        old = past.tensors["tokens"][:, :, :s].to(new.dtype)
         return torch.where((slot < count)[:, None, :, None], old, new.gather(2, index))
 
     def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, carry: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, carry: Tensor | None,
         context: Context, past: LinearizedCacheLayer,
     ) -> Tensor:  # fmt: skip
-        """One decoding step: the token that the new one overwrites in the ring is the one that enters the memory."""
-        kept = past.tensors
-        key = ("step", past.window, past.sinks, q.device)
+        """One decoding step: the token that the new one overwrites in the ring is the one that enters the memory. A
+        slot not yet used holds zeros, a token that does not exist."""
+        near = far = memory = None
+        heads, width = self.token_shape
+        key = ("step", past.window, past.sinks, heads, width, k.dtype, k.device)
         if key not in context.shared:
             # Every layer of one shape is at the same token, so the first one finds the slots for all.
-            leaving = kept["count"] >= past.window + past.sinks
-            context.shared[key] = (
-                past.slot_of_next()[:, None, None, None],
-                torch.zeros((), device=q.device).masked_fill(~past.filled(), float("-inf")).unsqueeze(1),
-                leaving[:, None, None, None].to(k.dtype),
-            )
-        slot, bias, leaving = context.shared[key]
-        writes, near, far = (), None, None
-        if self.delayed:
-            writes = tuple(w * leaving for w in self.write(*(_take(kept[n], slot) for n in ("k", "carry", "v"))))
-        elif self.recurrent:
-            writes = self.write(k, carry, v)
-        new = {"k": k, "v": v, "carry": carry}
-        for name in self.slots():
-            x = new[name].to(kept[name].dtype)
-            kept[name].scatter_(2, slot.expand_as(x), x)
-        if self.windowed and context.branch != "memory":
-            near = slot_attention(
-                q, kept["k"], kept["v"], bias,
-                scaling=context.scaling, softcap=context.softcap, extra=context.extra,
-            )  # fmt: skip
+            slot = past.slot_of_next()[:, None, None, None].expand(-1, heads, 1, width)
+            bias = torch.zeros((), device=q.device).masked_fill(~past.filled(), float("-inf"))
+            bias = bias.repeat_interleave(heads, 0).unsqueeze(1)
+            context.shared[key] = slot, bias, k.new_ones(*k.shape[:3], 1)
+        slot, bias, one = context.shared[key]
+        arriving = Tokens.join(k, v, carry, one, self.geometry)
+        if self.windowed:
+            kept = Tokens(past.tensors["tokens"], self.geometry)
+            entering = Tokens(kept.x.gather(2, slot), self.geometry) if self.delayed else arriving
+            kept.x.scatter_(2, slot, arriving.x[..., :width].to(kept.x.dtype))
+        else:
+            kept, entering = None, arriving
         if self.recurrent:
-            y, weight, _ = self.recur(read, writes, past.state, decoding=True)
+            y, weight, _ = self.recur(read, self.write(entering), past.state, context, decoding=True)
             far = y, weight
+            if weight is not None and context.branch == "all":
+                memory = y, weight
         past.advance(1, 1)
-        return self._join(near, far, v, context)
+        if kept is not None and context.branch != "memory":
+            y = slot_attention(
+                q, kept.k, kept.v, bias,
+                scaling=context.scaling, softcap=context.softcap, extra=context.extra, memory=memory,
+            )  # fmt: skip
+            if memory is not None:
+                return y
+            near = y, None
+        return self._join(near, far, q, context)
 
+    def _join(self, near, far, q: Tensor, context: Context) -> Tensor:
+        """One output [B, H, T, V] from the two branches.
 
-def _take(x: Tensor, slot: Tensor) -> Tensor:
-    """The token in each row's slot [B, 1, 1, 1] of x [B, heads, S, width] -> [B, heads, 1, width]."""
-    return x.gather(2, slot.expand(-1, x.shape[1], 1, x.shape[3]))
-
-
-def join(combine: str, window: tuple[Tensor, Tensor] | None, memory: tuple[Tensor, Tensor | None] | None) -> Tensor:
-    """One output [B, H, T, V] from the two branches; None for a branch that is off.
-
-    Args:
-        combine: memory: (e^lse y + e^w m) / (e^lse + e^w), one softmax over window and memory; otherwise the sum,
-            halved for liger.
-        window: y [B, H, T, V] and lse [B, H, T].
-        memory: m [B, H, T, V] and its log weight w [B, H, T].
-    """
-    if combine == "memory" and window is not None and memory is not None:
-        (y, lse), (m, weight) = window, memory
-        assert weight is not None
-        return torch.lerp(y.to(m.dtype), m, (weight - lse).sigmoid().unsqueeze(-1))
-    parts = [branch[0] for branch in (window, memory) if branch is not None]
-    total = parts[0] + parts[1] if len(parts) == 2 else parts[0]
-    return 0.5 * total if combine == "liger" else total
+        Args:
+            near: the window's y [B, H, T, V] and, where a weight is to be shared, its log-sum-exp [B, H, T]; or None.
+            far: the recurrence's y [B, H, T, V] and its log weight [B, H, T], if it has one; or None.
+        """
+        combine = self.config.combine
+        if context.branch == "window":
+            far = None
+        if far is not None and combine == "memory":
+            m, weight = far
+            if weight is None:
+                far = m * self.gate.tanh()[:, None, None], None
+            elif near is not None:
+                # (e^lse y + e^w m) / (e^lse + e^w): one softmax over window and memory.
+                y, lse = near
+                return torch.lerp(y.to(m.dtype), m, (weight - lse).sigmoid().unsqueeze(-1)).to(q.dtype)
+        parts = [branch[0] for branch in (near, far) if branch is not None]
+        if not parts:
+            return q.new_zeros(*q.shape[:3], self.geometry.value_width)
+        total = parts[0] + parts[1] if len(parts) == 2 else parts[0]
+        return (0.5 * total if combine == "liger" else total).to(q.dtype)

@@ -67,28 +67,36 @@ class Mixer(base.Mixer):
         return self.config.features == "expansion"
 
     @property
+    def weighted(self):
+        return self.expands
+
+    @property
     def carry_width(self):
         return 1 if self.expands else self.geometry.key_width
 
     def prepare(self, q, k, context):
         raw_k = context.unrotate(k)
         if self.expands:
-            return q.float() * context.scaling, self._log_decay(raw_k).mean(-1, keepdim=True)
+            return q, self._log_decay(raw_k).mean(-1, keepdim=True)
         return context.unrotate(q).softmax(-1), raw_k
 
-    def write(self, k, carry, v):
+    def write(self, tokens):
         if self.expands:
-            return k.float(), F.pad(v.float(), (0, 1), value=1.0), carry.float()
-        raw_k = carry.float()
-        return raw_k.softmax(-1), v.float(), self._log_decay(raw_k)
+            return tokens.k1, tokens.v1, tokens.carry
+        raw_k = tokens.carry.float()
+        # φ(0) is not 0, but an absent token has no value either.
+        return raw_k.softmax(-1), tokens.v.float(), self._log_decay(raw_k) * tokens.present
 
     def _log_decay(self, raw_k: Tensor) -> Tensor:
         return F.logsigmoid(raw_k) / self.config.gate_normalizer
 
-    def recur(self, read, writes, state, decoding):
+    def recur(self, read, writes, state, context, decoding):
         if self.expands:
-            y, weight, final = expansion.run(read, *writes, state=state[0], decoding=decoding)
-            return y, weight + self.config.strength, (final,)
+            strength = self.config.strength
+            y, weight, final = expansion.run(
+                read, *writes, state[0], scaling=context.scaling, strength=strength, decoding=decoding
+            )
+            return y, weight, (final,)
         form = additive.step if decoding else additive.chunked
         y, final = form(read, *writes, state=state[0])
         return y, None, (final,)

@@ -11,12 +11,11 @@ the query. It is the first-order case of what Taylor feature maps do (arXiv 2402
 of zero, where real scores are not. A decay g ≤ 0 per token fades both sums, so that n, μ and the average weigh recent
 tokens more.
 
-Shapes as in ops/additive.py; values come with their column of ones.
+Shapes as in ops/additive.py; keys and values come with their column of ones. S and m are one state, [k | 1]ᵀ [v | 1].
 """
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from linearize.ops import additive
 
@@ -27,52 +26,78 @@ def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, dev
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, decoding: bool = False
+    q: Tensor,
+    k1: Tensor,
+    v1: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    *,
+    scaling: float = 1.0,
+    strength: float = 0.0,
+    decoding: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read the expansion at every token.
 
     Args:
-        q: [B, H, T, K] scaled queries; k: [B, G, T, K]; v: [B, G, T, V + 1] with ones in the last column (zeros for a
+        q: [B, H, T, K]; k1: [B, G, T, K + 1] and v1: [B, G, T, V + 1] with ones in the last column (all zeros for a
             token that does not exist); log_decay: [B, G, T, 1].
         state: as `empty_state` makes it.
+        scaling: of the scores q·k.
+        strength: added to the log weight.
         decoding: T = 1 and the state is updated in place.
 
     Returns:
         y [B, H, T, V], the log weight n e^μ [B, H, T] (−inf where there is no token), and the new state.
     """
     B, H, T, K = q.shape
-    G = k.shape[1]
+    G = k1.shape[1]
+    k1, v1 = k1.float(), v1.float()
     if decoding:
-        state.mul_(log_decay.exp())
-        state.flatten(0, 1).baddbmm_(F.pad(k, (0, 1), value=1.0).flatten(0, 1).mT, v.flatten(0, 1))
-        x = q.view(B, G, H // G, K) @ state[:, :, :K]
-        sums = state[:, :, K:]
-    else:
-        x, S = additive.chunked(q, k, v, log_decay, state[:, :, :K])
-        one = torch.ones_like(log_decay)
-        sums, m = additive.chunked(one, one, v, log_decay, state[:, :, K:])
-        state = torch.cat([S, m], dim=2)
+        return *_step(q.float(), k1, v1, log_decay, state, scaling, strength), state
+    x, S = additive.chunked(q.float() * scaling, k1[..., :K], v1, log_decay, state[:, :, :K])
+    one = torch.ones_like(log_decay)
+    sums, m = additive.chunked(one, one, v1, log_decay, state[:, :, K:])
     x, sums = x.view(B, G, H // G, T, -1), sums[:, :, None]
     n = sums[..., -1:]
     count = n.clamp(min=torch.finfo(n.dtype).tiny)
     mean = x[..., -1:] / count
     y = torch.addcmul(x[..., :-1], 1 - mean, sums[..., :-1]) / count
     # Not n.log(): its gradient at zero is 0/0.
-    weight = (count.log() + mean).masked_fill(n == 0, float("-inf"))
-    return y.view(B, H, T, -1), weight.view(B, H, T), state
+    weight = (count.log() + mean + strength).masked_fill(n == 0, float("-inf"))
+    return y.view(B, H, T, -1), weight.view(B, H, T), torch.cat([S, m], dim=2)
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """The oracle: the same from explicit T×T scores, for rows that start empty."""
+def _step(
+    q: Tensor, k1: Tensor, v1: Tensor, log_decay: Tensor, state: Tensor, scaling: float, strength: float
+) -> tuple[Tensor, Tensor]:
+    """`run` for one token. The number of operations is what a decoding step costs, so the scaling and the strength
+    ride on a matrix product: its bias is strength·m, which leaves the mean of the scores + strength in its last
+    column, and the mean is wanted only together with it."""
+    B, H, _, K = q.shape
+    G, V = k1.shape[1], v1.shape[-1] - 1
+    flat = state.flatten(0, 1)
+    state.mul_(log_decay.exp())
+    flat.baddbmm_(k1.flatten(0, 1).mT, v1.flatten(0, 1))
+    sums = flat[:, K:]
+    x = torch.baddbmm(sums, q.view(B * G, H // G, K), flat[:, :K], beta=strength, alpha=scaling)
+    n = sums[..., V:]
+    count = n.clamp(min=torch.finfo(n.dtype).tiny)
+    shifted = x[..., V:] / count
+    y = torch.addcmul(x[..., :V], 1 - shifted, sums[..., :V]) / count
+    return y.view(B, H, 1, V), (n.log() + shifted).view(B, H, 1)
+
+
+def naive(q: Tensor, k: Tensor, v1: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """The oracle: the same from explicit T×T scores, for rows that start empty; q scaled, no strength."""
     rep = q.shape[1] // k.shape[1]
     a = q @ k.repeat_interleave(rep, 1).mT
     ones = torch.ones_like(q[..., :1])
     weight = (
         additive.materialise(ones, ones, log_decay.repeat_interleave(rep, 1))
-        * v[..., -1].repeat_interleave(rep, 1)[:, :, None, :]
+        * v1[..., -1].repeat_interleave(rep, 1)[:, :, None, :]
     )
     n = weight.sum(-1, keepdim=True)
     safe = n.clamp(min=torch.finfo(n.dtype).tiny)
     mean = (a * weight).sum(-1, keepdim=True) / safe
-    y = (weight * (1 + a - mean) / safe) @ v[..., :-1].repeat_interleave(rep, 1)
+    y = (weight * (1 + a - mean) / safe) @ v1[..., :-1].repeat_interleave(rep, 1)
     return y, (n.log() + mean).squeeze(-1)

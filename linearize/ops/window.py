@@ -104,26 +104,37 @@ def slot_attention(
     scaling: float,
     softcap: float | None = None,
     extra: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    memory: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """One decoding step over cached slots, in whatever order they lie.
 
     Args:
-        q: [B, H, 1, K]; k, v: [B, G, S, K or V]; bias: [B, 1, S] fp32, 0 where a slot is filled and −inf elsewhere.
+        q: [B, H, 1, K]; k, v: [B, G, S, K or V]; bias: [B·G, 1, S] fp32, 0 where a slot is filled and −inf elsewhere.
+        memory: one more place to attend to, with its value [B, H, 1, V] and its logit [B, H, 1], both fp32.
 
     Returns:
-        y [B, H, 1, V] and lse [B, H, 1] fp32, as `window_attention`.
+        y [B, H, 1, V] in q's dtype.
     """
     B, H, _, K = q.shape
-    G = k.shape[1]
-    q = q.view(B, G, H // G, K)
+    G, S, V = k.shape[1], k.shape[2], v.shape[-1]
+    rep = H // G
+    grouped, k, v = q.view(B * G, rep, K), k.flatten(0, 1), v.flatten(0, 1)
     if softcap is None and q.dtype == torch.float32:
-        grouped = (q.flatten(0, 1), k.flatten(0, 1).mT)
-        each = bias if B == 1 else bias.repeat_interleave(G, 0)
-        a = torch.baddbmm(each, *grouped, alpha=scaling).view(B, G, H // G, -1)
+        a = torch.baddbmm(bias, grouped, k.mT, alpha=scaling)
     else:
-        a = scores(q, k, scaling, softcap) + bias[:, None]
-    p, lse = normalise(a, None if extra is None else extra.float().view(G, H // G, 1))
-    return (p.to(v.dtype) @ v).view(B, H, 1, -1), lse.view(B, H, 1)
+        a = scores(grouped, k, scaling, softcap) + bias
+    if memory is not None:
+        a = torch.cat([a, memory[1].view(B * G, rep, 1)], -1)
+    if extra is not None:
+        a = torch.cat([a, extra.to(a.dtype).view(1, G, rep, 1).expand(B, -1, -1, -1).flatten(0, 1)], -1)
+    p = a.softmax(-1)
+    near = p[..., :S].to(v.dtype)
+    if memory is None:
+        y = near @ v
+    else:
+        m = memory[0].view(B * G, rep, V) * p[..., S : S + 1]
+        y = torch.baddbmm(m, near, v) if v.dtype == m.dtype else m + near @ v
+    return y.view(B, H, 1, V).to(q.dtype)
 
 
 def naive_window_attention(
