@@ -128,7 +128,7 @@ def geometry(config: PreTrainedConfig, module: Any = None) -> Geometry:
 def unrotate(module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
     """Queries or keys [B, heads, T, K] as they were before RoPE, in fp32: the source's own rotation, run backwards."""
     x = x.float()
-    if position_embeddings is None or not arch_of(module.source_config).rotates(module):
+    if position_embeddings is None or not module.rotates:
         return x
     cos, sin = (e.float() for e in position_embeddings)
     sin = -sin
@@ -143,21 +143,30 @@ def unrotate(module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] 
     return raw if width == x.shape[-1] else torch.cat([raw, x[..., width:]], -1)
 
 
-def unrotate_token(
-    module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, shared: dict[str, Any]
-) -> Tensor:
-    """`unrotate` for one token, x [B, heads, 1, K]: the rotation as a matrix that the layers of a forward share, because
-    twenty small operations a layer are what a decoding step has no time for."""
-    if position_embeddings is None or not arch_of(module.source_config).rotates(module):
-        return x.float()
-    known = shared.setdefault("rotations", [])
-    matrix = next((m for cos, m in known if cos is position_embeddings[0]), None)
-    if matrix is None:
+def unrotate_layers(layers: list[tuple[Any, Any]]) -> Callable[[Tensor], Tensor]:
+    """`unrotate` for one token of several layers at once, each an attention module and its position embeddings: keys
+    [L·B, G, 1, K] of the layers one after the other."""
+
+    def run(x: Tensor) -> Tensor:
         K = x.shape[-1]
-        basis = torch.eye(K, device=x.device).view(1, K, 1, K).expand(position_embeddings[0].shape[0], -1, -1, -1)
-        matrix = unrotate(module, basis, position_embeddings).squeeze(2)
-        known.append((position_embeddings[0], matrix))
-    return (x.squeeze(2).float() @ matrix).unsqueeze(2)
+        # [B, L, G, K]: layers beside heads, so that a rotation they share is one product.
+        x = x.float().unflatten(0, (len(layers), -1)).squeeze(3).transpose(0, 1)
+        basis = torch.eye(K, device=x.device).view(1, K, 1, K)
+        known: dict[Any, Tensor] = {}
+        matrices = []
+        for module, where in layers:
+            key = None if where is None or not module.rotates else id(where[0])
+            if key not in known:
+                batch = 1 if key is None else where[0].shape[0]
+                known[key] = unrotate(module, basis.expand(batch, -1, -1, -1), where).squeeze(2)
+            matrices.append(known[key])
+        if len(known) == 1:
+            raw = (x.flatten(1, 2) @ matrices[0]).view(x.shape)
+        else:
+            raw = x @ torch.stack([m.expand(x.shape[0], -1, -1) for m in matrices], 1)
+        return raw.transpose(0, 1).unsqueeze(3).flatten(0, 1)
+
+    return run
 
 
 def role_modules(model: nn.Module, roles: list[str] | tuple[str, ...]) -> list[str]:

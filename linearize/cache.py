@@ -29,6 +29,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         LinearAttentionCacheLayerMixin.__init__(self, number_of_states=0)
         self.window, self.sinks, self.static = window, sinks, static
         self.tensors: dict[str, Tensor] = {}
+        self.stack: Stack | None = None
         self.is_initialized = False
         self._length: int | Tensor = 0
 
@@ -75,9 +76,8 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     # --- reading and writing slots
 
-    def slot_of_next(self) -> Tensor:
-        """The slot [B] that the next token of each row takes."""
-        t = self.tensors["count"]
+    def slot_of_next(self, t: Tensor) -> Tensor:
+        """The slot that the next token of a row with t tokens takes, both of any shape."""
         if self.window == 0:
             return t.clamp(max=self.sinks - 1)
         return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks).remainder(self.window))
@@ -148,6 +148,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def _map(self, f) -> None:
         self.tensors = {n: f(x) for n, x in self.tensors.items()}
+        self.stack = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -164,6 +165,43 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def prefetch(self) -> None:
         if self.is_initialized:
             self._map(lambda x: x.to(self.device, non_blocking=True))
+
+
+class Stack:
+    """The tensors of alike layers, one layer after the other along the batch: what all layers do at the same time is
+    then one operation. Each layer keeps its own rows as views.
+
+    Attributes:
+        tensors: as of a layer, [L·B, ...] each.
+    """
+
+    def __init__(self, layers: list[LinearizedCacheLayer]):
+        self.layers = layers
+        self.tensors = layers[0].tensors
+        if len(layers) > 1:
+            self.tensors = {n: torch.cat([layer.tensors[n] for layer in layers]) for n in layers[0].tensors}
+            views = ({n: x.chunk(len(layers)) for n, x in self.tensors.items()}).items()
+            for i, layer in enumerate(layers):
+                layer.tensors = {n: parts[i] for n, parts in views}
+        for layer in layers:
+            layer.stack = self
+
+    @classmethod
+    def of(cls, layers: list[LinearizedCacheLayer]) -> "Stack":
+        """The stack of exactly these layers, made anew where one has left it."""
+        stack = layers[0].stack
+        same = stack is not None and stack.layers == layers and all(layer.stack is stack for layer in layers)
+        return stack if stack is not None and same else cls(layers)
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        return tuple(self.tensors[n] for n in self.layers[0].state_names)
+
+    def advance(self) -> None:
+        """Count one token per row, in every layer."""
+        self.tensors["count"] += 1
+        for layer in self.layers:
+            layer._length += 1
 
 
 def cache_layer(cache: Cache, layer_idx: int, window: int, sinks: int) -> LinearizedCacheLayer:

@@ -20,6 +20,7 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    Cache,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -36,6 +37,7 @@ from linearize import archs
 from linearize.cache import cache_layer
 from linearize.errors import InputError
 from linearize.mixers import MIXERS, Context, MixerConfig, build_config
+from linearize.mixers.step import steps
 from linearize.ops.rows import Rows
 
 FORMAT = 1
@@ -61,41 +63,37 @@ class LinearizedAttention(_Source):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any):
         rows = kwargs.pop("linearize_rows", None)
-        shared = kwargs.pop("linearize_shared", None)
+        steps = kwargs.pop("linearize_steps", None)
         if self.branch == "source":
             return super().forward(hidden_states, *args, **kwargs)
-        name = next((n for n in ("past_key_values", "layer_past") if n in kwargs), None)
-        past = kwargs.pop(name) if name else None
-        mask = kwargs.pop("attention_mask", None)
-        call = _Call(past, rows, mask, kwargs.get("position_embeddings"), {} if shared is None else shared)
+        name = "layer_past" if "layer_past" in kwargs else "past_key_values"
+        past, mask = kwargs.pop(name, None), kwargs.pop("attention_mask", None)
+        call = _Call(past, rows, mask, kwargs.get("position_embeddings"), steps or {})
+        if self.layer_idx in call.steps:
+            call.steps[self.layer_idx].positions[self.layer_idx] = call.position_embeddings
         return super().forward(hidden_states, *args, attention_mask=None, linearize_call=call, **kwargs)
 
 
 class _Call:
     """What the swapped forward hands to `attention` through the source's own forward."""
 
-    def __init__(self, past, rows, mask, position_embeddings, shared):
+    def __init__(self, past, rows, mask, position_embeddings, steps):
         self.past, self.rows, self.mask = past, rows, mask
-        self.position_embeddings, self.shared = position_embeddings, shared
+        self.position_embeddings, self.steps = position_embeddings, steps
 
 
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, linearize_call=None, **kwargs: Any
 ):
     """The registered attention function: query [B, H, T, K], key [B, G, T, K], value [B, G, T, V] -> [B, T, H, V]."""
-    implementation = module.source_config._attn_implementation
-    eager = sys.modules[module.source_class.__module__].eager_attention_forward
-    source = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     if linearize_call is None:
-        return source(module, query, key, value, attention_mask, **kwargs)
+        return _source_attention(module)(module, query, key, value, attention_mask, **kwargs)
     call: _Call = linearize_call
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return source(module, q, k, v, call.mask, **kwargs)[0].transpose(1, 2)
+        return _source_attention(module)(module, q, k, v, call.mask, **kwargs)[0].transpose(1, 2)
 
     def unrotate(x: Tensor) -> Tensor:
-        if x.shape[2] == 1:
-            return archs.unrotate_token(module, x, call.position_embeddings, call.shared)
         return archs.unrotate(module, x, call.position_embeddings)
 
     scaling = kwargs.get("scaling")
@@ -109,9 +107,15 @@ def attention(
         cache=call.past,
         branch=module.branch,
         attend=attend,
-        shared=call.shared,
+        steps=call.steps,
     )
     return module.mixer(query, key, value, context).transpose(1, 2).contiguous(), None
+
+
+def _source_attention(module: Any):
+    implementation = module.source_config._attn_implementation
+    eager = sys.modules[module.source_class.__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)
@@ -128,6 +132,7 @@ def _swap(module: Any, config: PreTrainedConfig, mixer: MixerConfig) -> None:
     """Turn one attention module of a source into a linearized one, or give a linearized one another mixer."""
     if not isinstance(module, LinearizedAttention):
         module.source_config = config
+        module.rotates = archs.arch_of(config).rotates(module)
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = IMPLEMENTATION
         module.__class__ = _attention_class(type(module))
@@ -137,19 +142,31 @@ def _swap(module: Any, config: PreTrainedConfig, mixer: MixerConfig) -> None:
 
 
 def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
-    """Once per forward: left-aligned rows for padding or packing, and a dictionary the layers share."""
+    """Once per forward: left-aligned rows for padding or packing; or, for a decoding step, what all layers do at once."""
     tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
     T = tokens.shape[1]
     mask = kwargs.pop("linearize_mask", kwargs.get("attention_mask"))
     positions, rows = kwargs.get("position_ids"), None
+    compiling = torch.compiler.is_compiling()
     if isinstance(mask, Tensor) and mask.ndim == 2:
         new = mask[:, -T:]
-        if not (torch.compiler.is_compiling() and T == 1 or bool(new.all())):
+        if not (compiling and T == 1 or bool(new.all())):
             rows = Rows.from_padding(new)
-    elif mask is None and positions is not None and T > 1 and not torch.compiler.is_compiling():
+    elif mask is None and positions is not None and T > 1 and not compiling:
         rows = Rows.from_positions(positions.expand(tokens.shape[0], -1))
-    kwargs["linearize_rows"], kwargs["linearize_shared"] = rows, {}
+    kwargs["linearize_rows"] = rows
+    past = kwargs.get("past_key_values")
+    # A compiler joins the layers' operations itself.
+    if T == 1 and rows is None and isinstance(past, Cache) and not compiling:
+        mixers = {m.layer_idx: m.mixer for m in decoder.linearized if m.branch != "source"}
+        kwargs["linearize_steps"] = steps(mixers, past.layers)
     return args, kwargs
+
+
+def _after_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    modules = {m.layer_idx: m for m in decoder.linearized}
+    for step in dict.fromkeys(kwargs.get("linearize_steps", {}).values()):
+        step.finish(archs.unrotate_layers([(modules[i], where) for i, where in step.positions.items()]))
 
 
 # --- factories
@@ -303,17 +320,21 @@ def linearize_(
         model.__class__ = model_class(type(model), type(model.config))
         model.config.linearize = block = {"format": FORMAT, "source": origin, "layers": {}}
         model.config.architectures = ["LinearizedForCausalLM"]
-        _hook(model)
     modules = dict(model.named_modules())
     for index in chosen:
         _swap(modules[paths[index]], model.config, config)
         block["layers"][str(index)] = config.to_dict()
     block["layers"] = {str(i): block["layers"][str(i)] for i in sorted(map(int, block["layers"]))}
+    _hook(model)
     return model
 
 
 def _hook(model: Any) -> None:
-    model.base_model.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+    decoder = model.base_model
+    decoder.linearized = linearized_modules(model)
+    if _before_decoder not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+        decoder.register_forward_hook(_after_decoder, with_kwargs=True)
 
 
 def linearized_modules(model: nn.Module) -> list[Any]:

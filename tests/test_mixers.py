@@ -91,14 +91,20 @@ def test_expansion_forms_agree():
     expected = expansion.naive(0.5 * q, k1[..., :-1], v1, g)
     torch.testing.assert_close(y, expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weight, expected[1] + 0.7, rtol=1e-4, atol=1e-5)
-    running = empty.clone()
+    running = expansion.empty_state(B, G, K, K, torch.device("cpu"))
     for t in range(T):
         one = slice(t, t + 1)
-        token = (x[:, :, one] for x in (q, k1, v1, g))
-        yt, wt, running = expansion.run(*token, running, scaling=0.5, strength=0.7, decoding=True)
+        expansion.absorb(k1[:, :, one], v1[:, :, one], g[:, :, one], running, strength=0.7)
+        yt, wt = expansion.look(q[:, :, one], running, scaling=0.5)
         torch.testing.assert_close(yt, y[:, :, one], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(wt, weight[:, :, one], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(running, state, rtol=1e-4, atol=1e-4)
+    for a, b in zip(running, state, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    cut = 20
+    _, _, middle = expansion.run(*(x[:, :, :cut] for x in (q, k1, v1, g)), empty, scaling=0.5, strength=0.7)
+    y2, weight2, end = expansion.run(*(x[:, :, cut:] for x in (q, k1, v1, g)), middle, scaling=0.5, strength=0.7)
+    for a, b in ((y2, y[:, :, cut:]), (weight2, weight[:, :, cut:]), *zip(end, state, strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_keys_at_fifty_stay_finite_with_their_gradients():

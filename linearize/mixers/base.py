@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from linearize.cache import LinearizedCacheLayer, cache_layer
+from linearize.cache import LinearizedCacheLayer, Stack, cache_layer
+from linearize.mixers.step import Step
+from linearize.mixers.tokens import Geometry, Tokens
 from linearize.ops.rows import Rows
 from linearize.ops.window import slot_attention, window_attention
 
@@ -59,16 +61,6 @@ class MixerConfig:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Shapes of one attention layer: query heads H, key/value heads G, key width K, value width V."""
-
-    heads: int
-    kv_heads: int
-    key_width: int
-    value_width: int
-
-
 @dataclass
 class Context:
     """What the surroundings know about one call.
@@ -81,7 +73,7 @@ class Context:
         cache: the Cache to continue and update, or None.
         branch: all | window (memory off) | memory (window off).
         attend: the source's own attention over (q, k, v), for the control; y [B, H, T, V].
-        shared: what the layers of one forward pass may share.
+        steps: layer index -> the decoding step it shares with other layers.
     """
 
     layer_idx: int
@@ -93,50 +85,7 @@ class Context:
     cache: Cache | None
     branch: str
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    shared: dict = field(default_factory=dict)
-
-
-class Tokens:
-    """What is kept of each token: columns [k | 1 | v | 1 | carry] of one tensor x [B, G, T, K + V + 2 + C].
-
-    A token that does not exist (padding, an empty slot) is a row of zeros. The ones lie so that a key and a value each
-    have theirs at hand, which is how sums of weights are carried beside sums of values.
-    """
-
-    def __init__(self, x: Tensor, geometry: Geometry):
-        self.x, self.K, self.V = x, geometry.key_width, geometry.value_width
-
-    @classmethod
-    def join(cls, k: Tensor, v: Tensor, carry: Tensor | None, one: Tensor, geometry: Geometry) -> "Tokens":
-        """From keys [B, G, T, K], values [B, G, T, V], carry [B, G, T, C] or None and ones [B, G, T, 1]."""
-        return cls(torch.cat([k, one, v, one] if carry is None else [k, one, v, one, carry.to(k.dtype)], -1), geometry)
-
-    @property
-    def k(self) -> Tensor:
-        return self.x[..., : self.K]
-
-    @property
-    def k1(self) -> Tensor:
-        """[k | 1]"""
-        return self.x[..., : self.K + 1]
-
-    @property
-    def v(self) -> Tensor:
-        return self.x[..., self.K + 1 : self.K + 1 + self.V]
-
-    @property
-    def v1(self) -> Tensor:
-        """[v | 1]"""
-        return self.x[..., self.K + 1 : self.K + self.V + 2]
-
-    @property
-    def present(self) -> Tensor:
-        """[B, G, T, 1]: 1, or 0 for a token that does not exist."""
-        return self.x[..., self.K : self.K + 1]
-
-    @property
-    def carry(self) -> Tensor:
-        return self.x[..., self.K + self.V + 2 :]
+    steps: dict[int, Step] = field(default_factory=dict)
 
 
 class Mixer(nn.Module):
@@ -167,19 +116,22 @@ class Mixer(nn.Module):
         """Whether `recur` returns the log weight of the memory beside the window's log-sum-exp."""
         return False
 
-    def prepare(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """Once per token, as it arrives: queries [B, H, T, K] -> what reads the state [B, H, T, ·]; keys [B, G, T, K]
-        -> what `write` will need beside k and v [B, G, T, C], kept until the token leaves the window."""
-        raise TypeError(f"{self.name} has no recurrence")
+    def query(self, q: Tensor, context: Context) -> Tensor:
+        """Queries [B, H, T, K] -> what reads the state [B, H, T, ·]."""
+        return q
+
+    def carry(self, k: Tensor, unrotate: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Keys [B, G, T, K] -> what `write` will need beside k and v [B, G, T, C], kept until the token leaves."""
+        return None
 
     def write(self, tokens: Tokens) -> tuple[Tensor, ...]:
-        """What the recurrence takes in, [B, G, T, ·] each."""
+        """What the recurrence takes in, [B, G, T, ·] each; for a token that does not exist, what changes nothing."""
         raise TypeError(f"{self.name} has no recurrence")
 
     def recur(
-        self, read: Tensor, writes: tuple[Tensor, ...], state: tuple[Tensor, ...], context: Context, decoding: bool
+        self, read: Tensor, writes: tuple[Tensor, ...], state: tuple[Tensor, ...], context: Context
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Run it over T tokens; token t's write is visible to query t. `decoding`: T = 1, `state` is updated in place.
+        """Run it over T tokens; token t's write is visible to query t.
 
         Returns:
             y [B, H, T, V] fp32; its log weight [B, H, T] beside the window's log-sum-exp, or None where the recurrence
@@ -187,9 +139,17 @@ class Mixer(nn.Module):
         """
         raise TypeError(f"{self.name} has no recurrence")
 
+    def absorb(self, writes: tuple[Tensor, ...], state: tuple[Tensor, ...]) -> None:
+        """The writes of one token per row, into the state, in place."""
+        raise TypeError(f"{self.name} has no recurrence")
+
+    def look(self, read: Tensor, state: tuple[Tensor, ...], context: Context) -> tuple[Tensor, Tensor | None]:
+        """What one token per row reads: y [B, H, 1, V] and its log weight [B, H, 1], as from `recur`."""
+        raise TypeError(f"{self.name} has no recurrence")
+
     @property
     def carry_width(self) -> int:
-        """C of `prepare`."""
+        """C of `carry`."""
         return 0
 
     def empty_state(self, batch: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -205,6 +165,12 @@ class Mixer(nn.Module):
         carry = self.carry_width if self.delayed else 0
         return g.kv_heads, g.key_width + g.value_width + 2 + carry if self.windowed else 0
 
+    @cached_property
+    def alike(self) -> tuple | None:
+        """Equal for mixers that write the same way; None for one with weights of its own."""
+        own = next(self.parameters(), None) is not None
+        return None if own else (type(self), self.config, self.geometry)
+
     def state_bytes(self, batch: int, dtype_bytes: int) -> int:
         """Bytes of cache of one layer, whatever the context length."""
         heads, width = self.token_shape
@@ -214,14 +180,15 @@ class Mixer(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> y [B, H, T, V] in v's dtype."""
-        read, carry = self.prepare(q, k, context) if self.recurrent else (q, None)
         rows, layer = context.rows, None
         if context.cache is not None:
             layer = cache_layer(context.cache, context.layer_idx, self.config.window, self.config.sinks)
         past = layer if layer is not None and layer.is_initialized else None
         T = q.shape[2]
         if past is not None and T == 1 and rows is None:
-            return self._step(q, k, v, read, carry, context, past)
+            return self._step(q, k, v, context, past)
+        read = self.query(q, context) if self.recurrent else q
+        carry = self.carry(k, context.unrotate) if self.recurrent else None
         tokens = Tokens.join(k, v, carry, k.new_ones(*k.shape[:3], 1), self.geometry)
         lengths = torch.full((q.shape[0],), T, device=q.device)
         real = None
@@ -280,7 +247,7 @@ class Mixer(nn.Module):
             if keep is not None:
                 entering = entering * keep[:, None, :, None]
             writes = self.write(Tokens(entering, self.geometry))
-            y, weight, state = self.recur(read[:, :, skip:], writes, state, context, decoding=False)
+            y, weight, state = self.recur(read[:, :, skip:], writes, state, context)
             if skip:
                 y = F.pad(y, (0, 0, skip, 0))
                 weight = None if weight is None else F.pad(weight, (skip, 0), value=float("-inf"))
@@ -299,44 +266,30 @@ class Mixer(nn.Module):
         old = past.tensors["tokens"][:, :, :s].to(new.dtype)
         return torch.where((slot < count)[:, None, :, None], old, new.gather(2, index))
 
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, carry: Tensor | None,
-        context: Context, past: LinearizedCacheLayer,
-    ) -> Tensor:  # fmt: skip
-        """One decoding step: the token that the new one overwrites in the ring is the one that enters the memory. A
-        slot not yet used holds zeros, a token that does not exist."""
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, context: Context, past: LinearizedCacheLayer) -> Tensor:
+        """One decoding step. The token that the new one overwrites in the ring has entered the memory before."""
+        together = context.steps.get(context.layer_idx)
+        step = together or Step(self, Stack.of([past]))
         near = far = memory = None
-        heads, width = self.token_shape
-        key = ("step", past.window, past.sinks, heads, width, k.dtype, k.device)
-        if key not in context.shared:
-            # Every layer of one shape is at the same token, so the first one finds the slots for all.
-            slot = past.slot_of_next()[:, None, None, None].expand(-1, heads, 1, width)
-            bias = torch.zeros((), device=q.device).masked_fill(~past.filled(), float("-inf"))
-            bias = bias.repeat_interleave(heads, 0).unsqueeze(1)
-            context.shared[key] = slot, bias, k.new_ones(*k.shape[:3], 1)
-        slot, bias, one = context.shared[key]
-        arriving = Tokens.join(k, v, carry, one, self.geometry)
-        if self.windowed:
-            kept = Tokens(past.tensors["tokens"], self.geometry)
-            entering = Tokens(kept.x.gather(2, slot), self.geometry) if self.delayed else arriving
-            kept.x.scatter_(2, slot, arriving.x[..., :width].to(kept.x.dtype))
-        else:
-            kept, entering = None, arriving
+        late = self.carry(k, context.unrotate) if self.recurrent and not self.delayed else None
+        new = Tokens.join(k, v, late, step.one, self.geometry)
         if self.recurrent:
-            y, weight, _ = self.recur(read, self.write(entering), past.state, context, decoding=True)
-            far = y, weight
-            if weight is not None and context.branch == "all":
-                memory = y, weight
-        past.advance(1, 1)
-        if kept is not None and context.branch != "memory":
+            if not self.delayed:
+                self.absorb(self.write(new), past.state)
+            far = self.look(self.query(q, context), past.state, context)
+            memory = far if context.branch == "all" and self.delayed and self.weighted else None
+        if self.windowed and context.branch != "memory":
+            kept = Tokens(past.tensors["tokens"], self.geometry)
+            width = min(new.x.shape[-1], kept.x.shape[-1])
+            kept.x.scatter_(2, step.slot[..., :width], new.x[..., :width])
             y = slot_attention(
-                q, kept.k, kept.v, bias,
+                q, kept.k, kept.v, step.bias,
                 scaling=context.scaling, softcap=context.softcap, extra=context.extra, memory=memory,
             )  # fmt: skip
-            if memory is not None:
-                return y
             near = y, None
-        return self._join(near, far, q, context)
+        if together is None:
+            step.finish(context.unrotate)
+        return y if memory is not None else self._join(near, far, q, context)
 
     def _join(self, near, far, q: Tensor, context: Context) -> Tensor:
         """One output [B, H, T, V] from the two branches.

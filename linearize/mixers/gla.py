@@ -74,11 +74,12 @@ class Mixer(base.Mixer):
     def carry_width(self):
         return 1 if self.expands else self.geometry.key_width
 
-    def prepare(self, q, k, context):
-        raw_k = context.unrotate(k)
-        if self.expands:
-            return q, self._log_decay(raw_k).mean(-1, keepdim=True)
-        return context.unrotate(q).softmax(-1), raw_k
+    def query(self, q, context):
+        return q if self.expands else context.unrotate(q).softmax(-1)
+
+    def carry(self, k, unrotate):
+        raw_k = unrotate(k)
+        return self._log_decay(raw_k).mean(-1, keepdim=True) if self.expands else raw_k
 
     def write(self, tokens):
         if self.expands:
@@ -90,19 +91,28 @@ class Mixer(base.Mixer):
     def _log_decay(self, raw_k: Tensor) -> Tensor:
         return F.logsigmoid(raw_k) / self.config.gate_normalizer
 
-    def recur(self, read, writes, state, context, decoding):
+    def recur(self, read, writes, state, context):
         if self.expands:
-            strength = self.config.strength
             y, weight, final = expansion.run(
-                read, *writes, state[0], scaling=context.scaling, strength=strength, decoding=decoding
+                read, *writes, state, scaling=context.scaling, strength=self.config.strength
             )
-            return y, weight, (final,)
-        form = additive.step if decoding else additive.chunked
-        y, final = form(read, *writes, state=state[0])
+            return y, weight, final
+        y, final = additive.chunked(read, *writes, state=state[0])
         return y, None, (final,)
+
+    def absorb(self, writes, state):
+        if self.expands:
+            expansion.absorb(*writes, state, strength=self.config.strength)
+        else:
+            additive.absorb(*writes, state=state[0])
+
+    def look(self, read, state, context):
+        if self.expands:
+            return expansion.look(read, state, scaling=context.scaling)
+        return additive.look(read, state[0]), None
 
     def empty_state(self, batch, device):
         g = self.geometry
         if self.expands:
-            return (expansion.empty_state(batch, g.kv_heads, g.key_width, g.value_width, device),)
+            return expansion.empty_state(batch, g.kv_heads, g.key_width, g.value_width, device)
         return (torch.zeros(batch, g.kv_heads, g.key_width, g.value_width, device=device),)

@@ -54,13 +54,23 @@ def step(
     """One token (T = 1), updating `state` in place: the decoding step."""
     if state is None:
         return naive_recurrent(q, k, v, log_decay)
-    B, H, _, K = q.shape
-    G = k.shape[1]
+    absorb(k, v, log_decay, state)
+    return look(q, state), state
+
+
+def absorb(k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> None:
+    """The writes of one token, into `state`, in place."""
     if log_decay is not None:
         state.mul_(log_decay.to(state.dtype).exp().mT)
-    state.view(B * G, K, -1).baddbmm_(k.to(state.dtype).view(B * G, K, 1), v.to(state.dtype).view(B * G, 1, -1))
-    y = q.to(state.dtype).view(B, G, H // G, K) @ state
-    return y.view(B, H, 1, -1).to(q.dtype), state
+    state.flatten(0, 1).baddbmm_(k.to(state.dtype).flatten(0, 1).mT, v.to(state.dtype).flatten(0, 1))
+
+
+def look(q: Tensor, state: Tensor) -> Tensor:
+    """What one token reads: q [B, H, 1, K] -> [B, H, 1, V]."""
+    B, H, _, K = q.shape
+    G = state.shape[1]
+    y = torch.bmm(q.to(state.dtype).view(B * G, H // G, K), state.flatten(0, 1))
+    return y.view(B, H, 1, -1).to(q.dtype)
 
 
 def materialise(q: Tensor, k: Tensor, log_decay: Tensor | None = None) -> Tensor:

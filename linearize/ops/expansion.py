@@ -11,7 +11,9 @@ the query. It is the first-order case of what Taylor feature maps do (arXiv 2402
 of zero, where real scores are not. A decay g ≤ 0 per token fades both sums, so that n, μ and the average weigh recent
 tokens more.
 
-Shapes as in ops/additive.py; keys and values come with their column of ones. S and m are one state, [k | 1]ᵀ [v | 1].
+Kept from token to token are n, the covariance beside the mean key, S = [Σ k vᵀ / n − k̄ v̄ᵀ, k̄], and m = [v̄, log n]: for
+one query, qᵀ S + m is then the output and its log weight at once. Shapes as in ops/additive.py; keys and values come
+with their column of ones.
 """
 
 import torch
@@ -20,9 +22,13 @@ from torch import Tensor
 from linearize.ops import additive
 
 
-def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> Tensor:
-    """S over m, [B, G, K + 1, V + 1], fp32 zeros."""
-    return torch.zeros(batch, kv_heads, key_width + 1, value_width + 1, device=device)
+State = tuple[Tensor, Tensor, Tensor]
+
+
+def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
+    """S [B, G, K, V + 1], m [B, G, 1, V + 1] and n [B, G, 1, 1], fp32 zeros. (log n is set from the first `absorb` on.)"""
+    S = torch.zeros(batch, kv_heads, key_width, value_width + 1, device=device)
+    return S, S.new_zeros(batch, kv_heads, 1, value_width + 1), S.new_zeros(batch, kv_heads, 1, 1)
 
 
 def run(
@@ -30,12 +36,11 @@ def run(
     k1: Tensor,
     v1: Tensor,
     log_decay: Tensor,
-    state: Tensor,
+    state: State,
     *,
     scaling: float = 1.0,
     strength: float = 0.0,
-    decoding: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, State]:
     """Read the expansion at every token.
 
     Args:
@@ -44,47 +49,59 @@ def run(
         state: as `empty_state` makes it.
         scaling: of the scores q·k.
         strength: added to the log weight.
-        decoding: T = 1 and the state is updated in place.
 
     Returns:
         y [B, H, T, V], the log weight n e^μ [B, H, T] (−inf where there is no token), and the new state.
     """
     B, H, T, K = q.shape
     G = k1.shape[1]
-    k1, v1 = k1.float(), v1.float()
-    if decoding:
-        return *_step(q.float(), k1, v1, log_decay, state, scaling, strength), state
-    x, S = additive.chunked(q.float() * scaling, k1[..., :K], v1, log_decay, state[:, :, :K])
+    S, m, n = state
+    mean_k, mean_v = S[..., -1:], m[..., :-1]
+    whole = torch.cat([S[..., :-1] + mean_k * mean_v, mean_k], -1) * n
+    part = torch.cat([mean_v, torch.ones_like(n)], -1) * n
+    x, S = additive.chunked(q.float() * scaling, k1[..., :K], v1, log_decay, whole)
     one = torch.ones_like(log_decay)
-    sums, m = additive.chunked(one, one, v1, log_decay, state[:, :, K:])
-    x, sums = x.view(B, G, H // G, T, -1), sums[:, :, None]
-    n = sums[..., -1:]
-    count = n.clamp(min=torch.finfo(n.dtype).tiny)
+    sums, m = additive.chunked(one, one, v1, log_decay, part)
+    x, sums = x.view(B, G, H // G, T, -1), sums.float()[:, :, None]
+    n, count = _count(sums)
     mean = x[..., -1:] / count
     y = torch.addcmul(x[..., :-1], 1 - mean, sums[..., :-1]) / count
     # Not n.log(): its gradient at zero is 0/0.
     weight = (count.log() + mean + strength).masked_fill(n == 0, float("-inf"))
-    return y.view(B, H, T, -1), weight.view(B, H, T), torch.cat([S, m], dim=2)
+
+    n, count = _count(m)
+    S, mean_v = S / count, m[..., :-1] / count
+    S = torch.cat([S[..., :-1] - S[..., -1:] * mean_v, S[..., -1:]], -1)
+    m = torch.cat([mean_v, n.log() + strength], -1)
+    return y.view(B, H, T, -1), weight.view(B, H, T), (S, m, n)
 
 
-def _step(
-    q: Tensor, k1: Tensor, v1: Tensor, log_decay: Tensor, state: Tensor, scaling: float, strength: float
-) -> tuple[Tensor, Tensor]:
-    """`run` for one token. The number of operations is what a decoding step costs, so the scaling and the strength
-    ride on a matrix product: its bias is strength·m, which leaves the mean of the scores + strength in its last
-    column, and the mean is wanted only together with it."""
+def _count(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The last column, and the same safe to divide by."""
+    n = sums[..., -1:]
+    return n, n.clamp(min=torch.finfo(n.dtype).tiny)
+
+
+def absorb(k1: Tensor, v1: Tensor, log_decay: Tensor, state: State, *, strength: float = 0.0) -> None:
+    """One token into the state, in place: means and covariance, updated as Welford does."""
+    S, m, n = state
+    k1, v1 = k1.float(), v1.float()
+    n.mul_(log_decay.float().exp()).add_(v1[..., -1:])
+    part = v1[..., -1:] / n.clamp(min=torch.finfo(n.dtype).tiny)
+    rest = 1 - part
+    dk, dv = k1[..., :-1] - S[..., -1:].mT, v1[..., :-1] - m[..., :-1]
+    S[..., :-1].mul_(rest)
+    S.addcmul_((part * dk).mT, torch.cat([rest * dv, torch.ones_like(n)], -1))
+    m[..., :-1].add_(part * dv)
+    m[..., -1:].copy_(n.log() + strength)
+
+
+def look(q: Tensor, state: State, *, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What one token reads, y [B, H, 1, V] and log weight [B, H, 1]: the state is laid out so that it is one product."""
     B, H, _, K = q.shape
-    G, V = k1.shape[1], v1.shape[-1] - 1
-    flat = state.flatten(0, 1)
-    state.mul_(log_decay.exp())
-    flat.baddbmm_(k1.flatten(0, 1).mT, v1.flatten(0, 1))
-    sums = flat[:, K:]
-    x = torch.baddbmm(sums, q.view(B * G, H // G, K), flat[:, :K], beta=strength, alpha=scaling)
-    n = sums[..., V:]
-    count = n.clamp(min=torch.finfo(n.dtype).tiny)
-    shifted = x[..., V:] / count
-    y = torch.addcmul(x[..., :V], 1 - shifted, sums[..., :V]) / count
-    return y.view(B, H, 1, V), (n.log() + shifted).view(B, H, 1)
+    S, m = state[0].flatten(0, 1), state[1].flatten(0, 1)
+    x = torch.bmm((q.float() * scaling).view(S.shape[0], -1, K), S) + m
+    return x[..., :-1].view(B, H, 1, -1), x[..., -1].view(B, H, 1)
 
 
 def naive(q: Tensor, k: Tensor, v1: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,10 +130,10 @@ def slot_attention(
     p = a.softmax(-1)
     near = p[..., :S].to(v.dtype)
     if memory is None:
-        y = near @ v
+        y = torch.bmm(near, v)
     else:
         m = memory[0].view(B * G, rep, V) * p[..., S : S + 1]
-        y = torch.baddbmm(m, near, v) if v.dtype == m.dtype else m + near @ v
+        y = torch.baddbmm(m, near, v) if v.dtype == m.dtype else m + torch.bmm(near, v)
     return y.view(B, H, 1, V).to(q.dtype)
 
 
