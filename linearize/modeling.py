@@ -70,7 +70,7 @@ class LinearizedAttention(_Source):
         past, mask = kwargs.pop(name, None), kwargs.pop("attention_mask", None)
         call = _Call(past, rows, mask, kwargs.get("position_embeddings"), steps or {})
         if self.layer_idx in call.steps:
-            call.steps[self.layer_idx].positions[self.layer_idx] = call.position_embeddings
+            call.steps[self.layer_idx][0].positions[self.layer_idx] = call.position_embeddings
         return super().forward(hidden_states, *args, attention_mask=None, linearize_call=call, **kwargs)
 
 
@@ -165,7 +165,7 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
 
 def _after_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     modules = {m.layer_idx: m for m in decoder.linearized}
-    for step in dict.fromkeys(kwargs.get("linearize_steps", {}).values()):
+    for step in dict.fromkeys(step for step, _ in kwargs.get("linearize_steps", {}).values()):
         step.finish(archs.unrotate_layers([(modules[i], where) for i, where in step.positions.items()]))
 
 

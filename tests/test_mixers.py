@@ -95,9 +95,9 @@ def test_expansion_forms_agree():
     for t in range(T):
         one = slice(t, t + 1)
         expansion.absorb(k1[:, :, one], v1[:, :, one], g[:, :, one], running, strength=0.7)
-        yt, wt = expansion.look(q[:, :, one], running, scaling=0.5)
+        yt, wt = expansion.look(q[:, :, one], running, scaling=0.5).split([K, 1], -1)
         torch.testing.assert_close(yt, y[:, :, one], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(wt, weight[:, :, one], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(wt[..., 0], weight[:, :, one], rtol=1e-4, atol=1e-5)
     for a, b in zip(running, state, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     cut = 20

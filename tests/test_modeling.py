@@ -250,10 +250,10 @@ def test_cache_size_is_known_and_constant(mixture):
         return
     sizes = [layer.nbytes() for layer in past.layers]
     assert sizes == state_bytes(model.config, T, batch=2, dtype_bytes=4)["per_layer"]
+    logits(model, tokens(2, 1), past_key_values=past)  # the layers are stacked now
     addresses = [x.data_ptr() for layer in past.layers for x in layer.tensors.values()]
-    with torch.no_grad():
-        for token in tokens(2, 30).T:
-            model(token[:, None], past_key_values=past)
+    for token in tokens(2, 30).T:
+        logits(model, token[:, None], past_key_values=past)
     assert sizes == [layer.nbytes() for layer in past.layers]
     assert addresses == [x.data_ptr() for layer in past.layers for x in layer.tensors.values()]
 

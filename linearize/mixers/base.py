@@ -73,7 +73,7 @@ class Context:
         cache: the Cache to continue and update, or None.
         branch: all | window (memory off) | memory (window off).
         attend: the source's own attention over (q, k, v), for the control; y [B, H, T, V].
-        steps: layer index -> the decoding step it shares with other layers.
+        steps: layer index -> the decoding step it shares with other layers, and its place among them.
     """
 
     layer_idx: int
@@ -85,7 +85,7 @@ class Context:
     cache: Cache | None
     branch: str
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    steps: dict[int, Step] = field(default_factory=dict)
+    steps: dict[int, tuple[Step, int]] = field(default_factory=dict)
 
 
 class Mixer(nn.Module):
@@ -143,8 +143,8 @@ class Mixer(nn.Module):
         """The writes of one token per row, into the state, in place."""
         raise TypeError(f"{self.name} has no recurrence")
 
-    def look(self, read: Tensor, state: tuple[Tensor, ...], context: Context) -> tuple[Tensor, Tensor | None]:
-        """What one token per row reads: y [B, H, 1, V] and its log weight [B, H, 1], as from `recur`."""
+    def look(self, read: Tensor, state: tuple[Tensor, ...], context: Context) -> Tensor:
+        """What one token per row reads: y [B, H, 1, V] fp32, with its log weight as one more column if `weighted`."""
         raise TypeError(f"{self.name} has no recurrence")
 
     @property
@@ -269,21 +269,23 @@ class Mixer(nn.Module):
     def _step(self, q: Tensor, k: Tensor, v: Tensor, context: Context, past: LinearizedCacheLayer) -> Tensor:
         """One decoding step. The token that the new one overwrites in the ring has entered the memory before."""
         together = context.steps.get(context.layer_idx)
-        step = together or Step(self, Stack.of([past]))
+        step, place = together or (Step(self, Stack.of([past])), 0)
         near = far = memory = None
         late = self.carry(k, context.unrotate) if self.recurrent and not self.delayed else None
         new = Tokens.join(k, v, late, step.one, self.geometry)
         if self.recurrent:
             if not self.delayed:
                 self.absorb(self.write(new), past.state)
-            far = self.look(self.query(q, context), past.state, context)
-            memory = far if context.branch == "all" and self.delayed and self.weighted else None
+            found = self.look(self.query(q, context), past.state, context)
+            if self.weighted and context.branch == "all":
+                memory = found
+            far = (found[..., :-1] if self.weighted else found), None
         if self.windowed and context.branch != "memory":
-            kept = Tokens(past.tensors["tokens"], self.geometry)
-            width = min(new.x.shape[-1], kept.x.shape[-1])
-            kept.x.scatter_(2, step.slot[..., :width], new.x[..., :width])
+            kept = past.tensors["tokens"]
+            width = min(new.x.shape[-1], kept.shape[-1])
+            kept.scatter_(2, step.slot[..., :width], new.x[..., :width])
             y = slot_attention(
-                q, kept.k, kept.v, step.bias,
+                q, *step.slots[place], step.bias,
                 scaling=context.scaling, softcap=context.softcap, extra=context.extra, memory=memory,
             )  # fmt: skip
             near = y, None
@@ -303,7 +305,7 @@ class Mixer(nn.Module):
             far = None
         if far is not None and combine == "memory":
             m, weight = far
-            if weight is None:
+            if not self.weighted:
                 far = m * self.gate.tanh()[:, None, None], None
             elif near is not None:
                 # (e^lse y + e^w m) / (e^lse + e^w): one softmax over window and memory.

@@ -109,7 +109,7 @@ class Mixer(base.Mixer):
     def look(self, read, state, context):
         if self.expands:
             return expansion.look(read, state, scaling=context.scaling)
-        return additive.look(read, state[0]), None
+        return additive.look(read, state[0])
 
     def empty_state(self, batch, device):
         g = self.geometry

@@ -30,6 +30,7 @@ class Step:
         slot: [B, G, 1, D] int64, where the new token goes in each layer's slots.
         bias: [B·G, 1, s + W] fp32, 0 where a slot will be filled, −inf elsewhere.
         one: [B, G, 1, 1], in the dtype of the slots.
+        slots: layer's place in the stack -> its keys [B·G, K, s + W] and values [B·G, s + W, V], new token included.
         positions: layer index -> the position embeddings its attention was called with, in the order of the layers.
     """
 
@@ -44,6 +45,10 @@ class Step:
         bias = torch.zeros((), device=tokens.device).masked_fill(~first.filled(), float("-inf"))
         self.bias = bias.repeat_interleave(heads, 0).unsqueeze(1)
         self.one = tokens.new_ones(B, heads, 1, 1)
+        if mixer.windowed:
+            kept = Tokens(tokens, mixer.geometry)
+            size = B * heads
+            self.slots = list(zip(kept.k.flatten(0, 1).mT.split(size), kept.v.flatten(0, 1).split(size), strict=True))
         if mixer.delayed:
             leaving = Tokens(tokens.gather(2, self._slot), mixer.geometry)
             mixer.absorb(mixer.write(leaving), stack.state)
@@ -63,8 +68,8 @@ class Step:
         self.stack.advance()
 
 
-def steps(mixers: "dict[int, Mixer]", layers: list) -> dict[int, Step]:
-    """Layer index -> its step, one for all layers that are alike.
+def steps(mixers: "dict[int, Mixer]", layers: list) -> "dict[int, tuple[Step, int]]":
+    """Layer index -> its step, one for all layers that are alike, and its place in the stack.
 
     A mixer with weights of its own writes in its own way, and a layer that has seen nothing has no slots: they are left
     out.
@@ -80,6 +85,6 @@ def steps(mixers: "dict[int, Mixer]", layers: list) -> dict[int, Step]:
             groups.setdefault((*mixer.alike, layer.device, layer.dtype), []).append(index)
     found = {}
     for indices in groups.values():
-        stack = Stack.of([layers[i] for i in indices])
-        found |= dict.fromkeys(indices, Step(mixers[indices[0]], stack))
+        step = Step(mixers[indices[0]], Stack.of([layers[i] for i in indices]))
+        found |= {index: (step, place) for place, index in enumerate(indices)}
     return found

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from linearize.ops import additive
 
-
 State = tuple[Tensor, Tensor, Tensor]
 
 
@@ -96,12 +95,12 @@ def absorb(k1: Tensor, v1: Tensor, log_decay: Tensor, state: State, *, strength:
     m[..., -1:].copy_(n.log() + strength)
 
 
-def look(q: Tensor, state: State, *, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
-    """What one token reads, y [B, H, 1, V] and log weight [B, H, 1]: the state is laid out so that it is one product."""
+def look(q: Tensor, state: State, *, scaling: float = 1.0) -> Tensor:
+    """What one token reads, [B, H, 1, V + 1]: y, and its log weight in the last column."""
     B, H, _, K = q.shape
     S, m = state[0].flatten(0, 1), state[1].flatten(0, 1)
-    x = torch.bmm((q.float() * scaling).view(S.shape[0], -1, K), S) + m
-    return x[..., :-1].view(B, H, 1, -1), x[..., -1].view(B, H, 1)
+    grouped = q.float().view(S.shape[0], -1, K)
+    return torch.baddbmm(m, grouped, S, alpha=scaling).view(B, H, 1, -1)
 
 
 def naive(q: Tensor, k: Tensor, v1: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:

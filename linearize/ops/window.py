@@ -104,36 +104,37 @@ def slot_attention(
     scaling: float,
     softcap: float | None = None,
     extra: Tensor | None = None,
-    memory: tuple[Tensor, Tensor] | None = None,
+    memory: Tensor | None = None,
 ) -> Tensor:
     """One decoding step over cached slots, in whatever order they lie.
 
     Args:
-        q: [B, H, 1, K]; k, v: [B, G, S, K or V]; bias: [B·G, 1, S] fp32, 0 where a slot is filled and −inf elsewhere.
-        memory: one more place to attend to, with its value [B, H, 1, V] and its logit [B, H, 1], both fp32.
+        q: [B, H, 1, K]; k: [B·G, K, S] and v: [B·G, S, V], as `Step` views them.
+        bias: [B·G, 1, S] fp32, 0 where a slot is filled and −inf elsewhere.
+        memory: one more place to attend to, [B, H, 1, V + 1] fp32: its value, and its logit in the last column.
 
     Returns:
         y [B, H, 1, V] in q's dtype.
     """
     B, H, _, K = q.shape
-    G, S, V = k.shape[1], k.shape[2], v.shape[-1]
-    rep = H // G
-    grouped, k, v = q.view(B * G, rep, K), k.flatten(0, 1), v.flatten(0, 1)
+    groups, S, V = v.shape
+    grouped = q.view(groups, -1, K)
     if softcap is None and q.dtype == torch.float32:
-        a = torch.baddbmm(bias, grouped, k.mT, alpha=scaling)
+        a = torch.baddbmm(bias, grouped, k, alpha=scaling)
     else:
-        a = scores(grouped, k, scaling, softcap) + bias
-    if memory is not None:
-        a = torch.cat([a, memory[1].view(B * G, rep, 1)], -1)
+        a = scores(grouped, k.mT, scaling, softcap) + bias
+    m = None if memory is None else memory.view(groups, -1, V + 1)
+    if m is not None:
+        a = torch.cat([a, m[..., V:]], -1)
     if extra is not None:
-        a = torch.cat([a, extra.to(a.dtype).view(1, G, rep, 1).expand(B, -1, -1, -1).flatten(0, 1)], -1)
+        a = torch.cat([a, extra.to(a.dtype).repeat(B).view(groups, -1, 1)], -1)
     p = a.softmax(-1)
     near = p[..., :S].to(v.dtype)
-    if memory is None:
+    if m is None:
         y = torch.bmm(near, v)
     else:
-        m = memory[0].view(B * G, rep, V) * p[..., S : S + 1]
-        y = torch.baddbmm(m, near, v) if v.dtype == m.dtype else m + torch.bmm(near, v)
+        far = m[..., :V] * p[..., S : S + 1]
+        y = torch.baddbmm(far, near, v) if v.dtype == far.dtype else far + torch.bmm(near, v)
     return y.view(B, H, 1, V).to(q.dtype)
 
 
