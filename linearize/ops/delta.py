@@ -5,11 +5,11 @@ DeltaNet (one g per head, arXiv 2412.06464) and Kimi Delta Attention (one g per 
 shapes as in ops/additive.py: q [B, H, T, K], k [B, G, T, K], v [B, G, T, V], beta [B, G, T, 1], log_decay g ≤ 0 of
 shape [B, G, T, K], [B, G, T, 1], anything that broadcasts to it, or None; state [B, G, K, V] fp32. All forms compute in
 fp32 (fp64 for fp64 inputs) and return (y [B, H, T, V] in q's dtype, state). The caller normalises the keys: the rule is
-a contraction where β |k|² ≤ 2, and grows without bound beyond. A token with β = 0, or k = 0, and g = 0 leaves no trace.
+a contraction where β |k|² ≤ 2 and grows without bound beyond. A token with k or β zero and g = 0 leaves no trace.
 
-A chunk in closed form: with u_t = β_t (v_t − k_tᵀ diag(e^{g_t}) S_{t-1}), every token writes k_t u_tᵀ as in the additive
-recurrence, and the u of a chunk solve one unit lower triangular system (the WY or UT transform of arXiv 2406.06484). So
-the whole chunk is an affine map S -> M S + R, and only that product is sequential. `solve_chunks` is this algebra, and
+In closed form, a token writes k_t u_tᵀ as in the additive recurrence, u_t = β_t (v_t − k_tᵀ diag(e^{g_t}) S_{t-1}), and
+the u of a chunk solve one unit lower triangular system (the WY or UT transform of arXiv 2406.06484). So a chunk is
+an affine map of the state, S -> M S + R, and only these maps are sequential. `solve_chunks` is this algebra;
 ops/dplr.py uses it too.
 """
 
@@ -145,10 +145,10 @@ def solve_chunks(
     """
     K, V = w.shape[-1], x.shape[-1]
     U, W = torch.linalg.solve_triangular(L, torch.cat([x, w], -1), upper=False, unitriangular=True).split([V, K], -1)
-    R = kept.mT @ U if write is None else kept.mT @ U + write
-    M = torch.diag_embed(whole.squeeze(-1).expand(*W.shape[:3], K)) - kept.mT @ W
+    added = kept.mT @ U if write is None else kept.mT @ U + write
+    moved = torch.diag_embed(whole.squeeze(-1).expand(*W.shape[:3], K)) - kept.mT @ W
     before = []
-    for M, R in zip(M.unbind(2), R.unbind(2), strict=True):
+    for M, R in zip(moved.unbind(2), added.unbind(2), strict=True):
         before.append(state)
         state = R + M @ state
     if not before:

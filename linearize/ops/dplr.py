@@ -1,8 +1,8 @@
 """The diagonal-plus-low-rank recurrence S_t = (diag(e^{g_t}) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ, read as y_t = q_tᵀ S_t.
 
-The generalised delta rule of RWKV-7 (arXiv 2503.14456: g its decay, a = −κ̂ the key to remove, b = η ∘ κ̂ the key to put
-back, with the in-context learning rate η per channel). The delta rule is the case a = e^{g} ∘ k, b = −β k with the write
-β k vᵀ; ops/delta.py needs half of the products for it. Letters and shapes as in ops/additive.py: q [B, H, T, K],
+The generalised delta rule of RWKV-7 (arXiv 2503.14456): a = −κ̂, the key to remove, and b = η ∘ κ̂ with an in-context
+learning rate η per channel. The delta rule is the case a = e^{g} ∘ k, b = −β k with the write β k vᵀ, for which
+ops/delta.py needs half of the products. Letters and shapes as in ops/additive.py: q [B, H, T, K],
 k, a, b [B, G, T, K], v [B, G, T, V], log_decay g ≤ 0 of shape [B, G, T, K], anything that broadcasts to it, or None;
 state [B, G, K, V] fp32. All forms compute in fp32 (fp64 for fp64 inputs) and return (y [B, H, T, V] in q's dtype,
 state). a reads the state before it decays. The caller bounds a and b so that the transition does not grow. A token with
