@@ -61,7 +61,7 @@ def parallel(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """All tokens at once through T×T matrices, pair by pair: quadratic, for tests and for distillation."""
-    return _in_chunks(q, k, v, beta, log_decay, state, max(1, q.shape[2]), _pairs)
+    return _in_chunks(q, k, v, beta, log_decay, state, q.shape[2], _pairs)
 
 
 def materialise(q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor | None = None) -> Tensor:
@@ -88,9 +88,12 @@ def _in_chunks(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor | None, C: int,
     pairs: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype, T = q.dtype, q.shape[2]
+    dtype, (B, H, T, _) = q.dtype, q.shape
     q, k, v, g, S = _prepare(q, k, v, log_decay, state)
-    q, k, v, beta, g = (into_chunks(x, C) for x in (q, k, v, beta.to(v.dtype), g))
+    if T == 0:
+        return q.new_zeros(B, H, T, v.shape[-1]).to(dtype), S
+    q, k, v, beta = (into_chunks(x, C) for x in (q, k, v, beta.to(v.dtype)))
+    g = None if g is None else into_chunks(g, C)
     rows = torch.cat([q.transpose(2, 3), k.unsqueeze(3)], dim=3)
     reach, kept, whole = _to_ends(rows, k, g)
     matrix = pairs(rows, k, g)
@@ -109,7 +112,7 @@ def _in_chunks(
 
 def chunk_size(T: int, chunk: int) -> int:
     """The chunk for T tokens: no larger than the next power of two."""
-    return min(chunk, max(LEAF, 1 << max(0, T - 1).bit_length()))
+    return min(chunk, max(LEAF, 1 << (T - 1).bit_length()))
 
 
 def pairs_of(log_decay: Tensor | None) -> Callable[..., Tensor]:
@@ -117,9 +120,10 @@ def pairs_of(log_decay: Tensor | None) -> Callable[..., Tensor]:
     return _pairs if log_decay is None or log_decay.shape[-1] == 1 else _pairs_by_halves
 
 
-def into_chunks(x: Tensor | None, C: int) -> Tensor | None:
+def into_chunks(x: Tensor, C: int) -> Tensor:
     """[..., T, ·] -> [..., N, C, ·], the last chunk filled with zeros, which leave no trace."""
-    return x if x is None else F.pad(x, (0, 0, 0, -x.shape[-2] % C)).unflatten(-2, (-1, C))
+    pad = -x.shape[-2] % C
+    return (F.pad(x, (0, 0, 0, pad)) if pad else x).unflatten(-2, (-1, C))
 
 
 def out_of_chunks(y: Tensor, T: int) -> Tensor:
@@ -151,8 +155,6 @@ def solve_chunks(
     for M, R in zip(moved.unbind(2), added.unbind(2), strict=True):
         before.append(state)
         state = R + M @ state
-    if not before:
-        return reach.new_zeros(*reach.shape[:-1], V), state
     starts = torch.stack(before, dim=2)
     U = U - W @ starts
     y = reach.flatten(3, 4) @ starts + inside.flatten(3, 4) @ U

@@ -8,6 +8,8 @@ and the state in fp32 where x and a are real, both in complex64 (complex128) oth
 0 and phase = 0 leaves no trace.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,11 +47,15 @@ def parallel(
     a, y, h, dtype = _prepare(x, log_decay, phase, state)
     if x.shape[2] == 0:
         return y.to(dtype), h
-    size, angle = (None if p is None else p.to(a.real.dtype).expand(a.shape) for p in (log_decay, phase))
-    A = _factor(_between(size), None if angle is None else _between(angle))
-    below = torch.ones(A.shape[2:4], dtype=torch.bool, device=A.device).tril()
-    out = torch.einsum("bgijv,bgjv->bgiv", torch.where(below[:, :, None], A, 0), y)
-    out = out + _factor(size.cumsum(2), None if angle is None else angle.cumsum(2)) * h.unsqueeze(2)
+    size = log_decay.to(a.real.dtype).expand(x.shape)
+    angle = None if phase is None else phase.to(size.dtype).expand(x.shape)
+
+    def product(sums: Callable[[Tensor], Tensor]) -> Tensor:
+        return _factor(sums(size), None if angle is None else sums(angle))
+
+    below = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).tril()
+    A = torch.where(below[:, :, None], product(_between), 0)
+    out = torch.einsum("bgijv,bgjv->bgiv", A.to(y.dtype), y) + product(lambda g: g.cumsum(2)) * h.unsqueeze(2)
     return out.to(dtype), out[:, :, -1]
 
 

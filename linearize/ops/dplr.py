@@ -57,7 +57,7 @@ def parallel(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """All tokens at once through T×T matrices, pair by pair: quadratic, for tests and for distillation."""
-    return _in_chunks(q, k, v, a, b, log_decay, state, max(1, q.shape[2]), _pairs)
+    return _in_chunks(q, k, v, a, b, log_decay, state, q.shape[2], _pairs)
 
 
 def materialise(q: Tensor, k: Tensor, a: Tensor, b: Tensor, log_decay: Tensor | None = None) -> Tensor:
@@ -86,9 +86,12 @@ def _in_chunks(
     pairs: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """With z_t = a_tᵀ S_{t-1}: the z of a chunk solve the system, and its tokens write b_t z_tᵀ + k_t v_tᵀ."""
-    dtype, T = q.dtype, q.shape[2]
+    dtype, (B, H, T, _) = q.dtype, q.shape
     q, k, v, g, S = _prepare(q, k, v, log_decay, state)
-    q, k, v, a, b, g = (into_chunks(x, C) for x in (q, k, v, a.to(v.dtype), b.to(v.dtype), g))
+    if T == 0:
+        return q.new_zeros(B, H, T, v.shape[-1]).to(dtype), S
+    q, k, v, a, b = (into_chunks(x, C) for x in (q, k, v, a.to(v.dtype), b.to(v.dtype)))
+    g = None if g is None else into_chunks(g, C)
     # a_t reads what q_{t-1} would read: with a moved up by one token, both are rows of one matrix.
     moved = F.pad(a[..., 1:, :], (0, 0, 0, 1)).unsqueeze(3)
     rows = torch.cat([q.transpose(2, 3), moved], dim=3)
