@@ -81,6 +81,16 @@ def test_a_sequence_in_two_pieces(cut, kind):
     assert_close((torch.cat([y1, y2], 2), end), diagonal.chunked(**x), 1e-5)
 
 
+def test_the_state_is_not_a_view_of_the_output():
+    """The next step writes into it."""
+    x = inputs(65, "real")
+    for form in (diagonal.naive_recurrent, diagonal.parallel, diagonal.chunked):
+        h, state = form(**x)
+        before = h.clone()
+        state.zero_()
+        assert torch.equal(h, before)
+
+
 @kinds
 def test_steps_in_place(kind):
     x = inputs(20, kind)

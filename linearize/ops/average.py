@@ -73,5 +73,5 @@ def _read(U: Tensor, m: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
     total = U[:, :, 1:, -1:]
     weight = total.clamp(min=torch.finfo(U.dtype).tiny)
     n = (weight.log() + m[:, :, 1:]).masked_fill(total == 0, float("-inf"))
-    state = torch.cat([U, m], dim=-1)[:, :, -1]
+    state = torch.cat([U[:, :, -1], m[:, :, -1]], dim=-1)
     return (U[:, :, 1:, :-1] / weight).to(dtype), n.squeeze(-1), state

@@ -56,7 +56,7 @@ def parallel(
     below = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).tril()
     A = torch.where(below[:, :, None], product(_between), 0)
     out = torch.einsum("bgijv,bgjv->bgiv", A.to(y.dtype), y) + product(lambda g: g.cumsum(2)) * h.unsqueeze(2)
-    return out.to(dtype), out[:, :, -1]
+    return out.to(dtype), out[:, :, -1].clone()
 
 
 def chunked(
@@ -71,7 +71,8 @@ def chunked(
     if x.shape[2] == 0:
         return y.to(dtype), h
     out: Tensor = _Scan.apply(a, y, h, chunk)  # pyright: ignore[reportAssignmentType]
-    return out.to(dtype), out[:, :, -1]
+    # A copy: `step` writes into it.
+    return out.to(dtype), out[:, :, -1].clone()
 
 
 def _prepare(

@@ -48,7 +48,7 @@ def step(
         state.mul_(log_decay.to(dtype).exp().mT)
     keys = torch.cat([b.to(dtype), k.to(dtype)], dim=2)
     values = torch.cat([read, v.to(dtype)], dim=2)
-    state.flatten(0, 1).baddbmm_(keys.flatten(0, 1).mT, values.flatten(0, 1))
+    state.view(B * G, K, -1).baddbmm_(keys.flatten(0, 1).mT, values.flatten(0, 1))
     y = q.to(dtype).reshape(B, G, H // G, K) @ state
     return y.view(B, H, 1, -1).to(q.dtype), state
 
@@ -77,7 +77,7 @@ def chunked(
     state: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Chunks of C tokens: a triangular system inside, a K×K map between them. Linear in T, every exponent ≤ 0."""
+    """Chunks of C tokens: a triangular system inside, a K×K map between them. Linear in T; exponents as in additive."""
     return _in_chunks(q, k, v, a, b, log_decay, state, chunk_size(q.shape[2], chunk), pairs_of(log_decay))
 
 
