@@ -17,6 +17,9 @@ from torch.nn import functional as F
 CHUNK = 64
 LEAF = 8
 """Width of the diagonal blocks that are computed without a reference point."""
+STRONG = -60.0
+"""Log decay of a block beyond which it is not factorised: its two factors stay below e^30, the error of a pair near
+60 rounding errors, 4e-6 of that pair."""
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None):
@@ -110,12 +113,12 @@ def chunked(
     g = None if g is None else g.view(B, G, N, C, -1)
 
     inter, kept, whole = _to_ends(q, k, g)
-    update = kept.mT @ v
     before = []
-    for n in range(N):
+    # Not whole[:, :, n]: the gradient of every index would be a tensor of all chunks.
+    for decay, update in zip(whole.unbind(2), (kept.mT @ v).unbind(2), strict=True):
         before.append(S)
-        S = S * whole[:, :, n] + update[:, :, n]
-    inside = torch.tril(_pairs(q, k, g) if g is None or g.shape[-1] == 1 else _pairs_by_halves(q, k, g))
+        S = torch.addcmul(update, S, decay)
+    inside = torch.tril(_pairs(q, k, g) if g is None or g.shape[-1] == 1 else _pairs_by_halves(q, k, g, _leaf(g)))
     y = inside @ v[:, :, :, None] + inter @ torch.stack(before, dim=2)[:, :, :, None]
     return y.transpose(2, 3).reshape(B, G * rep, N * C, -1)[:, :, :T].to(dtype), S
 
@@ -154,19 +157,38 @@ def _pairs(q: Tensor, k: Tensor, g: Tensor | None) -> Tensor:
     return torch.einsum("...rik,...ijk->...rij", q, decay * k.unsqueeze(-3))
 
 
-def _pairs_by_halves(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
+def _leaf(g: Tensor) -> int:
+    """The largest block of a chunk in which no channel decays by more than e^STRONG; 0 where even LEAF tokens do."""
+    if torch.compiler.is_compiling():
+        return 0  # a choice by value would break the graph
+    block = g.detach().unflatten(-2, (-1, LEAF)).sum(-2)
+    leaf, best = LEAF, 0
+    while float(block.amin()) >= STRONG:
+        best = leaf
+        if block.shape[-2] == 1:
+            break
+        leaf, block = 2 * leaf, block.unflatten(-2, (-1, 2)).sum(-2)
+    return best
+
+
+def _pairs_by_halves(q: Tensor, k: Tensor, g: Tensor, leaf: int) -> Tensor:
     """`_pairs` with a decay per channel, without the C×C×K tensor.
 
     The square below the diagonal factorises around the last token of the first half: q decayed from there, k decayed to
-    there, both exponents ≤ 0 however strong the decay. The two halves are squares of the same kind; blocks of LEAF are
-    direct.
+    there, both exponents ≤ 0 however strong the decay. The two halves are squares of the same kind. A block of `leaf`
+    tokens, in which the decay is mild, factorises as a whole around half of its decay: exponents within ±STRONG / 2.
+    Without such blocks (leaf = 0), those of LEAF are direct.
     """
     C = q.shape[-2]
+    if C <= leaf:
+        G = g.cumsum(-2)
+        G = G - G[..., -1:, :] / 2
+        return (q * G.exp().unsqueeze(-3)) @ (k * G.neg().exp()).unsqueeze(-3).mT
     if C <= LEAF:
         return _pairs(q, k, g)
     h = C // 2
     q2, k2, g2 = (x.unflatten(-2, (2, h)) for x in (q, k, g))
-    diagonal = _pairs_by_halves(q2.transpose(-4, -3), k2, g2)
+    diagonal = _pairs_by_halves(q2.transpose(-4, -3), k2, g2, leaf)
     first = g2[..., 0, :, :]
     into = k2[..., 0, :, :] * _after(first).exp()
     outof = q2[..., 1, :, :] * g2[..., 1, :, :].cumsum(-2).exp().unsqueeze(-3)
