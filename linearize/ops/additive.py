@@ -7,6 +7,9 @@ of shape [B, G, T, K], [B, G, T, 1], anything that broadcasts to it, or None; st
 in fp32 (fp64 for fp64 inputs) and return (y [B, H, T, V] in q's dtype, state). A token with k = 0 and g = 0 leaves no
 trace.
 
+`_prepare`, `_to_ends`, `_pairs`, `_pairs_by_halves`, `_leaf` and what they call are the algebra of decay that the other
+families of this folder share.
+
 Sources: GLA, arXiv 2312.06635 (chunked form with secondary chunks); SSD, arXiv 2405.21060.
 """
 
@@ -18,8 +21,8 @@ CHUNK = 64
 LEAF = 8
 """Width of the diagonal blocks that are computed without a reference point."""
 STRONG = -60.0
-"""Log decay of a block beyond which it is not factorised: its two factors stay below e^30, the error of a pair near
-60 rounding errors, 4e-6 of that pair."""
+"""Log decay of a block beyond which it is not factorised. Up to there its two factors stay below e^30, and rounding the
+exponents costs a pair at most 30 · 2^-23 = 4e-6 of itself."""
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None):
@@ -95,7 +98,7 @@ def chunked(
     state: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Chunks of C tokens: quadratic inside, recurrent between them. Linear in T, every exponent ≤ 0."""
+    """Chunks of C tokens: quadratic inside, recurrent between them. Linear in T; no exponent above −STRONG / 2."""
     dtype, shape = q.dtype, (*q.shape[:3], v.shape[-1])
     q, k, v, g, S = _prepare(q, k, v, log_decay, state)
     T = q.shape[3]
@@ -118,7 +121,7 @@ def chunked(
     for decay, update in zip(whole.unbind(2), (kept.mT @ v).unbind(2), strict=True):
         before.append(S)
         S = torch.addcmul(update, S, decay)
-    inside = torch.tril(_pairs(q, k, g) if g is None or g.shape[-1] == 1 else _pairs_by_halves(q, k, g, _leaf(g)))
+    inside = torch.tril(_pairs(q, k, g) if g is None or g.shape[-1] == 1 else _pairs_by_halves(q, k, g))
     y = inside @ v[:, :, :, None] + inter @ torch.stack(before, dim=2)[:, :, :, None]
     return y.transpose(2, 3).reshape(B, G * rep, N * C, -1)[:, :, :T].to(dtype), S
 
@@ -158,37 +161,44 @@ def _pairs(q: Tensor, k: Tensor, g: Tensor | None) -> Tensor:
 
 
 def _leaf(g: Tensor) -> int:
-    """The largest block of a chunk in which no channel decays by more than e^STRONG; 0 where even LEAF tokens do."""
+    """Width of the largest blocks in which no channel decays by more than e^STRONG; 0 where even LEAF tokens do."""
     if torch.compiler.is_compiling():
         return 0  # a choice by value would break the graph
-    block = g.detach().unflatten(-2, (-1, LEAF)).sum(-2)
-    leaf, best = LEAF, 0
-    while float(block.amin()) >= STRONG:
-        best = leaf
-        if block.shape[-2] == 1:
+    leaf, width, total = 0, LEAF, g.detach().unflatten(-2, (-1, LEAF)).sum(-2)
+    while float(total.amin()) >= STRONG:
+        leaf, width = width, 2 * width
+        if width > g.shape[-2]:
             break
-        leaf, block = 2 * leaf, block.unflatten(-2, (-1, 2)).sum(-2)
-    return best
+        total = total.unflatten(-2, (-1, 2)).sum(-2)
+    return leaf
 
 
-def _pairs_by_halves(q: Tensor, k: Tensor, g: Tensor, leaf: int) -> Tensor:
+def _centred(g: Tensor) -> Tensor:
+    """Σ_{l ≤ i} g_l less half of the whole sum: within ±STRONG / 2 in a mild block."""
+    total = g.cumsum(-2)
+    return total - total[..., -1:, :] / 2
+
+
+def _pairs_by_halves(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     """`_pairs` with a decay per channel, without the C×C×K tensor.
 
     The square below the diagonal factorises around the last token of the first half: q decayed from there, k decayed to
-    there, both exponents ≤ 0 however strong the decay. The two halves are squares of the same kind. A block of `leaf`
-    tokens, in which the decay is mild, factorises as a whole around half of its decay: exponents within ±STRONG / 2.
-    Without such blocks (leaf = 0), those of LEAF are direct.
+    there, both exponents ≤ 0 however strong the decay. The two halves are squares of the same kind. A mild block
+    (`_leaf`) factorises as a whole, around half of its decay; elsewhere the blocks of LEAF are direct.
     """
+    return _halves(q, k, g, _leaf(g))
+
+
+def _halves(q: Tensor, k: Tensor, g: Tensor, leaf: int) -> Tensor:
     C = q.shape[-2]
-    if C <= leaf:
-        G = g.cumsum(-2)
-        G = G - G[..., -1:, :] / 2
+    if leaf >= C:
+        G = _centred(g)
         return (q * G.exp().unsqueeze(-3)) @ (k * G.neg().exp()).unsqueeze(-3).mT
     if C <= LEAF:
         return _pairs(q, k, g)
     h = C // 2
     q2, k2, g2 = (x.unflatten(-2, (2, h)) for x in (q, k, g))
-    diagonal = _pairs_by_halves(q2.transpose(-4, -3), k2, g2, leaf)
+    diagonal = _halves(q2.transpose(-4, -3), k2, g2, leaf)
     first = g2[..., 0, :, :]
     into = k2[..., 0, :, :] * _after(first).exp()
     outof = q2[..., 1, :, :] * g2[..., 1, :, :].cumsum(-2).exp().unsqueeze(-3)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.ops import additive
+from linearize.ops import additive, run_additive
 
 
 def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> Tensor:
@@ -48,7 +48,7 @@ def run(
         x = q.view(B, G, H // G, K) @ state[:, :, :K]
         sums = state[:, :, K:]
     else:
-        x, S = additive.chunked(q, k, v, log_decay, state[:, :, :K])
+        x, S = run_additive(q, k, v, log_decay, state[:, :, :K])
         one = torch.ones_like(log_decay)
         sums, m = additive.chunked(one, one, v, log_decay, state[:, :, K:])
         state = torch.cat([S, m], dim=2)
