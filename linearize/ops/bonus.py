@@ -32,8 +32,8 @@ def run(
         _, state = additive.step(q, k, v, log_decay, state)
         return (y + own).to(q.dtype), state
     g = log_decay.expand(B, G, T, log_decay.shape[-1])
-    late = (F.pad(x[:, :, :-1], (0, 0, 1, 0)) for x in (k, v, g))
-    y, before = run_additive(q, *late, state)
+    late_k, late_v, late_g = (F.pad(x[:, :, :-1], (0, 0, 1, 0)) for x in (k, v, g))
+    y, before = run_additive(q, late_k, late_v, late_g, state)
     dtype = before.dtype
     last = k[:, :, -1:].mT.to(dtype) @ v[:, :, -1:].to(dtype)
     return (y + own).to(q.dtype), torch.addcmul(last, before, g[:, :, -1:].mT.to(dtype).exp())

@@ -8,7 +8,9 @@ Shapes as in ops/additive.py. Written against fla-core 0.6.
 """
 
 import functools
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,21 +40,23 @@ def restriction(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
+def kernel(module: str, name: str) -> Callable[..., tuple[Tensor, Any]]:
+    """fla.ops.MODULE.NAME. Not an import statement: fla's decorators hide the signatures from type checkers."""
+    return getattr(import_module(f"fla.ops.{module}"), name)
+
+
 def additive(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, decoding: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`ops.additive.chunked`, or `step` if decoding."""
+    form = "fused_recurrent" if decoding else "chunk"
     tensors = _to_fla(q, k, v, state)
     if log_decay is not None and log_decay.shape[-1] > 1:
-        from fla.ops.gla import chunk_gla, fused_recurrent_gla
-
-        g = _decay(q, k, log_decay)
-        y, final = fused_recurrent_gla(**tensors, gk=g) if decoding else chunk_gla(**tensors, g=g)
+        g = {"gk" if decoding else "g": _decay(q, k, log_decay)}
+        y, final = kernel("gla", f"{form}_gla")(**tensors, **g)
     else:
-        from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
-
         g = None if log_decay is None else _decay(q, k, log_decay).squeeze(-1)
-        y, final = (fused_recurrent_simple_gla if decoding else chunk_simple_gla)(**tensors, g=g)
+        y, final = kernel("simple_gla", f"{form}_simple_gla")(**tensors, g=g)
     return _from_fla(y, final, q, k, state if decoding else None)
 
 
@@ -61,21 +65,15 @@ def delta(
 ) -> tuple[Tensor, Tensor]:
     """The delta rule in chunks: S_t = (I − β_t k_t k_tᵀ) diag(e^{g_t}) S_{t-1} + β_t k_t v_tᵀ; beta [B, G, T, 1]."""
     tensors = _to_fla(q, k, v, state)
-    tensors["beta"] = _heads(beta, q).transpose(1, 2).squeeze(-1)
+    tensors["beta"] = _heads(beta, q).transpose(1, 2).squeeze(-1).contiguous()
     if log_decay is not None and log_decay.shape[-1] > 1:
-        from fla.ops.kda import chunk_kda
-
-        y, final = chunk_kda(**tensors, g=_decay(q, k, log_decay))
-    elif log_decay is None and tensors["q"].dtype != torch.float32:
-        from fla.ops.delta_rule import chunk_delta_rule
-
-        y, final = chunk_delta_rule(**tensors)
+        y, final = kernel("kda", "chunk_kda")(**tensors, g=_decay(q, k, log_decay))
+    elif log_decay is None and v.dtype != torch.float32:
+        y, final = kernel("delta_rule", "chunk_delta_rule")(**tensors)
     else:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        # chunk_delta_rule refuses fp32; without decay this is the same rule.
+        # chunk_delta_rule refuses fp32; with a decay of 1 this is the same rule.
         g = torch.zeros_like(beta) if log_decay is None else log_decay
-        y, final = chunk_gated_delta_rule(**tensors, g=_decay(q, k, g).squeeze(-1))
+        y, final = kernel("gated_delta_rule", "chunk_gated_delta_rule")(**tensors, g=_decay(q, k, g).squeeze(-1))
     return _from_fla(y, final, q, k)
 
 
@@ -83,13 +81,10 @@ def slots(
     q: Tensor, k: Tensor, v: Tensor, write: Tensor, log_decay: Tensor, state: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`ops.slots.chunked`. The kernel expands the groups by itself."""
-    from fla.ops.gsa import chunk_gsa
-
-    dtype = v.dtype
-    tensors = {"q": q.to(dtype), "k": k.to(dtype), "v": v, "s": write.to(dtype), "g": log_decay.float()}
+    tensors = {"q": q.to(v.dtype), "k": k.to(v.dtype), "v": v, "s": write.to(v.dtype), "g": log_decay.float()}
     tensors = {name: x.transpose(1, 2).contiguous() for name, x in tensors.items()}
     state = (state[0].float(), state[1].float())
-    y, final = chunk_gsa(**tensors, scale=1.0, initial_state=state, output_final_state=True)
+    y, final = kernel("gsa", "chunk_gsa")(**tensors, scale=1.0, initial_state=state, output_final_state=True)
     return y.transpose(1, 2).to(q.dtype), (final[0], final[1])
 
 
