@@ -62,6 +62,16 @@ def test_blocks_at_the_edge_of_factorising(total, width):
         assert_close([t.double() for t in got], exact, 1e-5)
 
 
+@pytest.mark.parametrize("width", [0, 1, K])
+def test_pieces_make_one_sequence(width, monkeypatch):
+    """Cut where no chunk ends, and with a decay that only broadcasts over the tokens."""
+    x, state = inputs(150, torch.float64), torch.randn(B, G, K, V, dtype=torch.float64)
+    g = -torch.rand(G, 1, width, dtype=torch.float64) if width else None
+    monkeypatch.setattr(additive, "PIECE", 70)
+    got = additive.chunked(**x, log_decay=g, state=state)
+    assert_close(got, additive.naive_recurrent(**x, log_decay=g, state=state), 1e-10)
+
+
 def test_a_compiled_graph_takes_the_form_that_is_safe_for_all_values(monkeypatch):
     x, g = inputs(100), decays(100, K, "mild", torch.float32)
     expected = additive.chunked(**x, log_decay=g)
