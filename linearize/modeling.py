@@ -142,7 +142,7 @@ def _swap(module: Any, config: PreTrainedConfig, mixer: MixerConfig) -> None:
 
 
 def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
-    """Once per forward: left-aligned rows for padding or packing; or, for a decoding step, what all layers do at once."""
+    """Once per forward: left-aligned rows for padding or packing; for a decoding step, what all layers do at once."""
     tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
     T = tokens.shape[1]
     mask = kwargs.pop("linearize_mask", kwargs.get("attention_mask"))

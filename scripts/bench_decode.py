@@ -21,12 +21,10 @@ matplotlib is installed) beside it.
 
 import argparse
 import copy
-import ctypes
 import gzip
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_report import KINDS, Cell, claims, write
+from bench_common import Cell, forget_peak, numbers, rotated, some, status, summary
+from bench_report import KINDS, claims, write
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize.modeling
@@ -119,11 +118,6 @@ def decode(model: PreTrainedModel, cache: Cache, token: torch.Tensor, steps: int
     return seconds[1:]
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-    return {"seconds": middle, "low": low, "high": high, "samples": len(seconds)}
-
-
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
@@ -155,11 +149,6 @@ def groups(singles: dict[str, dict[int, Cache]], contexts: list[int], batch: int
     needed = batch * sum(cache_bytes(cache) for caches in singles.values() for cache in caches.values())
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return [contexts] if needed < free / 2 else [[context] for context in contexts]
-
-
-def rotated(items: list, by: int) -> list:
-    by %= len(items)
-    return items[by:] + items[:by]
 
 
 def part_prefill(folder: str, ids: torch.Tensor, mixer: dict[str, Any], given: argparse.Namespace) -> Iterable[Cell]:
@@ -237,34 +226,15 @@ def worker(task: dict[str, Any]) -> Cell:
         return {"peak_bytes": status("VmHWM"), "seconds": time.perf_counter() - start, "piece": given.piece}
     cache = filled(model, cell["kind"], ids, [cell["context"]], given)[cell["context"]]
     cache.batch_repeat_interleave(cell["batch"])
-    # What the prefill needed is given back and forgotten: the peak from here on is that of decoding.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()  # what the prefill needed: the peak from here on is that of decoding
     decode(model, cache, ids[:, :1].expand(cell["batch"], 1), given.steps)
     return {"peak_bytes": status("VmHWM"), "cache_bytes": cache_bytes(cache)}
-
-
-def status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(item) for item in text.split(",")]
-
-    def some(options: tuple[str, ...]):
-        def parse(text: str) -> list[str]:
-            unknown = [item for item in text.split(",") if item not in options]
-            if unknown:
-                raise argparse.ArgumentTypeError(f"{unknown[0]!r}; allowed: {', '.join(options)}")
-            return text.split(",")
-
-        return parse
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--recipe", default="smollm2-135m", help="names the source and the mixer (default: %(default)s)"

@@ -30,7 +30,7 @@ DOORS = {
     "peft": ("adapters.py",),
     "accelerate": ("train.py",),
     "datasets": ("data.py",),
-    "fla": ("ops/",),
+    "fla": ("ops/fla_backend.py",),
     "typer": ("cli.py",),
 }
 # Checking a recipe asks the mixer about its own settings; the import is inside the function that does it.

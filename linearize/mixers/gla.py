@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.mixers import base
-from linearize.ops import additive, expansion
+from linearize.ops import additive, expansion, run_additive
 
 FEATURES = ("expansion", "softmax")
 
@@ -97,7 +97,7 @@ class Mixer(base.Mixer):
                 read, *writes, state, scaling=context.scaling, strength=self.config.strength
             )
             return y, weight, final
-        y, final = additive.chunked(read, *writes, state=state[0])
+        y, final = run_additive(read, *writes, state=state[0])
         return y, None, (final,)
 
     def absorb(self, writes, state):

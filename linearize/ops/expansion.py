@@ -19,13 +19,13 @@ with their column of ones.
 import torch
 from torch import Tensor
 
-from linearize.ops import additive
+from linearize.ops import additive, run_additive
 
 State = tuple[Tensor, Tensor, Tensor]
 
 
 def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
-    """S [B, G, K, V + 1], m [B, G, 1, V + 1] and n [B, G, 1, 1], fp32 zeros. (log n is set from the first `absorb` on.)"""
+    """S [B, G, K, V + 1], m [B, G, 1, V + 1] and n [B, G, 1, 1], fp32 zeros: log n is set by the first `absorb`."""
     S = torch.zeros(batch, kv_heads, key_width, value_width + 1, device=device)
     return S, S.new_zeros(batch, kv_heads, 1, value_width + 1), S.new_zeros(batch, kv_heads, 1, 1)
 
@@ -58,7 +58,7 @@ def run(
     mean_k, mean_v = S[..., -1:], m[..., :-1]
     whole = torch.cat([S[..., :-1] + mean_k * mean_v, mean_k], -1) * n
     part = torch.cat([mean_v, torch.ones_like(n)], -1) * n
-    x, S = additive.chunked(q.float() * scaling, k1[..., :K], v1, log_decay, whole)
+    x, S = run_additive(q.float() * scaling, k1[..., :K], v1, log_decay, whole)
     one = torch.ones_like(log_decay)
     sums, m = additive.chunked(one, one, v1, log_decay, part)
     x, sums = x.view(B, G, H // G, T, -1), sums.float()[:, :, None]
