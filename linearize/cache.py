@@ -42,7 +42,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             token_shape: (heads, width) of what is kept per token, in slots [B, heads, s + W, width].
             state: fp32 tensors [B, ...], the empty recurrent state, taken as they are.
         """
-        self.batch_size, self.dtype, self.device = batch, like.dtype, like.device
+        self.dtype, self.device = like.dtype, like.device
         heads, width = token_shape
         self.tensors = {"tokens": like.new_zeros(batch, heads, self.sinks + self.window, width)}
         self.state_names = [f"state_{i}" for i in range(len(state))]

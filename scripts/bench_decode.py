@@ -77,9 +77,17 @@ def prefill(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, piece: int)
 
 
 def filled(
-    model: PreTrainedModel, kind: str, ids: torch.Tensor, contexts: Iterable[int], given: argparse.Namespace
+    model: PreTrainedModel,
+    folder: str,
+    kind: str,
+    ids: torch.Tensor,
+    contexts: Iterable[int],
+    given: argparse.Namespace,
 ) -> dict[int, Cache]:
-    """A cache of batch 1 per context, all from one pass over the text."""
+    """A cache of batch 1 per context, all from one pass over the text; kept in the folder for the parts to come."""
+    kept = {context: Path(folder) / f"{kind}-{model.dtype}-{context}.pt".replace("torch.", "") for context in contexts}
+    if all(path.exists() for path in kept.values()):
+        return {context: torch.load(path, weights_only=False) for context, path in kept.items()}
     caches, cache, done = {}, DynamicCache(config=model.config), 0
     for context in sorted(contexts):
         real = min(context, given.source_prefill) if kind == "source" else context
@@ -87,6 +95,7 @@ def filled(
             prefill(model, cache, ids[:, done:real], given.piece)
             done = real
         caches[context] = copy.deepcopy(cache) if real == context else repeated(cache, context)
+        torch.save(caches[context], kept[context])
     return caches
 
 
@@ -126,7 +135,7 @@ def part_decode(folder: str, ids: torch.Tensor, mixer: dict[str, Any], given: ar
     for dtype in given.dtypes:
         source = open_model(folder, "source", dtype, mixer)
         models = {kind: as_kind(source, kind, mixer) for kind in given.kinds}
-        singles = {kind: filled(model, kind, ids, given.contexts, given) for kind, model in models.items()}
+        singles = {kind: filled(model, folder, kind, ids, given.contexts, given) for kind, model in models.items()}
         for batch in given.batches:
             for contexts in groups(singles, given.contexts, batch):
                 caches = {}
@@ -187,7 +196,7 @@ def part_profile(folder: str, ids: torch.Tensor, mixer: dict[str, Any], given: a
     source = open_model(folder, "source", dtype, mixer)
     for kind in given.kinds:
         model = as_kind(source, kind, mixer)
-        cache = filled(model, kind, ids, [context], given)[context]
+        cache = filled(model, folder, kind, ids, [context], given)[context]
         cache.batch_repeat_interleave(batch)
         with torch.profiler.profile() as profiler:
             decode(model, cache, ids[:, :1].expand(batch, 1), given.steps)
@@ -224,7 +233,7 @@ def worker(task: dict[str, Any]) -> Cell:
         start = time.perf_counter()
         prefill(model, DynamicCache(config=model.config), ids[:, : cell["context"]], given.piece)
         return {"peak_bytes": status("VmHWM"), "seconds": time.perf_counter() - start, "piece": given.piece}
-    cache = filled(model, cell["kind"], ids, [cell["context"]], given)[cell["context"]]
+    cache = filled(model, task["folder"], cell["kind"], ids, [cell["context"]], given)[cell["context"]]
     cache.batch_repeat_interleave(cell["batch"])
     forget_peak()  # what the prefill needed: the peak from here on is that of decoding
     decode(model, cache, ids[:, :1].expand(cell["batch"], 1), given.steps)

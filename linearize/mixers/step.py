@@ -38,7 +38,7 @@ class Step:
         self.mixer, self.stack = mixer, stack
         self.positions: dict[int, Any] = {}
         first, tokens = stack.layers[0], stack.tensors["tokens"]
-        B = first.batch_size
+        B = first.tensors["count"].shape[0]
         heads, width = mixer.token_shape
         self._slot = first.slot_of_next(stack.tensors["count"])[:, None, None, None].expand(-1, heads, 1, width)
         self.slot = self._slot[:B]
