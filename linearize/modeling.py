@@ -243,6 +243,12 @@ class LinearizedForCausalLM(_Source):
         _inherit_conversions(type(self))
         super().save_pretrained(*args, **kwargs)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any):
+        raise ValueError(
+            "continuous batching pages a softmax cache, which a linearized model does not have; use `generate` with a "
+            "padded batch"
+        )
+
     def prepare_inputs_for_generation(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any):
         inputs = super().prepare_inputs_for_generation(*args, attention_mask=attention_mask, **kwargs)
         # With a static cache the padding is already folded into a 4-D mask, where rows of real tokens cannot be seen

@@ -107,6 +107,28 @@ def test_expansion_forms_agree():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_a_hundred_thousand_tokens_neither_overflow_nor_drift():
+    """Pieces of a prefill, then single tokens, against fp64 in one go; scores up to ±20, a gate that hardly fades."""
+    T, steps = 100_000, 3000
+    q, k, v = torch.randn(1, 2, T, 4) * 2, torch.randn(1, 1, T, 4) * 2, torch.randn(1, 1, T, 4)
+    inputs = (q, with_one(k), with_one(v), F.logsigmoid(torch.randn(1, 1, T, 1)) / 1e5)
+    empty = expansion.empty_state(1, 1, 4, 4, torch.device("cpu"))
+    exact, exact_weight, final = expansion.run(*(x.double() for x in inputs), tuple(x.double() for x in empty))
+    state, prefill = empty, T - steps
+    for start in range(0, prefill, 9700):
+        piece = slice(start, min(start + 9700, prefill))
+        y, weight, state = expansion.run(*(x[:, :, piece] for x in inputs), state)
+        torch.testing.assert_close(y.double(), exact[:, :, piece], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(weight.double(), exact_weight[:, :, piece], rtol=1e-4, atol=1e-4)
+    for t in range(prefill, T):
+        one, *writes = (x[:, :, t : t + 1] for x in inputs)
+        expansion.absorb(*writes, state)
+    got = expansion.look(one, state)
+    torch.testing.assert_close(got[..., :-1].double(), exact[:, :, -1:], rtol=1e-4, atol=1e-4)
+    for a, b in zip(state, final, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
 def test_keys_at_fifty_stay_finite_with_their_gradients():
     q, k, v = (50 * x.sign() for x in qkv())
     for values in ({"combine": "memory"}, {"combine": "memory", "gate_normalizer": 1.0}, {"combine": "liger"}):

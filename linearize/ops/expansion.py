@@ -54,14 +54,15 @@ def run(
     """
     B, H, T, K = q.shape
     G = k1.shape[1]
+    q = q.to(torch.promote_types(q.dtype, torch.float32))
     S, m, n = state
     mean_k, mean_v = S[..., -1:], m[..., :-1]
     whole = torch.cat([S[..., :-1] + mean_k * mean_v, mean_k], -1) * n
     part = torch.cat([mean_v, torch.ones_like(n)], -1) * n
-    x, S = run_additive(q.float() * scaling, k1[..., :K], v1, log_decay, whole)
-    one = torch.ones_like(log_decay)
+    x, S = run_additive(q * scaling, k1[..., :K], v1, log_decay, whole)
+    one = torch.ones_like(log_decay, dtype=q.dtype)
     sums, m = additive.chunked(one, one, v1, log_decay, part)
-    x, sums = x.view(B, G, H // G, T, -1), sums.float()[:, :, None]
+    x, sums = x.view(B, G, H // G, T, -1), sums[:, :, None]
     n, count = _count(sums)
     mean = x[..., -1:] / count
     y = torch.addcmul(x[..., :-1], 1 - mean, sums[..., :-1]) / count
