@@ -155,9 +155,10 @@ def unrotate_layers(layers: list[tuple[Any, Any]]) -> Callable[[Tensor], Tensor]
         known: dict[Any, Tensor] = {}
         matrices = []
         for module, where in layers:
-            key = None if where is None or not module.rotates else id(where[0])
+            angles = where[0] if where is not None and module.rotates else None
+            key = None if angles is None else id(angles)
             if key not in known:
-                batch = 1 if key is None else where[0].shape[0]
+                batch = 1 if angles is None else angles.shape[0]
                 known[key] = unrotate(module, basis.expand(batch, -1, -1, -1), where).squeeze(2)
             matrices.append(known[key])
         if len(known) == 1:

@@ -20,7 +20,7 @@ ROWS = [
     {"weights"},
     {"sources"},
     {"inspection", "card", "data", "losses", "monitor", "adapters"},
-    {"convert", "train", "evaluate", "hub", "generate"},
+    {"convert", "calibrate", "train", "evaluate", "hub", "generate"},
     {"run"},
     {"cli"},
 ]

@@ -36,12 +36,15 @@ class MixerConfig:
         combine: memory | liger | none.
         window: W ≥ 1 tokens of exact attention, the query's own included.
         sinks: s ≥ 0 first tokens that stay exact.
+        calibrated: whether a memory that has a log weight also has a weight `gate` [H] that is added to it, one number
+            per head, as `linearize calibrate` fits it. A memory without a log weight always has its gate.
     """
 
     name: str = ""
     combine: str = "memory"
     window: int = 64
     sinks: int = 4
+    calibrated: bool = False
 
     @classmethod
     def preset(cls, combine: str) -> dict[str, Any]:
@@ -88,6 +91,12 @@ class Context:
     steps: dict[int, tuple[Step, int]] = field(default_factory=dict)
 
 
+Near = tuple[Tensor, Tensor | None] | None
+"""The window's y [B, H, T, V] and, where a weight is to be shared, its log-sum-exp [B, H, T]; None where it is off."""
+Far = tuple[Tensor, Tensor | None] | None
+"""The recurrence's y [B, H, T, V] and its log weight [B, H, T], if it has one; None where nothing left the window."""
+
+
 class Mixer(nn.Module):
     """Base of all mixers. A recurrent one defines `prepare`, `write`, `recur` and `empty_state`; the rest is here.
 
@@ -106,8 +115,8 @@ class Mixer(nn.Module):
         self.config, self.geometry = config, geometry
         self.windowed = config.combine != "none" or not self.recurrent
         self.delayed = self.recurrent and config.combine == "memory"
-        if self.delayed and not self.weighted:
-            self.gate = nn.Parameter(torch.zeros(geometry.heads))
+        gated = self.delayed and (config.calibrated or not self.weighted)
+        self.gate = nn.Parameter(torch.zeros(geometry.heads)) if gated else None
 
     # --- what a recurrent mixer's file defines
 
@@ -167,8 +176,8 @@ class Mixer(nn.Module):
 
     @cached_property
     def alike(self) -> tuple | None:
-        """Equal for mixers that write the same way; None for one with weights of its own."""
-        own = next(self.parameters(), None) is not None
+        """Equal for mixers that write the same way; None for one that writes with weights of its own."""
+        own = any(name != "gate" for name, _ in self.named_parameters())
         return None if own else (type(self), self.config, self.geometry)
 
     def state_bytes(self, batch: int, dtype_bytes: int) -> int:
@@ -187,9 +196,7 @@ class Mixer(nn.Module):
         T = q.shape[2]
         if past is not None and T == 1 and rows is None:
             return self._step(q, k, v, context, past)
-        read = self.query(q, context) if self.recurrent else q
-        carry = self.carry(k, context.unrotate) if self.recurrent else None
-        tokens = Tokens.join(k, v, carry, k.new_ones(*k.shape[:3], 1), self.geometry)
+        read, tokens = self._prepare(q, k, v, context)
         lengths = torch.full((q.shape[0],), T, device=q.device)
         real = None
         if rows is not None:
@@ -197,7 +204,8 @@ class Mixer(nn.Module):
                 raise ValueError("packed documents can only start an empty cache")
             q, read, tokens.x = (rows.gather(x) for x in (q, read, tokens.x))
             real, lengths = rows.valid, rows.valid.sum(1)
-        y, state = self._block(q, read, tokens, context, past, real)
+        near, far, state = self._block(q, read, tokens, context, past, real)
+        y = self._join(near, far, q, context)
         if layer is not None:
             if past is None:
                 states = self.empty_state(q.shape[0], q.device)
@@ -211,11 +219,21 @@ class Mixer(nn.Module):
                 layer.batch_select_indices(rows.last)
         return y if rows is None else rows.scatter(y)
 
+    def branches(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Near, Far]:
+        """The two branches of rows that start here and have no padding, as they are before `_join`."""
+        near, far, _ = self._block(q, *self._prepare(q, k, v, context), context, None, None)
+        return near, far
+
+    def _prepare(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tokens]:
+        read = self.query(q, context) if self.recurrent else q
+        carry = self.carry(k, context.unrotate) if self.recurrent else None
+        return read, Tokens.join(k, v, carry, k.new_ones(*k.shape[:3], 1), self.geometry)
+
     def _block(
         self, q: Tensor, read: Tensor, tokens: Tokens,
         context: Context, past: LinearizedCacheLayer | None, real: Tensor | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-        """Several tokens at once: outputs, and the state after the last real token of each row."""
+    ) -> tuple[Near, Far, tuple[Tensor, ...]]:  # fmt: skip
+        """Several tokens at once: both branches, and the state after the last real token of each row."""
         W, s = self.config.window, self.config.sinks
         T, x = q.shape[2], tokens.x
         seen = 0 if past is None else past.tensors["count"]
@@ -252,7 +270,7 @@ class Mixer(nn.Module):
                 y = F.pad(y, (0, 0, skip, 0))
                 weight = None if weight is None else F.pad(weight, (skip, 0), value=float("-inf"))
             far = y, weight
-        return self._join(near, far, q, context), state
+        return near, far, state
 
     def _sinks(self, new: Tensor, past: LinearizedCacheLayer | None) -> Tensor:
         """The first s tokens of each row, some of which may be among the new ones."""
@@ -279,6 +297,8 @@ class Mixer(nn.Module):
             found = self.look(self.query(q, context), past.state, context)
             if self.weighted and context.branch == "all":
                 memory = found
+                if self.gate is not None:
+                    memory[..., -1] += self.gate.float()[:, None]
             far = (found[..., :-1] if self.weighted else found), None
         if self.windowed and context.branch != "memory":
             kept = past.tensors["tokens"]
@@ -293,23 +313,22 @@ class Mixer(nn.Module):
             step.finish(context.unrotate)
         return y if memory is not None else self._join(near, far, q, context)
 
-    def _join(self, near, far, q: Tensor, context: Context) -> Tensor:
-        """One output [B, H, T, V] from the two branches.
-
-        Args:
-            near: the window's y [B, H, T, V] and, where a weight is to be shared, its log-sum-exp [B, H, T]; or None.
-            far: the recurrence's y [B, H, T, V] and its log weight [B, H, T], if it has one; or None.
-        """
+    def _join(self, near: Near, far: Far, q: Tensor, context: Context) -> Tensor:
+        """One output [B, H, T, V] from the two branches."""
         combine = self.config.combine
         if context.branch == "window":
             far = None
         if far is not None and combine == "memory":
             m, weight = far
+            gate = 0.0 if self.gate is None else self.gate.to(m.dtype)[:, None]
             if not self.weighted:
-                far = m * self.gate.tanh()[:, None, None], None
+                assert isinstance(gate, Tensor)
+                far = m * gate.unsqueeze(-1).tanh(), None
             elif near is not None:
                 # (e^lse y + e^w m) / (e^lse + e^w): one softmax over window and memory.
                 y, lse = near
+                assert weight is not None and lse is not None
+                weight = weight + gate
                 return torch.lerp(y.to(m.dtype), m, (weight - lse).sigmoid().unsqueeze(-1)).to(q.dtype)
         parts = [branch[0] for branch in (near, far) if branch is not None]
         if not parts:

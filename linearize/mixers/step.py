@@ -63,6 +63,7 @@ class Step:
             tokens = self.stack.tensors["tokens"]
             arrived = Tokens(tokens.gather(2, self._slot), self.mixer.geometry)
             carry = self.mixer.carry(arrived.k, unrotate)
+            assert carry is not None
             place = tokens[..., -self.mixer.carry_width :]
             place.scatter_(2, self._slot[..., : self.mixer.carry_width], carry.to(place.dtype))
         self.stack.advance()

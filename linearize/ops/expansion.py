@@ -21,7 +21,8 @@ from torch import Tensor
 
 from linearize.ops import additive, run_additive
 
-State = tuple[Tensor, Tensor, Tensor]
+State = tuple[Tensor, ...]
+"""S, m and n of `empty_state`."""
 
 
 def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
