@@ -295,7 +295,7 @@ class Mixer(nn.Module):
             if not self.delayed:
                 self.absorb(self.write(new), past.state)
             found = self.look(self.query(q, context), past.state, context)
-            if self.weighted and context.branch == "all":
+            if self.weighted and self.delayed and context.branch == "all":
                 memory = found
                 if self.gate is not None:
                     memory[..., -1] += self.gate.float()[:, None]
