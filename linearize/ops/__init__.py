@@ -1,7 +1,7 @@
 """Recurrences, one family per file, and the choice of what runs them: PyTorch, or Triton kernels of
 flash-linear-attention.
 
-Mixers call `run_additive`, or `run` of a family's own file. The kernels run on CUDA tensors where fla and triton can be
+Mixers call `run_additive`, `run_delta`, or `run` of a family's own file. The kernels run on CUDA tensors where fla and triton can be
 imported; everything else runs as the chunked form in PyTorch. The environment variable LINEARIZE_BACKEND, or the
 keyword `backend`, forces one of the two.
 """
@@ -13,7 +13,7 @@ import warnings
 from torch import Tensor
 
 from linearize.errors import InputError, suggest
-from linearize.ops import additive, fla_backend
+from linearize.ops import additive, delta, fla_backend
 
 BACKENDS = ("torch", "fla")
 
@@ -79,3 +79,26 @@ def run_additive(
         return fla_backend.additive(q, k, v, log_decay, state, decoding)
     form = additive.step if decoding else additive.chunked
     return form(q, k, v, log_decay, state)
+
+
+def run_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The delta rule over several tokens (ops/delta.py has the shapes), by whatever runs it here.
+
+    Args:
+        backend: as `chooses_fla`.
+
+    Raises:
+        InputError: as `chooses_fla`.
+    """
+    if chooses_fla(q, fla_backend.restriction(q, v), backend):
+        return fla_backend.delta(q, k, v, beta, log_decay, state)
+    return delta.chunked(q, k, v, beta, log_decay, state)
