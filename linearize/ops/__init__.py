@@ -1,9 +1,9 @@
 """Recurrences, one family per file, and the choice of what runs them: PyTorch, or Triton kernels of
 flash-linear-attention.
 
-Mixers call `run_additive`, `run_delta`, or `run` of a family's own file. The kernels run on CUDA tensors where fla and triton can be
-imported; everything else runs as the chunked form in PyTorch. The environment variable LINEARIZE_BACKEND, or the
-keyword `backend`, forces one of the two.
+Mixers call `run_additive`, `run_delta`, or `run` of a family's own file. The kernels run on CUDA tensors where fla and
+triton can be imported; everything else runs as the chunked form in PyTorch. The environment variable LINEARIZE_BACKEND,
+or the keyword `backend`, forces one of the two.
 """
 
 import functools
