@@ -35,21 +35,29 @@ class Config(base.MixerConfig):
 class Mixer(channels.Mixer):
     name = "aaren"
     Config = Config
-    weighted = True
-    carry_width = 1
+
+    @property
+    def weighted(self):
+        return self.delayed
+
+    @property
+    def carry_width(self):
+        return 1
 
     def query(self, q, context):
-        return q if self.delayed else super().query(q, context)
+        return q if self.weighted else super().query(q, context)
 
     def carry(self, k, unrotate):
         return unrotate(k).sum(-1, keepdim=True) / self.geometry.key_width**0.5
 
     def write(self, tokens):
-        averaged = [tokens.v, tokens.k, tokens.carry] if self.delayed else [tokens.v]
+        averaged = [tokens.v, tokens.k, tokens.carry] if self.weighted else [tokens.v]
         return tokens.carry, torch.cat([*averaged, tokens.present], -1).float()
 
     def recur(self, read, writes, state, context):
         mean, n, final = average.chunked(*writes, state=state[0])
+        if not self.weighted:
+            return self.read(read, mean), None, (final,)
         y, weight = self._weigh(read, mean, n, context)
         return y, weight, (final,)
 
@@ -57,22 +65,23 @@ class Mixer(channels.Mixer):
         average.absorb(*writes, state=state[0])
 
     def look(self, read, state, context):
-        y, weight = self._weigh(read, *average.look(state[0]), context)
+        mean, n = average.look(state[0])
+        if not self.weighted:
+            return self.read(read, mean)
+        y, weight = self._weigh(read, mean, n, context)
         return torch.cat([y, weight.unsqueeze(-1)], -1)
 
-    def _weigh(self, read, mean, n, context):
-        """y [B, H, T, V] and its log weight [B, H, T] from the averages [B, G, T, ·] and n = log Σ e^s [B, G, T]."""
-        B, H, T = read.shape[:3]
-        G = mean.shape[1]
-        n = n.unsqueeze(2).expand(B, G, H // G, T)
-        if not self.delayed:
-            return self.read(read, mean), n.flatten(1, 2)
-        v, k, s = mean.split([self.geometry.value_width, self.geometry.key_width, 1], -1)
-        score = (read.float().unflatten(1, (G, -1)) * k.unsqueeze(2)).sum(-1) * context.scaling
-        weight = score + (n - s.mT) + self.config.strength
-        return v.repeat_interleave(H // G, 1), weight.flatten(1, 2)
+    def _weigh(self, q, mean, n, context):
+        """y [B, H, T, V] and its log weight [B, H, T], from the averages of v, k and s [B, G, T, V + K + 1] and
+        n = log Σ e^s [B, G, T]."""
+        g = self.geometry
+        rep = g.heads // g.kv_heads
+        v, k, s = mean.split([g.value_width, g.key_width, 1], -1)
+        score = (q.float().unflatten(1, (-1, rep)) * k.unsqueeze(2)).sum(-1) * context.scaling
+        weight = score + (n - s.squeeze(-1)).unsqueeze(2) + self.config.strength
+        return v.repeat_interleave(rep, 1), weight.flatten(1, 2)
 
     def empty_state(self, batch, device):
         g = self.geometry
-        width = g.value_width + (g.key_width + 1 if self.delayed else 0)
+        width = g.value_width + (g.key_width + 1 if self.weighted else 0)
         return (torch.zeros(batch, g.kv_heads, width + 2, device=device),)

@@ -33,7 +33,10 @@ class Config(base.MixerConfig):
 class Mixer(base.Mixer):
     name = "delta_net"
     Config = Config
-    carry_width = 1
+
+    @property
+    def carry_width(self):
+        return 1
 
     def query(self, q, context):
         return delta.unit(q)

@@ -9,6 +9,9 @@ or the keyword `backend`, forces one of the two.
 import functools
 import os
 import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 
@@ -17,9 +20,22 @@ from linearize.ops import additive, delta, fla_backend
 
 BACKENDS = ("torch", "fla")
 
+_asked: ContextVar[list[str | None] | None] = ContextVar("asked", default=None)
+
 
 def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
+
+
+def has_kernels(call: Callable[[], Any]) -> bool:
+    """Whether there are kernels for a recurrence that `call` runs, wherever they can run."""
+    asked: list[str | None] = []
+    token = _asked.set(asked)
+    try:
+        call()
+    finally:
+        _asked.reset(token)
+    return bool(asked)
 
 
 def chooses_fla(x: Tensor, restriction: str | None, backend: str | None = None) -> bool:
@@ -33,6 +49,9 @@ def chooses_fla(x: Tensor, restriction: str | None, backend: str | None = None) 
     Raises:
         InputError: the backend is unknown, or fla is forced where it cannot run.
     """
+    asked = _asked.get()
+    if asked is not None:
+        asked.append(restriction)
     wanted = backend or os.environ.get("LINEARIZE_BACKEND") or None
     if wanted not in (None, *BACKENDS):
         raise InputError(f"LINEARIZE_BACKEND: unknown backend {wanted!r}. {suggest(wanted, BACKENDS)}")
