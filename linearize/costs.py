@@ -6,6 +6,7 @@ multiplication and addition of its matrix products is counted, and one operation
 
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,9 +72,9 @@ def _kernels_run_here() -> bool:
 
 
 def _has_kernels(name: str) -> bool:
-    mixer = _make(name, {"combine": "none"}, Geometry(1, 1, 16, 16))
+    mixer = make(name, {"combine": "none"}, Geometry(1, 1, 16, 16))
     x = torch.zeros(1, 1, 2, 16)
-    return ops.has_kernels(lambda: mixer(x, x, x, _context(x)))
+    return ops.has_kernels(lambda: mixer(x, x, x, context(x)))
 
 
 # --- what they cost
@@ -102,7 +103,7 @@ def costs(recipe: Recipe) -> dict[str, Any]:
     for name, cls in MIXERS.items():
         if not (cls.recurrent or name == "window"):
             continue
-        mixer = _make(name, recipe.convert.mixer, geometry)
+        mixer = make(name, recipe.convert.mixer, geometry)
         rows[name] = {
             "state_bytes": layers * mixer.state_bytes(1, ELEMENT),
             "flops": layers * step_flops(mixer),
@@ -136,7 +137,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _make(name: str, settings: dict[str, Any], geometry: Geometry) -> Mixer:
+def make(name: str, settings: dict[str, Any], geometry: Geometry) -> Mixer:
     """A mixer of these settings as far as they are its own: all of the one they name, else what every mixer has."""
     cls = MIXERS[name]
     if settings.get("name") != name:
@@ -146,25 +147,32 @@ def _make(name: str, settings: dict[str, Any], geometry: Geometry) -> Mixer:
     return cls(build_config({**settings, "name": name}), geometry)
 
 
-def _context(like: Tensor, cache: DynamicCache | None = None) -> Context:
+def context(like: Tensor, cache: DynamicCache | None = None) -> Context:
+    """Surroundings without a model: queries like `like` [..., K], no RoPE."""
     return Context(
         layer_idx=0, scaling=like.shape[-1] ** -0.5, softcap=None, extra=None, unrotate=lambda x: x.float(), rows=None,
         cache=cache, branch="all", attend=lambda q, k, v: v,
     )  # fmt: skip
 
 
-def step_flops(mixer: Mixer) -> int:
-    """Operations of one layer for one decoded token: window, write and read."""
-    g, c = mixer.geometry, mixer.config
+def decoder(mixer: Mixer, like: Tensor, batch: int = 1) -> Callable[[], Tensor]:
+    """What decodes one more token of zeros, in the dtype and on the device of `like`, with a cache of its own."""
+    g = mixer.geometry
     q, k, v = (
-        torch.zeros(1, heads, 1, width)
+        like.new_zeros(batch, heads, 1, width)
         for heads, width in ((g.heads, g.key_width), (g.kv_heads, g.key_width), (g.kv_heads, g.value_width))
     )
     past = DynamicCache()
-    layer = cache_layer(past, 0, c.window, c.sinks)
-    layer.lazy_initialization(1, k, mixer.token_shape, mixer.empty_state(1, k.device))
+    layer = cache_layer(past, 0, mixer.config.window, mixer.config.sinks)
+    layer.lazy_initialization(batch, k, mixer.token_shape, mixer.empty_state(batch, k.device))
+    return lambda: mixer(q, k, v, context(q, past))
+
+
+def step_flops(mixer: Mixer) -> int:
+    """Operations of one layer for one decoded token: window, write and read."""
+    step = decoder(mixer, torch.zeros(()))
     with torch.no_grad(), Operations() as counted:
-        mixer(q, k, v, _context(q, past))
+        step()
     return counted.total
 
 
