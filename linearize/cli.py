@@ -8,7 +8,6 @@ Results go to stdout, as text or with ``--json`` as JSON; plans, progress and er
 import json
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -402,29 +401,28 @@ def push(
 
 
 @app.command()
-def mixers(as_json: Json = False) -> None:
-    """List the mixers and their settings.
+def mixers(
+    model: Annotated[
+        str | None, typer.Option(help="Print what each costs in this one: recipe, Hub id, folder or GGUF file.")
+    ] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """List the mixers: update rule, paper, state, settings; or what each costs in a model.
 
     \b
     Example:
-      linearize mixers
+      linearize mixers --model smollm2-135m
     """
-    from linearize.mixers import MIXERS
+    from linearize import costs
 
-    rows = {}
-    for name, mixer in MIXERS.items():
-        settings = {key: value for key, value in mixer.Config(name=name).to_dict().items() if key != "name"}
-        about = " ".join((sys.modules[mixer.__module__].__doc__ or "").split("\n\n")[0].split())
-        rows[name] = {"about": about, "combine": list(mixer.combines), "defaults": settings}
-    _show(rows, as_json, "\n".join(_mixer_lines(rows)))
+    if model is None:
+        listed = costs.describe()
+        return _show(listed, as_json, costs.text(listed))
+    from linearize import recipe as recipes
 
-
-def _mixer_lines(rows: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name}: {row['about']}\n    combine: {', '.join(row['combine'])}\n    "
-        + ", ".join(f"{key}={value}" for key, value in row["defaults"].items())
-        for name, row in rows.items()
-    ]
+    found = costs.costs(recipes.resolve(model, set_ or ()))
+    _show(found, as_json, costs.table(found))
 
 
 @app.command()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from linearize import ops
 from linearize.errors import InputError
-from linearize.ops import additive, fla_backend, run_additive, slots
+from linearize.ops import additive, fla_backend, run_additive, run_delta, slots
 
 B, H, G, T, K, V, M = 2, 6, 2, 20, 8, 5, 4
 
@@ -165,7 +165,7 @@ def test_delta_kernels_get_and_return_our_layout(kernels, decay, dtype, name):
     x, state = inputs(decay, dtype), torch.randn(B, G, K, V)
     x["k"] = F.normalize(x["k"], dim=-1)
     beta = torch.rand(B, G, T, 1)
-    y, final = fla_backend.delta(**x, beta=beta.to(dtype), state=state)
+    y, final = run_delta(**x, beta=beta.to(dtype), state=state)
     assert kernels == [name]
     q, k, v = (t.float() for t in (x["q"], x["k"], x["v"]))
     S, expected = state, []

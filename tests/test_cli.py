@@ -102,6 +102,13 @@ def test_listings(run, verb: str) -> None:
     assert text.out.strip() and json.loads(as_json.out)
 
 
+def test_what_mixers_cost_in_a_model(run, llama_folder: Path) -> None:
+    text, as_json = run("mixers", "--model", llama_folder), run("mixers", "--model", llama_folder, "--json")
+    found = json.loads(as_json.out)
+    assert found["layers"] == 6 and found["mixers"]["gla"]["flops"] > found["mixers"]["window"]["flops"]
+    assert "source at 8K" in text.out and all(f"\n{name} " in text.out for name in found["mixers"])
+
+
 def test_recipes_lists_all_and_prints_one(run) -> None:
     assert [row["name"] for row in json.loads(run("recipes", "--json").out)] == recipe.names()
     assert yaml.safe_load(run("recipes", "llama-3-8b").out) == recipe.to_dict(recipe.load("llama-3-8b"))

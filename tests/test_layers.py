@@ -21,7 +21,7 @@ ROWS = [
     {"sources"},
     {"inspection", "card", "data", "losses", "monitor", "adapters"},
     {"convert", "calibrate", "train", "evaluate", "hub", "generate"},
-    {"run"},
+    {"run", "costs"},
     {"cli"},
 ]
 # Third party -> the only places that may import it.

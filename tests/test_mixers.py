@@ -150,10 +150,12 @@ def test_soft_caps_scaling_and_logits_without_values_are_the_sources():
     torch.testing.assert_close(got, a @ v.repeat_interleave(H // G, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_no_mixer_so_far_adds_weights():
+def test_no_mixer_so_far_adds_weights_beyond_its_gate():
     for name in MIXERS:
         model = linearize_(tiny_model("llama"), {"name": name})
-        assert [n for m in linearized_modules(model) for n, _ in m.mixer.named_parameters()] == []
+        for m in linearized_modules(model):
+            gated = m.mixer.delayed and not m.mixer.weighted
+            assert [n for n, _ in m.mixer.named_parameters()] == ["gate"] * gated
 
 
 def test_configs_survive_json():

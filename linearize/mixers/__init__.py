@@ -4,10 +4,41 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from linearize.errors import InputError, suggest
-from linearize.mixers import gla, softmax, window
+from linearize.mixers import (
+    aaren,
+    delta_net,
+    gated_deltanet,
+    gla,
+    hgrn,
+    kda,
+    lru,
+    min_gru,
+    min_lstm,
+    rg_lru,
+    rwkv7,
+    softmax,
+    window,
+)
 from linearize.mixers.base import Context, Geometry, Mixer, MixerConfig
 
-MIXERS: dict[str, type[Mixer]] = {m.Mixer.name: m.Mixer for m in (softmax, window, gla)}
+MIXERS: dict[str, type[Mixer]] = {
+    m.Mixer.name: m.Mixer
+    for m in (
+        softmax,
+        window,
+        gla,
+        delta_net,
+        gated_deltanet,
+        kda,
+        rwkv7,
+        rg_lru,
+        hgrn,
+        min_gru,
+        min_lstm,
+        lru,
+        aaren,
+    )
+}
 
 __all__ = ["MIXERS", "Context", "Geometry", "Mixer", "MixerConfig", "build_config"]
 

@@ -1,25 +1,41 @@
 """Recurrences, one family per file, and the choice of what runs them: PyTorch, or Triton kernels of
 flash-linear-attention.
 
-Mixers call `run_additive`, or `run` of a family's own file. The kernels run on CUDA tensors where fla and triton can be
-imported; everything else runs as the chunked form in PyTorch. The environment variable LINEARIZE_BACKEND, or the
-keyword `backend`, forces one of the two.
+Mixers call `run_additive`, `run_delta`, or `run` of a family's own file. The kernels run on CUDA tensors where fla and
+triton can be imported; everything else runs as the chunked form in PyTorch. The environment variable LINEARIZE_BACKEND,
+or the keyword `backend`, forces one of the two.
 """
 
 import functools
 import os
 import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 
 from linearize.errors import InputError, suggest
-from linearize.ops import additive, fla_backend
+from linearize.ops import additive, delta, fla_backend
 
 BACKENDS = ("torch", "fla")
+
+_asked: ContextVar[list[str | None] | None] = ContextVar("asked", default=None)
 
 
 def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
+
+
+def has_kernels(call: Callable[[], Any]) -> bool:
+    """Whether there are kernels for a recurrence that `call` runs, wherever they can run."""
+    asked: list[str | None] = []
+    token = _asked.set(asked)
+    try:
+        call()
+    finally:
+        _asked.reset(token)
+    return bool(asked)
 
 
 def chooses_fla(x: Tensor, restriction: str | None, backend: str | None = None) -> bool:
@@ -33,6 +49,9 @@ def chooses_fla(x: Tensor, restriction: str | None, backend: str | None = None) 
     Raises:
         InputError: the backend is unknown, or fla is forced where it cannot run.
     """
+    asked = _asked.get()
+    if asked is not None:
+        asked.append(restriction)
     wanted = backend or os.environ.get("LINEARIZE_BACKEND") or None
     if wanted not in (None, *BACKENDS):
         raise InputError(f"LINEARIZE_BACKEND: unknown backend {wanted!r}. {suggest(wanted, BACKENDS)}")
@@ -79,3 +98,26 @@ def run_additive(
         return fla_backend.additive(q, k, v, log_decay, state, decoding)
     form = additive.step if decoding else additive.chunked
     return form(q, k, v, log_decay, state)
+
+
+def run_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The delta rule over several tokens (ops/delta.py has the shapes), by whatever runs it here.
+
+    Args:
+        backend: as `chooses_fla`.
+
+    Raises:
+        InputError: as `chooses_fla`.
+    """
+    if chooses_fla(q, fla_backend.restriction(q, v), backend):
+        return fla_backend.delta(q, k, v, beta, log_decay, state)
+    return delta.chunked(q, k, v, beta, log_decay, state)

@@ -27,8 +27,21 @@ def naive_recurrent(score: Tensor, v: Tensor, state: Tensor | None = None) -> tu
 
 def step(score: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """One token (T = 1), updating `state` in place: the decoding step."""
-    y, n, new = naive_recurrent(score, v, state)
-    return y, n, new if state is None else state.copy_(new)
+    if state is None:
+        return naive_recurrent(score, v)
+    absorb(score, v, state)
+    y, n = look(state)
+    return y.to(v.dtype), n, state
+
+
+def absorb(score: Tensor, v: Tensor, state: Tensor) -> None:
+    """One token into `state`, in place."""
+    state.copy_(naive_recurrent(score, v, state)[2])
+
+
+def look(state: Tensor) -> tuple[Tensor, Tensor]:
+    """What one token reads: y [B, H, 1, V] and its log weight [B, H, 1], in the state's dtype."""
+    return _mean(state[:, :, None, :-1], state[:, :, None, -1:])
 
 
 def parallel(score: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,8 +83,15 @@ def _prepare(score: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Te
 
 def _read(U: Tensor, m: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """y and n of every token but the state's, and the last state."""
-    total = U[:, :, 1:, -1:]
+    y, n = _mean(U[:, :, 1:], m[:, :, 1:])
+    last = U[:, :, -1]
+    # Where nothing was seen, m is no score: the state stays the zeros it was.
+    return y.to(dtype), n, torch.cat([last, m[:, :, -1].masked_fill(last[..., -1:] == 0, 0.0)], dim=-1)
+
+
+def _mean(U: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """y [..., V] and n [...] from sums U [..., V + 1] and the maximum m [..., 1] that they are relative to."""
+    total = U[..., -1:]
     weight = total.clamp(min=torch.finfo(U.dtype).tiny)
-    n = (weight.log() + m[:, :, 1:]).masked_fill(total == 0, float("-inf"))
-    state = torch.cat([U[:, :, -1], m[:, :, -1]], dim=-1)
-    return (U[:, :, 1:, :-1] / weight).to(dtype), n.squeeze(-1), state
+    n = (weight.log() + m).masked_fill(total == 0, float("-inf"))
+    return U[..., :-1] / weight, n.squeeze(-1)

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.ops.additive import CHUNK, LEAF, _pairs, _pairs_by_halves, _prepare, _to_ends
+from linearize.ops.additive import CHUNK, LEAF, _pairs, _pairs_by_halves, _prepare, _to_ends, look
+
+SMALLEST = 1e-6
+"""Added to a square before its root is divided by: a key of zeros stays one, and its gradient is finite."""
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| over the channels, fp32 (fp64 for fp64 inputs): a key, or query, as the rule needs it."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * (x.square().sum(-1, keepdim=True) + SMALLEST).rsqrt()
 
 
 def naive_recurrent(
@@ -46,15 +55,18 @@ def step(
     """One token (T = 1), updating `state` in place: the decoding step."""
     if state is None:
         return naive_recurrent(q, k, v, beta, log_decay)
-    B, H, _, K = q.shape
-    G, dtype = k.shape[1], state.dtype
+    absorb(k, v, beta, log_decay, state)
+    return look(q, state), state
+
+
+def absorb(k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor) -> None:
+    """The writes of one token, into `state`, in place. What it reads is `additive.look`."""
+    dtype = state.dtype
     if log_decay is not None:
         state.mul_(log_decay.to(dtype).exp().mT)
     k = k.to(dtype)
     u = beta.to(dtype) * (v.to(dtype) - k @ state)
-    state.view(B * G, K, -1).baddbmm_(k.reshape(B * G, K, 1), u.flatten(0, 1))
-    y = q.to(dtype).reshape(B, G, H // G, K) @ state
-    return y.view(B, H, 1, -1).to(q.dtype), state
+    state.flatten(0, 1).baddbmm_(k.flatten(0, 1).mT, u.flatten(0, 1))
 
 
 def parallel(

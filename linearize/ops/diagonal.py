@@ -35,9 +35,15 @@ def step(
     """One token (T = 1), updating `state` in place: the decoding step."""
     if state is None:
         return naive_recurrent(x, log_decay, phase)
-    a, y, _, dtype = _prepare(x, log_decay, phase, state)
-    state.mul_(a[:, :, 0]).add_(y[:, :, 0])
+    absorb(x, log_decay, phase, state)
+    dtype = state.dtype if state.is_complex() else x.dtype
     return state.unsqueeze(2).to(dtype, copy=True), state
+
+
+def absorb(x: Tensor, log_decay: Tensor, phase: Tensor | None, state: Tensor) -> None:
+    """The write of one token, into `state`, in place. What it reads is the state."""
+    a, y, _, _ = _prepare(x, log_decay, phase, state)
+    state.mul_(a[:, :, 0]).add_(y[:, :, 0])
 
 
 def parallel(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.ops.additive import CHUNK, _pairs, _prepare, _to_ends
+from linearize.ops.additive import CHUNK, _pairs, _prepare, _to_ends, look
 from linearize.ops.delta import chunk_size, into_chunks, out_of_chunks, pairs_of, solve_chunks
 
 
@@ -41,16 +41,19 @@ def step(
     """One token (T = 1), updating `state` in place: the decoding step."""
     if state is None:
         return naive_recurrent(q, k, v, a, b, log_decay)
-    B, H, _, K = q.shape
-    G, dtype = k.shape[1], state.dtype
+    absorb(k, v, a, b, log_decay, state)
+    return look(q, state), state
+
+
+def absorb(k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor | None, state: Tensor) -> None:
+    """The writes of one token, into `state`, in place. What it reads is `additive.look`."""
+    dtype = state.dtype
     read = a.to(dtype) @ state
     if log_decay is not None:
         state.mul_(log_decay.to(dtype).exp().mT)
     keys = torch.cat([b.to(dtype), k.to(dtype)], dim=2)
     values = torch.cat([read, v.to(dtype)], dim=2)
-    state.view(B * G, K, -1).baddbmm_(keys.flatten(0, 1).mT, values.flatten(0, 1))
-    y = q.to(dtype).reshape(B, G, H // G, K) @ state
-    return y.view(B, H, 1, -1).to(q.dtype), state
+    state.flatten(0, 1).baddbmm_(keys.flatten(0, 1).mT, values.flatten(0, 1))
 
 
 def parallel(
