@@ -4,10 +4,38 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from linearize.errors import InputError, suggest
-from linearize.mixers import gla, softmax, window
+from linearize.mixers import (
+    gateloop,
+    gla,
+    gsa,
+    hedgehog,
+    hgrn2,
+    lightnet,
+    linear,
+    mamba2,
+    retnet,
+    rwkv6,
+    softmax,
+    window,
+)
 from linearize.mixers.base import Context, Geometry, Mixer, MixerConfig
 
-MIXERS: dict[str, type[Mixer]] = {m.Mixer.name: m.Mixer for m in (softmax, window, gla)}
+_FILES = (
+    softmax,
+    window,
+    linear,
+    hedgehog,
+    gla,
+    hgrn2,
+    gsa,
+    retnet,
+    mamba2,
+    lightnet,
+    gateloop,
+    rwkv6,
+)
+
+MIXERS: dict[str, type[Mixer]] = {m.Mixer.name: m.Mixer for m in _FILES}
 
 __all__ = ["MIXERS", "Context", "Geometry", "Mixer", "MixerConfig", "build_config"]
 

@@ -16,6 +16,12 @@ def retention(heads: int, device: torch.device | None = None) -> Tensor:
     return torch.log1p(-exponent.exp2()).view(heads, 1, 1)
 
 
+def half_lives(shortest: float, longest: float, heads: int, device: torch.device | None = None) -> Tensor:
+    """Tokens, one per head, evenly spaced in log, [heads, 1, 1]; a single head has the longest."""
+    spread = torch.linspace(math.log(shortest), math.log(longest), heads, device=device)
+    return (spread if heads > 1 else spread.new_full((1,), math.log(longest))).exp().view(heads, 1, 1)
+
+
 def forget(logits: Tensor, lower: float = 0.0) -> tuple[Tensor, Tensor]:
     """The tied gates of HGRN-2 (arXiv 2404.07904): f = lower + (1 − lower) σ(x).
 
