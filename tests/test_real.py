@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from linearize.mixers import MIXERS
 from linearize.modeling import branches, linearize_
 from linearize.recipe import package_folder
 from linearize.sources import load_source, locate
@@ -91,6 +92,16 @@ def test_greedy_generation_is_the_same_cached_and_recomputed(model, text):
     greedy = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     prompt = text[:1, 100:140]
     assert torch.equal(model.generate(prompt, **greedy), model.generate(prompt, use_cache=False, **greedy))
+
+
+@pytest.mark.parametrize("name", [name for name, cls in MIXERS.items() if cls.recurrent])
+def test_every_mixer_generates(model, text, name):
+    linearize_(model, {"name": name, "window": W, "sinks": S})
+    out = model.generate(
+        text[:1, :90], max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert len(out.logits) == 16 and all(step.isfinite().all() for step in out.logits)
 
 
 def test_untrained_memory_beats_the_window_control(model, text):

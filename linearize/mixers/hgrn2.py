@@ -4,8 +4,7 @@ forgets little takes in little (HGRN-2, arXiv 2404.07904).
 The lower bound of the forget gate, which the paper learns per layer, is here the exponent 1/τ.
 
 combine: memory: features of the query alone, one normaliser with the window; τ = 8192, because the decay fades keys and
-weights. The weights are of the size 1/τ, which `strength` makes up for: e^9 = 8103. combine: liger and none: τ = 16, no
-denominator, as published.
+weights, whose size is then 1/τ. combine: liger and none: τ = 16, no denominator, as published.
 
 State per layer: 4·G·K·V bytes, 4·G·K·(V + 1) with a normaliser. No new weights.
 """
@@ -23,10 +22,13 @@ from linearize.mixers import additive
 class Config(additive.Config):
     """Attributes:
     gate_normalizer: τ. A channel with key value x has decay σ(x)^{1/τ}; at x = 0 its half-life is τ tokens.
+    strength: features of an untrained query tell tokens apart badly, so the memory starts light: 9, which makes up for
+        1/τ, gives perplexity 176, 4 gives 24.6 (SmolLM2-135M, WikiText-2 validation, 2 × 512 tokens; window control
+        23.4).
     """
 
     gate_normalizer: float = 8192.0
-    strength: float = 9.0
+    strength: float = 2.0
 
     allowed: ClassVar[tuple[str, ...]] = additive.ONE_TO_ONE
 
