@@ -197,7 +197,7 @@ class Mixer(base.Mixer):
         decay = decay * tokens.present
         return k, v, torch.cat([decay] * (k.shape[-1] // raw_k.shape[-1]), -1) if decay.shape[-1] > 1 else decay
 
-    def recur(self, read, writes, state, context):
+    def recur(self, read, writes: Any, state: Any, context):
         if self.expands:
             y, weight, final = expansion.run(
                 read, *writes, state, scaling=context.scaling, strength=self.config.strength
@@ -206,14 +206,14 @@ class Mixer(base.Mixer):
         y, final = run_additive(read, *writes, state=state[0])
         return *self.divided(y), (final,)
 
-    def absorb(self, writes, state):
+    def absorb(self, writes: Any, state: Any):
         if self.expands:
             expansion.absorb(*writes, state, strength=self.config.strength)
         else:
             k, v, *decay = writes
             additive.absorb(k, v, decay[0] if decay else None, state[0])
 
-    def look(self, read, state, context):
+    def look(self, read, state: Any, context):
         if self.expands:
             y = expansion.look(read, state, scaling=context.scaling)
             return y if self.weighted else y[..., :-1]

@@ -8,7 +8,7 @@ State per layer: 4·G·(2K·V + K) bytes. New weights: with combine: memory mixe
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.nn import functional as F
 
@@ -52,14 +52,14 @@ class Mixer(additive.Mixer):
         # The phase of an absent token, whose key is 0, is 0.
         return *super().write(tokens), tokens.carry.float() / self.config.angle_normalizer
 
-    def recur(self, read, writes, state, context):
+    def recur(self, read, writes: Any, state: Any, context):
         y, state = rotation.run(read, *writes, state)
         return y, None, state
 
-    def absorb(self, writes, state):
+    def absorb(self, writes: Any, state: Any):
         rotation.absorb(*writes, state)
 
-    def look(self, read, state, context):
+    def look(self, read, state: Any, context):
         return rotation.look(read, state)
 
     def empty_state(self, batch, device):

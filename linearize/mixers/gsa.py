@@ -15,6 +15,7 @@ State per layer: 4·G·(M·(K + V) + M + 1) bytes. No new weights.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -65,7 +66,7 @@ class Mixer(base.Mixer):
     def write(self, tokens):
         return tokens.k.float(), tokens.v.float(), tokens.carry.float() / self.config.temperature, tokens.present
 
-    def recur(self, read, writes, state, context):
+    def recur(self, read, writes: Any, state: Any, context):
         k, v, logits, exists = writes
         *slots, z, n = state
         write, decay, z, count = gates.running_softmax(logits, exists, z, n)
@@ -76,7 +77,7 @@ class Mixer(base.Mixer):
             (y, slots), weight = ops.run(read, k, v, write, decay, tuple(slots)), None
         return y, weight, (*slots, z, count[:, :, -1:] if count.shape[2] else n)
 
-    def absorb(self, writes, state):
+    def absorb(self, writes: Any, state: Any):
         k, v, logits, exists = writes
         *slots, z, n = state
         write, decay, after, count = gates.running_softmax(logits, exists, z, n)
@@ -84,7 +85,7 @@ class Mixer(base.Mixer):
         z.copy_(after)
         n.copy_(count)
 
-    def look(self, read, state, context):
+    def look(self, read, state: Any, context):
         *slots, _, n = state
         y, lse = ops.look(read, tuple(slots))
         return torch.cat([y, self._weight(lse, n).unsqueeze(-1)], -1) if self.weighted else y

@@ -12,7 +12,7 @@ State per layer: 4·G·(K·V + K + 1) bytes. No new weights.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -49,14 +49,14 @@ class Mixer(additive.Mixer):
     def write(self, tokens):
         return tokens.carry.float() / self.config.temperature, tokens.v.float(), tokens.present
 
-    def recur(self, read, writes, state, context):
+    def recur(self, read, writes: Any, state: Any, context):
         logits, v, exists = writes
         S, *running = state
         k, decay, z, n = gates.running_softmax(logits, exists, *running)
         y, S = run_additive(read, k, v, decay, S)
         return y, self._weight(n, y), (S, z, n[:, :, -1:] if n.shape[2] else running[1])
 
-    def absorb(self, writes, state):
+    def absorb(self, writes: Any, state: Any):
         logits, v, exists = writes
         S, z, n = state
         k, decay, after, count = gates.running_softmax(logits, exists, z, n)
@@ -64,7 +64,7 @@ class Mixer(additive.Mixer):
         z.copy_(after)
         n.copy_(count)
 
-    def look(self, read, state, context):
+    def look(self, read, state: Any, context):
         y = ops.look(read, state[0])
         return self.joined(y, self._weight(state[2], y))
 

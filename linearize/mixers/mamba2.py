@@ -56,5 +56,5 @@ class Mixer(additive.Mixer):
     def write(self, tokens):
         if self.expands:
             return super().write(tokens)
-        k, v, decay = super().write(tokens)
-        return k, v * self._delta(tokens.carry.float()), decay
+        k, v, *decay = super().write(tokens)
+        return k, v * self._delta(tokens.carry.float()), *decay

@@ -11,7 +11,7 @@ token. No new weights; the published u is a weight per channel, here one number.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from linearize.mixers import additive
 from linearize.ops import bonus
@@ -59,14 +59,14 @@ class Mixer(additive.Mixer):
     def _bonus(self, read):
         return read.new_full((read.shape[1], read.shape[-1]), self.config.bonus)
 
-    def recur(self, read, writes, state, context):
+    def recur(self, read, writes: Any, state: Any, context):
         y, state = bonus.run(read, *writes, self._bonus(read), state)
         return *self.divided(y), state
 
-    def absorb(self, writes, state):
+    def absorb(self, writes: Any, state: Any):
         bonus.absorb(*writes, state)
 
-    def look(self, read, state, context):
+    def look(self, read, state: Any, context):
         return self.joined(*self.divided(bonus.look(read, self._bonus(read), state)))
 
     def empty_state(self, batch, device):

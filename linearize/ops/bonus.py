@@ -40,8 +40,8 @@ def run(
     last = there * (there.flip(2).cumsum(2).flip(2) == 1)
     y, S = run_additive(q, (k * (1 - last))[:, :, :-1], v[:, :, :-1], (g * (1 - last))[:, :, :-1], S)
     own = _own(q, k[:, :, 1:], v[:, :, 1:], bonus)
-    waiting = tuple((x * last).sum(2, keepdim=True) for x in (k, v, g))
-    return (y + own).to(q.dtype), (S, *waiting)
+    k, v, g = ((x * last).sum(2, keepdim=True) for x in (k, v, g))
+    return (y + own).to(q.dtype), (S, k, v, g)
 
 
 def _own(q: Tensor, k: Tensor, v: Tensor, bonus: Tensor) -> Tensor:
