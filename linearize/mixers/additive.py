@@ -200,7 +200,7 @@ class Mixer(base.Mixer):
     def recur(self, read, writes: Any, state: Any, context):
         if self.expands:
             y, weight, final = expansion.run(
-                read, *writes, state, scaling=context.scaling, strength=self.config.strength
+                read, *writes, state=state, scaling=context.scaling, strength=self.config.strength
             )
             return y, weight if self.weighted else None, final
         y, final = run_additive(read, *writes, state=state[0])
@@ -208,7 +208,7 @@ class Mixer(base.Mixer):
 
     def absorb(self, writes: Any, state: Any):
         if self.expands:
-            expansion.absorb(*writes, state, strength=self.config.strength)
+            expansion.absorb(*writes, state=state, strength=self.config.strength)
         else:
             k, v, *decay = writes
             additive.absorb(k, v, decay[0] if decay else None, state[0])

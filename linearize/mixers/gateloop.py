@@ -53,11 +53,11 @@ class Mixer(additive.Mixer):
         return *super().write(tokens), tokens.carry.float() / self.config.angle_normalizer
 
     def recur(self, read, writes: Any, state: Any, context):
-        y, state = rotation.run(read, *writes, state)
+        y, state = rotation.run(read, *writes, state=state)
         return y, None, state
 
     def absorb(self, writes: Any, state: Any):
-        rotation.absorb(*writes, state)
+        rotation.absorb(*writes, state=state)
 
     def look(self, read, state: Any, context):
         return rotation.look(read, state)

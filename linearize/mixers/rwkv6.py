@@ -60,11 +60,11 @@ class Mixer(additive.Mixer):
         return read.new_full((read.shape[1], read.shape[-1]), self.config.bonus)
 
     def recur(self, read, writes: Any, state: Any, context):
-        y, state = bonus.run(read, *writes, self._bonus(read), state)
+        y, state = bonus.run(read, *writes, bonus=self._bonus(read), state=state)
         return *self.divided(y), state
 
     def absorb(self, writes: Any, state: Any):
-        bonus.absorb(*writes, state)
+        bonus.absorb(*writes, state=state)
 
     def look(self, read, state: Any, context):
         return self.joined(*self.divided(bonus.look(read, self._bonus(read), state)))
