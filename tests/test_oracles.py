@@ -80,7 +80,9 @@ def test_rwkv6():
     y, final = fla_naive("rwkv6", "recurrent_naive").naive_recurrent_rwkv6(
         q, k, v, g, u, scale=1.0, initial_state=state, output_final_state=True
     )
-    assert_near(bonus.run(q, k, v, g, u, state), (y, final))
+    empty = bonus.empty_state(B, H, K, V, q.device)[1:]
+    got, (S, last_k, last_v, last_g) = bonus.run(q, k, v, g, torch.ones(B, H, T, 1), u, (state, *empty))
+    assert_near((got, S * last_g.exp().mT + last_k.mT @ last_v), (y, final))
 
 
 def test_hgrn2():
@@ -102,8 +104,8 @@ def test_running_softmax():
     q, k, v = inputs()
     logits = torch.randn(B, H, T, M)
     y, _ = fla_naive("gsa").naive_recurrent_gsa(*turned(q, k, v, logits), scale=1.0)
-    running = gates.empty_running(B, H, M, q.device)
-    write, g, z = gates.running_softmax(logits, torch.ones(B, H, T, 1), running)
+    empty = torch.zeros(B, H, 1, M), torch.zeros(B, H, 1, 1)
+    write, g, z, _ = gates.running_softmax(logits, torch.ones(B, H, T, 1), *empty)
     state = slots.empty_state(B, H, K, V, M, q.device)
     assert_near(slots.run(q, k, v, write, g, state)[:1], (y.transpose(1, 2),))
     assert_near((z[:, :, 0],), (logits.logsumexp(2),))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from linearize.mixers import MIXERS
 from linearize.modeling import branches, linearize_
 from linearize.recipe import package_folder
 from linearize.sources import load_source, locate
@@ -145,6 +146,16 @@ def test_saved_weights_are_the_same_when_opened(student, tmp_path):
     model, x, full, _ = student
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), x), full)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in MIXERS.items() if cls.recurrent])
+def test_every_mixer_generates(model, text, name):
+    linearize_(model, {"name": name, "window": W, "sinks": S})
+    out = model.generate(
+        text[:1, :90], max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert len(out.logits) == 16 and all(step.isfinite().all() for step in out.logits)
 
 
 def test_untrained_memory_beats_the_window_control(model, text):

@@ -108,9 +108,10 @@ def test_slots_step_in_place():
     expected, last = slots.naive_recurrent(**x, state=state)
     kept = tuple(s.clone() for s in state)
     for t in range(12):
-        y, after = slots.run(**{n: v[:, :, t : t + 1] for n, v in x.items()}, state=kept, decoding=True)
-        assert_close((y,), (expected[:, :, t : t + 1],), 1e-5)
-        assert all(a is b for a, b in zip(after, kept, strict=True))
+        now = {n: v[:, :, t : t + 1] for n, v in x.items()}
+        q = now.pop("q")
+        slots.absorb(**now, state=kept)
+        assert_close(slots.look(q, kept)[:1], (expected[:, :, t : t + 1],), 1e-5)
     assert_close(kept, last, 1e-5)
 
 
@@ -118,13 +119,16 @@ def test_slots_step_in_place():
 def test_bonus(T):
     x = inputs(T, torch.float64) | {"log_decay": decays(T, K, "uneven", torch.float64)}
     u, state = torch.randn(H, K, dtype=torch.float64), torch.randn(B, G, K, V, dtype=torch.float64)
-    expected = bonus.naive(**x, bonus=u, state=state)
-    assert_close(bonus.run(**x, bonus=u, state=state), expected, 1e-10)
-    kept = state.clone()
+    expected, last = bonus.naive(**x, bonus=u, state=state)
+    empty = tuple(s.double() for s in bonus.empty_state(B, G, K, V, x["q"].device)[1:])
+    y, (S, k, v, g) = bonus.run(**x, exists=torch.ones(B, G, T, 1), bonus=u, state=(state, *empty))
+    assert_close((y, S * g.exp().mT + k.mT @ v), (expected, last), 1e-10)
+    kept = state.clone(), *empty
     for t in range(min(T, 5)):
-        y, after = bonus.run(**{n: v[:, :, t : t + 1] for n, v in x.items()}, bonus=u, state=kept, decoding=True)
-        assert_close((y,), (expected[0][:, :, t : t + 1],), 1e-10)
-        assert after is kept
+        now = {n: v[:, :, t : t + 1] for n, v in x.items()}
+        q = now.pop("q")
+        bonus.absorb(**now, exists=torch.ones(B, G, 1, 1), state=kept)
+        assert_close((bonus.look(q, u, kept),), (expected[:, :, t : t + 1],), 1e-10)
 
 
 @pytest.mark.parametrize("width", [1, K])
@@ -142,11 +146,11 @@ def test_rotation(width):
     cut = 40
     first = {n: v[:, :, :cut] for n, v in x.items()}
     _, kept = rotation.run(**first, state=kept)
-    address = [s.data_ptr() for s in kept]
     for t in range(cut, cut + 5):
-        z, kept = rotation.run(**{n: v[:, :, t : t + 1] for n, v in x.items()}, state=kept, decoding=True)
-        assert_close((z,), (y[:, :, t : t + 1],), 1e-10)
-    assert [s.data_ptr() for s in kept] == address
+        now = {n: v[:, :, t : t + 1] for n, v in x.items()}
+        q = now.pop("q")
+        rotation.absorb(**now, state=kept)
+        assert_close((rotation.look(q, kept),), (y[:, :, t : t + 1],), 1e-10)
 
 
 def test_phase_does_not_drift():
@@ -166,29 +170,25 @@ def test_running_softmax():
     exists = torch.ones(B, G, T, 1)
     exists[0, :, :3] = 0
     exists[1, :, 70:] = 0
-    start = gates.empty_running(B, G, K, x.device)
-    key, g, z = gates.running_softmax(x, exists, start)
+    start = torch.zeros(B, G, 1, K), torch.zeros(B, G, 1, 1)
+    key, g, z, count = gates.running_softmax(x, exists, *start)
     assert (g <= 0).all() and not key[exists.expand_as(key) == 0].any() and not g[exists.expand_as(g) == 0].any()
+    assert torch.equal(count, exists.cumsum(2))
     v = torch.randn(B, G, T, V) * exists
     _, S = run_additive(torch.randn(B, H, T, K), key, v, g)
     weight = x.masked_fill(exists == 0, -math.inf).softmax(2)
     assert_close((S,), (weight.mT @ v,), 1e-5)
-    first = gates.running_softmax(x[:, :, :50], exists[:, :, :50], start)
-    second = gates.running_softmax(x[:, :, 50:], exists[:, :, 50:], first[2])
-    assert_close(
-        (torch.cat([first[0], second[0]], 2), torch.cat([first[1], second[1]], 2), second[2]), (key, g, z), 1e-5
-    )
-    running = first[2].clone()
-    for t in (50, 51):
-        got = gates.running_softmax(x[:, :, t : t + 1], exists[:, :, t : t + 1], running, decoding=True)
-        assert got[2] is running
-        assert_close(got[:2], (key[:, :, t : t + 1], g[:, :, t : t + 1]), 1e-5)
+    for cut in (2, 50):  # the first row has seen nothing after two tokens
+        first = gates.running_softmax(x[:, :, :cut], exists[:, :, :cut], *start)
+        second = gates.running_softmax(x[:, :, cut:], exists[:, :, cut:], first[2], first[3][:, :, -1:])
+        joined = (torch.cat([a, b], 2) for a, b in zip(first[:2], second[:2], strict=True))
+        assert_close((*joined, second[2]), (key, g, z), 1e-5)
 
 
 def test_running_softmax_has_finite_gradients_before_the_first_token():
     x = torch.randn(1, 1, 4, K, requires_grad=True)
     exists = torch.tensor([0.0, 0, 1, 1]).view(1, 1, 4, 1)
-    key, g, z = gates.running_softmax(x, exists, gates.empty_running(1, 1, K, x.device))
+    key, g, z, _ = gates.running_softmax(x, exists, torch.zeros(1, 1, 1, K), torch.zeros(1, 1, 1, 1))
     (grad,) = torch.autograd.grad(key.square().sum() + g.square().sum() + z.sum(), x)
     assert grad.isfinite().all() and not grad[:, :, :2].any() and grad[:, :, 2:].any()
 
@@ -209,7 +209,9 @@ def test_zero_writes_leave_no_trace():
     v, s = torch.zeros(B, G, T, V), torch.zeros(B, G, T, M)
     state = torch.randn(B, G, K, V)
     assert torch.equal(run_additive(q, none, v, none, state)[1], state)
-    assert torch.equal(bonus.run(q, none, v, none, torch.randn(H, K), state)[1], state)
+    waiting = state, torch.randn(B, G, 1, K), torch.randn(B, G, 1, V), -torch.rand(B, G, 1, K)
+    after = bonus.run(q, none, v, none, none[..., :1], torch.randn(H, K), waiting)[1]
+    assert all(torch.equal(a, b) for a, b in zip(after, waiting, strict=True))
     slot_state = torch.randn(B, G, K, M), torch.randn(B, G, M, V)
     after = slots.run(q, none, v, s, s, slot_state)[1]
     assert all(torch.equal(a, b) for a, b in zip(after, slot_state, strict=True))
@@ -225,7 +227,8 @@ def test_no_tokens(family):
     if family == "additive":
         y, after = run_additive(**x, state=state)
     elif family == "bonus":
-        y, after = bonus.run(**x, bonus=torch.randn(H, K), state=state)
+        empty = bonus.empty_state(B, G, K, V, state.device)[1:]
+        y, (after, *_) = bonus.run(**x, exists=torch.ones(B, G, 0, 1), bonus=torch.randn(H, K), state=(state, *empty))
     elif family == "rotation":
         state = torch.randn(B, G, 2 * K, V)
         y, (after, _) = rotation.run(**x, angle=x["log_decay"], state=(state, torch.zeros(B, G, 1, K)))

@@ -8,37 +8,54 @@ from linearize.mixers import (
     aaren,
     delta_net,
     gated_deltanet,
+    gateloop,
     gla,
+    gsa,
+    hedgehog,
     hgrn,
+    hgrn2,
     kda,
+    lightnet,
+    linear,
     lru,
+    mamba2,
     min_gru,
     min_lstm,
+    retnet,
     rg_lru,
+    rwkv6,
     rwkv7,
     softmax,
     window,
 )
 from linearize.mixers.base import Context, Geometry, Mixer, MixerConfig
 
-MIXERS: dict[str, type[Mixer]] = {
-    m.Mixer.name: m.Mixer
-    for m in (
-        softmax,
-        window,
-        gla,
-        delta_net,
-        gated_deltanet,
-        kda,
-        rwkv7,
-        rg_lru,
-        hgrn,
-        min_gru,
-        min_lstm,
-        lru,
-        aaren,
-    )
-}
+_FILES = (
+    softmax,
+    window,
+    linear,
+    hedgehog,
+    gla,
+    hgrn2,
+    gsa,
+    retnet,
+    mamba2,
+    lightnet,
+    gateloop,
+    rwkv6,
+    rwkv7,
+    delta_net,
+    gated_deltanet,
+    kda,
+    rg_lru,
+    hgrn,
+    min_gru,
+    min_lstm,
+    lru,
+    aaren,
+)
+
+MIXERS: dict[str, type[Mixer]] = {m.Mixer.name: m.Mixer for m in _FILES}
 
 __all__ = ["MIXERS", "Context", "Geometry", "Mixer", "MixerConfig", "build_config"]
 

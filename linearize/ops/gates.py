@@ -16,6 +16,12 @@ def retention(heads: int, device: torch.device | None = None) -> Tensor:
     return torch.log1p(-exponent.exp2()).view(heads, 1, 1)
 
 
+def half_lives(shortest: float, longest: float, heads: int, device: torch.device | None = None) -> Tensor:
+    """Tokens, one per head, evenly spaced in log, [heads, 1, 1]; a single head has the longest."""
+    spread = torch.linspace(math.log(shortest), math.log(longest), heads, device=device)
+    return (spread if heads > 1 else spread.new_full((1,), math.log(longest))).exp().view(heads, 1, 1)
+
+
 def forget(logits: Tensor, lower: float = 0.0) -> tuple[Tensor, Tensor]:
     """The tied gates of HGRN-2 (arXiv 2404.07904): f = lower + (1 − lower) σ(x).
 
@@ -33,14 +39,9 @@ def forget(logits: Tensor, lower: float = 0.0) -> tuple[Tensor, Tensor]:
     return log_decay, (1 - lower) * (-x).sigmoid()
 
 
-def empty_running(batch: int, kv_heads: int, key_width: int, device: torch.device) -> Tensor:
-    """The state of `running_softmax` before the first token, [B, G, 1, K]."""
-    return torch.full((batch, kv_heads, 1, key_width), EMPTY, device=device)
-
-
 def running_softmax(
-    logits: Tensor, exists: Tensor, running: Tensor, decoding: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, exists: Tensor, running: Tensor, seen: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Additive decay (LightNet, arXiv 2405.21022): every channel's keys are a softmax over the tokens so far.
 
     With z_t = ln Σ_{j ≤ t} e^{x_j}, the key e^{x_t − z_t} and the decay e^{z_{t-1} − z_t} give
@@ -49,16 +50,18 @@ def running_softmax(
     Args:
         logits: x [B, G, T, K].
         exists: [B, G, T, 1], 1 for a token and 0 for none: it gets key 0 and decay 1 and leaves z as it was.
-        running: z [B, G, 1, K] as `empty_running` makes it.
-        decoding: T = 1 and `running` is updated in place.
+        running: z [B, G, 1, K] after the tokens before; 0 where there were none.
+        seen: n [B, G, 1, 1], their number.
 
     Returns:
-        key and log_decay [B, G, T, K] for the additive recurrence, and z after the last token.
+        key and log_decay [B, G, T, K] for the additive recurrence, z after the last token, and n [B, G, T, 1] at every
+        token.
     """
     x = logits.to(running.dtype).masked_fill(exists == 0, EMPTY)
-    z = torch.cat([running, x], dim=-2).logcumsumexp(-2)
+    z = torch.cat([running.masked_fill(seen == 0, EMPTY), x], dim=-2).logcumsumexp(-2)
     before, after = z[..., :-1, :], z[..., 1:, :]
     log_decay = torch.where((exists == 0) | (before == EMPTY), 0.0, before - after)
     key = (x - after).exp().masked_fill(exists == 0, 0.0)
-    last = z[..., -1:, :]
-    return key, log_decay, running.copy_(last) if decoding else last
+    count = seen + exists.to(seen.dtype).cumsum(-2)
+    total = count[..., -1:, :] if count.shape[-2] else seen
+    return key, log_decay, z[..., -1:, :].masked_fill(total == 0, 0.0), count

@@ -14,33 +14,58 @@ import math
 import torch
 from torch import Tensor
 
-from linearize.ops import run_additive
+from linearize.ops import additive, run_additive
 
 State = tuple[Tensor, Tensor]
 
 
-def run(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, angle: Tensor, state: State, decoding: bool = False
-) -> tuple[Tensor, State]:
+def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
+    """fp32 zeros."""
+    S = torch.zeros(batch, kv_heads, 2 * key_width, value_width, device=device)
+    return S, S.new_zeros(batch, kv_heads, 1, key_width)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, angle: Tensor, state: State) -> tuple[Tensor, State]:
     """y [B, H, T, V] in q's dtype, and the state after the last token.
 
     Args:
         log_decay: [B, G, T, K] or [B, G, T, 1].
-        decoding: T = 1 and the state is updated in place.
     """
-    G, T, K = k.shape[1:]
     S, start = state
+    phase = _phase(angle, start)
+    y, S = run_additive(_turn_queries(q, phase), *_turn(k, log_decay, phase, v), S)
+    return y, (S, phase[:, :, -1:] if k.shape[2] else start)
+
+
+def absorb(k: Tensor, v: Tensor, log_decay: Tensor, angle: Tensor, state: State) -> None:
+    """The writes of one token, into `state`, in place."""
+    S, phase = state
+    phase.copy_(_phase(angle, phase))
+    additive.absorb(*_turn(k, log_decay, phase, v), S)
+
+
+def look(q: Tensor, state: State) -> Tensor:
+    """What one token reads: q [B, H, 1, K] -> [B, H, 1, V]."""
+    S, phase = state
+    return additive.look(_turn_queries(q, phase), S)
+
+
+def _phase(angle: Tensor, start: Tensor) -> Tensor:
+    """Φ [B, G, T, K]."""
     # Summed in fp64 and kept below 2π: at token 16,384 an fp32 sum of angles would be off by thousandths.
-    phase = (start.double() + angle.double().cumsum(-2)).remainder(2 * math.pi).to(S.dtype)
-    turn = torch.cat([phase.cos(), phase.sin()], dim=-1)
-    q = (torch.cat([q, q], dim=-1).unflatten(1, (G, -1)) * turn[:, :, None]).flatten(1, 2).to(q.dtype)
-    k = torch.cat([k, k], dim=-1) * turn
-    if log_decay.shape[-1] == K:
+    return (start.double() + angle.double().cumsum(-2)).remainder(2 * math.pi).to(start.dtype)
+
+
+def _turn_queries(q: Tensor, phase: Tensor) -> Tensor:
+    turn = torch.cat([phase.cos(), phase.sin()], dim=-1)[:, :, None]
+    return (torch.cat([q, q], dim=-1).unflatten(1, (phase.shape[1], -1)) * turn).flatten(1, 2).to(q.dtype)
+
+
+def _turn(k: Tensor, log_decay: Tensor, phase: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v and log_decay of the real recurrence."""
+    if log_decay.shape[-1] == k.shape[-1]:
         log_decay = torch.cat([log_decay, log_decay], dim=-1)
-    y, S = run_additive(q, k, v, log_decay, S, decoding=decoding)
-    if decoding:
-        return y, (S, start.copy_(phase))
-    return y, (S, phase[:, :, -1:] if T else start)
+    return torch.cat([k * phase.cos(), k * phase.sin()], dim=-1), v, log_decay
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, angle: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

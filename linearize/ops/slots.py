@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.ops import chooses_fla, fla_backend, run_additive
+from linearize.ops import additive, chooses_fla, fla_backend, run_additive
 from linearize.ops.additive import CHUNK, LEAF, _after, _between, _centred, _leaf
 
 State = tuple[Tensor, Tensor]
@@ -54,43 +54,44 @@ def run(
     log_decay: Tensor,
     state: State,
     *,
-    decoding: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, State]:
     """y [B, H, T, V] in q's dtype and the new state, by whatever runs it here (ops/__init__.py).
 
     Args:
-        decoding: T = 1 and the state is updated in place.
         backend: as `ops.chooses_fla`.
 
     Raises:
         InputError: as `ops.chooses_fla`.
     """
-    if decoding:
-        return step(q, k, v, write, log_decay, state)
     if chooses_fla(q, fla_backend.restriction(q, v), backend):
         return fla_backend.slots(q, k, v, write, log_decay, state)
-    return chunked(q, k, v, write, log_decay, state)
+    y, _, state = weighted(q, k, v, write, log_decay, state)
+    return y, state
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, write: Tensor, log_decay: Tensor, state: State) -> tuple[Tensor, State]:
-    """One token (T = 1), updating both states in place: the decoding step."""
-    B, H, _, K = q.shape
-    G = k.shape[1]
-    keys, values = state
-    queries, k, v, s, g = (x.to(keys.dtype) for x in (q, k, v, write, log_decay))
-    decay = g.exp()
-    keys.mul_(decay).add_(k.mT * s)
-    values.mul_(decay.mT).add_(s.mT * v)
-    p = (queries.reshape(B, G, H // G, K) @ keys).softmax(-1)
-    return (p @ values).view(B, H, 1, -1).to(q.dtype), state
-
-
-def chunked(q: Tensor, k: Tensor, v: Tensor, write: Tensor, log_decay: Tensor, state: State) -> tuple[Tensor, State]:
-    """Both passes in chunks: linear in T."""
+def weighted(
+    q: Tensor, k: Tensor, v: Tensor, write: Tensor, log_decay: Tensor, state: State
+) -> tuple[Tensor, Tensor, State]:
+    """Both passes in chunks, linear in T: y [B, H, T, V] in q's dtype, ln Σ_m e^{Kˢ_tᵀ q_t} [B, H, T] and the state."""
     scores, keys = _read_keys(q, k, write, log_decay, state[0])
     y, values = run_additive(scores.softmax(-1), write, v, log_decay, state[1], backend="torch")
-    return y.to(q.dtype), (keys, values)
+    return y.to(q.dtype), scores.logsumexp(-1), (keys, values)
+
+
+def absorb(k: Tensor, v: Tensor, write: Tensor, log_decay: Tensor, state: State) -> None:
+    """The writes of one token, into both states, in place."""
+    keys, values = state
+    k, v, s, decay = (x.to(keys.dtype) for x in (k, v, write, log_decay.exp()))
+    keys.mul_(decay).add_(k.mT * s)
+    values.mul_(decay.mT).add_(s.mT * v)
+
+
+def look(q: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """What one token reads: q [B, H, 1, K] -> y [B, H, 1, V] in q's dtype, and ln Σ_m e^{Kˢᵀ q} [B, H, 1]."""
+    keys, values = state
+    scores = additive.look(q.to(keys.dtype), keys)
+    return additive.look(scores.softmax(-1), values).to(q.dtype), scores.logsumexp(-1)
 
 
 def _read_keys(q: Tensor, k: Tensor, s: Tensor, g: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
