@@ -69,7 +69,7 @@ def convert(
     window: Annotated[int | None, typer.Option(help="Tokens of exact attention.")] = None,
     sinks: Annotated[int | None, typer.Option(help="First tokens that stay visible to all.")] = None,
     combine: Annotated[str | None, typer.Option(help="memory, liger or none.")] = None,
-    layers: Annotated[str | None, typer.Option(help="all, 0-11,20, or keep:20,23.")] = None,
+    layers: Annotated[str | None, typer.Option(help="full, all, 0-11,20, or keep:20,23.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link unchanged weights instead of copying.")] = False,
@@ -291,9 +291,10 @@ def inspect(
     folder: Annotated[
         str, typer.Argument(metavar="DIR", help="Any model folder, GGUF file or Hub id.", show_default=False)
     ],
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: FILE.png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a model folder is made of.
+    """Show what a model folder is made of, from its headers.
 
     \b
     Example:
@@ -302,6 +303,10 @@ def inspect(
     from linearize import inspection
 
     found = inspection.inspect(folder)
+    if plot is not None:
+        from linearize.plot import draw
+
+        _note(f"picture: {draw(found, plot)}")
     _show(found, as_json, inspection.text(found))
 
 
@@ -403,18 +408,33 @@ def _mixer_lines(rows: Mapping[str, Any]) -> list[str]:
 
 
 @app.command()
-def archs(as_json: Json = False) -> None:
-    """List the architectures whose attention can be replaced.
+def archs(
+    probe: Annotated[str | None, typer.Option(metavar="MODEL", help="Check this model instead of listing.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Check a tiny random model of its configuration.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the architectures that can be converted exactly, or check a model.
+
+    MODEL is a recipe, folder, GGUF file or Hub id; with --tiny also a model type. Exits with 1 if a check fails.
 
     \b
     Example:
-      linearize archs
+      linearize archs --probe my-org/my-model --tiny
     """
-    from linearize.archs import ARCHS, model_types
+    if probe is None:
+        from linearize.archs import record
 
-    kinds = model_types()
-    text = f"{', '.join(kinds)}\n\n{len(kinds)} model types; a row of their own: {', '.join(ARCHS)}"
-    _show({"model_types": kinds, "rows": list(ARCHS)}, as_json, text)
+        found = record()
+        count = f"{len(found['passes'])} model types of transformers {found['transformers']}"
+        return _show(found, as_json, f"{', '.join(found['passes'])}\n\n{count}")
+    from linearize import probe as stage
+    from linearize import recipe as recipes
+
+    source = recipes.resolve(probe).source
+    checks = stage.probe_named(source.id, source.package, tiny)
+    _show([vars(check) for check in checks], as_json, stage.text(checks))
+    if not stage.passes(checks):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

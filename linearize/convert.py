@@ -148,11 +148,13 @@ def _build_source(located: Located) -> PreTrainedModel:
 def _build(located: Located, recipe: Recipe) -> PreTrainedModel:
     """The linearized model without values (meta device)."""
     model = _build_source(located)
-    layers = recipe.convert.layers
+    archs.check_supported(model.config.model_type)
+    layers, paths = recipe.convert.layers, archs.attention_layers(model)
     if isinstance(layers, Mapping):
-        kept = archs.check_layers(archs.attention_layers(model), layers["keep"], model.config)
-        layers = [layer for layer in archs.attention_layers(model) if layer not in kept]
-    return linearize_(model, recipe.convert.mixer, None if layers == "all" else layers, source=located.to_dict())
+        kept = archs.check_layers(paths, layers["keep"], model.config)
+        layers = [layer for layer in archs.full_layers(paths, model.config) if layer not in kept]
+    chosen = {"full": None, "all": list(paths)}.get(layers, layers) if isinstance(layers, str) else layers
+    return linearize_(model, recipe.convert.mixer, chosen, source=located.to_dict())
 
 
 def _new_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -60,15 +60,29 @@ class LinearizedAttention(_Source):
     branch: str = "all"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any):
-        rows = kwargs.pop("linearize_rows", None)
-        shared = kwargs.pop("linearize_shared", None)
+        mask = kwargs.pop("attention_mask", None)
+        if isinstance(mask, _Carried):
+            kwargs |= mask.arguments
+            mask = mask.mask
+        rows, shared = kwargs.pop("linearize_rows", None), kwargs.pop("linearize_shared", None)
         if self.branch == "source":
-            return super().forward(hidden_states, *args, **kwargs)
+            return super().forward(hidden_states, *args, attention_mask=mask, **kwargs)
         name = next((n for n in ("past_key_values", "layer_past") if n in kwargs), None)
         past = kwargs.pop(name) if name else None
-        mask = kwargs.pop("attention_mask", None)
-        call = _Call(past, rows, mask, kwargs.get("position_embeddings"), {} if shared is None else shared)
+        if shared is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: the decoder layer does not pass keyword arguments on, so padding cannot be "
+                "seen; its architecture needs a row in linearize/archs.py with drops_arguments"
+            )
+        call = _Call(past, rows, mask, kwargs.get("position_embeddings"), shared)
         return super().forward(hidden_states, *args, attention_mask=None, linearize_call=call, **kwargs)
+
+
+class _Carried:
+    """A mask with arguments for the attention on it, through decoder layers that drop arguments they do not know."""
+
+    def __init__(self, mask: Tensor | None, arguments: dict[str, Any]):
+        self.mask, self.arguments = mask, arguments
 
 
 class _Call:
@@ -122,9 +136,13 @@ def _attention_class(source: type[nn.Module]) -> type[nn.Module]:
     return type(name, (LinearizedAttention, source), {"source_class": source, "__module__": __name__})
 
 
-def _swap(module: Any, config: PreTrainedConfig, mixer: MixerConfig) -> None:
+def _swap(model: nn.Module, path: str, config: PreTrainedConfig, mixer: MixerConfig) -> None:
     """Turn one attention module of a source into a linearized one, or give a linearized one another mixer."""
+    module: Any = model.get_submodule(path)
+    layer = model.get_submodule(path.rpartition(".")[0])
     if not isinstance(module, LinearizedAttention):
+        if archs.arch_of(config).drops_arguments:
+            layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
         module.source_config = config
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = IMPLEMENTATION
@@ -136,6 +154,8 @@ def _swap(module: Any, config: PreTrainedConfig, mixer: MixerConfig) -> None:
 
 def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     """Once per forward: left-aligned rows for padding or packing, and a dictionary the layers share."""
+    if "linearize_shared" in kwargs:
+        return args, kwargs
     tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
     T = tokens.shape[1]
     mask = kwargs.pop("linearize_mask", kwargs.get("attention_mask"))
@@ -147,6 +167,13 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     elif mask is None and positions is not None and T > 1 and not torch.compiler.is_compiling():
         rows = Rows.from_positions(positions.expand(tokens.shape[0], -1))
     kwargs["linearize_rows"], kwargs["linearize_shared"] = rows, {}
+    return args, kwargs
+
+
+def _before_layer(layer: Any, args: tuple, kwargs: dict[str, Any]):
+    """Put what the attention needs on the mask, which every layer passes on."""
+    arguments = {name: kwargs.pop(name) for name in ("linearize_rows", "linearize_shared") if name in kwargs}
+    kwargs["attention_mask"] = _Carried(kwargs.get("attention_mask"), arguments)
     return args, kwargs
 
 
@@ -202,10 +229,9 @@ class LinearizedForCausalLM(_Source):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        modules = dict(self.named_modules())
         paths = archs.attention_layers(self)
         for index, values in config.linearize["layers"].items():
-            _swap(modules[paths[int(index)]], config, build_config(values))
+            _swap(self, paths[int(index)], config, build_config(values))
         _hook(self)
 
     @classmethod
@@ -279,7 +305,8 @@ def linearize_(
     Args:
         model: a source model, or a linearized one, whose named layers then get another mixer.
         mixer: which, and its numbers.
-        layers: indices of the layers to replace; None means all that have attention.
+        layers: indices of the layers to replace; None means those whose attention sees the whole text: sliding-window
+            layers stay, unless the source has no others.
         source: where the weights came from (id, revision, path, …), stored in the configuration.
 
     Returns:
@@ -302,16 +329,20 @@ def linearize_(
         model.config.linearize = block = {"format": FORMAT, "source": origin, "layers": {}}
         model.config.architectures = ["LinearizedForCausalLM"]
         _hook(model)
-    modules = dict(model.named_modules())
     for index in chosen:
-        _swap(modules[paths[index]], model.config, config)
+        _swap(model, paths[index], model.config, config)
         block["layers"][str(index)] = config.to_dict()
     block["layers"] = {str(i): block["layers"][str(i)] for i in sorted(map(int, block["layers"]))}
     return model
 
 
 def _hook(model: Any) -> None:
-    model.base_model.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+    # The base model sees the padding mask as it was given; some causal LMs (OPT) call the decoder inside it directly.
+    path = next(iter(archs.attention_layers(model).values()))
+    while path and not isinstance(model.get_submodule(path), nn.ModuleList):
+        path = path.rpartition(".")[0]
+    for module in {model.base_model, model.get_submodule(path.rpartition(".")[0])}:
+        module.register_forward_pre_hook(_before_decoder, with_kwargs=True)
 
 
 def linearized_modules(model: nn.Module) -> list[Any]:
@@ -347,7 +378,8 @@ def branches(model: nn.Module, branch: str) -> Iterator[None]:
 
 
 def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_bytes: int = 2) -> dict[str, Any]:
-    """Bytes of cache after `context` tokens, by arithmetic from a linearized configuration.
+    """Bytes of cache after `context` tokens, by arithmetic from a linearized configuration; recurrent layers of the
+    source itself are left out.
 
     Args:
         config: a configuration with a `linearize` block.
@@ -361,9 +393,16 @@ def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_by
     """
     per_layer = []
     total = 0
-    for index in range(config.num_hidden_layers):
-        g = archs.geometry(config)
-        grown = batch * context * g.kv_heads * (g.key_width + g.value_width) * dtype_bytes
+    g = archs.geometry(config)
+    for index in range(config.get_text_config().num_hidden_layers):
+        reach = archs.reach(config, index)
+        grown = (
+            batch
+            * (context if reach is None else min(context, reach))
+            * g.kv_heads
+            * (g.key_width + g.value_width)
+            * dtype_bytes
+        )
         total += grown
         values = config.linearize["layers"].get(str(index))
         if values is None or values["name"] == "softmax":

@@ -19,7 +19,7 @@ ROWS = [
     {"__init__"},
     {"weights"},
     {"sources"},
-    {"inspection", "card", "data", "losses", "monitor", "adapters"},
+    {"inspection", "probe", "plot", "card", "data", "losses", "monitor", "adapters"},
     {"convert", "train", "evaluate", "hub", "generate"},
     {"run"},
     {"cli"},
@@ -31,6 +31,7 @@ DOORS = {
     "accelerate": ("train.py",),
     "datasets": ("data.py",),
     "fla": ("ops/",),
+    "matplotlib": ("plot.py",),
     "typer": ("cli.py",),
 }
 # Checking a recipe asks the mixer about its own settings; the import is inside the function that does it.
