@@ -97,7 +97,7 @@ def check_supported(model_type: str) -> None:
     why = record()["fails"].get(model_type, UNTRIED)
     if not why.startswith(UNTRIED):
         raise InputError(
-            f"model type {model_type!r}: cannot be converted exactly ({why}); `linearize archs` lists what can, "
+            f"model type {model_type!r}: does not pass the probe ({why}); `linearize archs` lists what can, "
             "`linearize archs --probe MODEL` shows what is missing in another version of transformers"
         )
 

@@ -31,6 +31,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
 ]
+WithCode = Annotated[
+    bool, typer.Option("--with-code", help="Bring the code along, for trust_remote_code without this package.")
+]
 Flags = Annotated[
     list[str] | None,
     typer.Argument(metavar="-- ACCELERATE_FLAGS", help="Flags of `accelerate launch`.", show_default=False),
@@ -74,6 +77,7 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link unchanged weights instead of copying.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights, restricted.")] = False,
+    with_code: WithCode = False,
     set_: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
     overwrite: Overwrite = False,
@@ -111,7 +115,7 @@ def convert(
         return _show(plan.to_dict(), as_json, plan.text())
     _note(plan.text())
     out = out or recipes.run_folder(resolved) / "0-converted"
-    stage.convert(located, resolved, out, overwrite, link=link, allow_pickle=allow_pickle)
+    stage.convert(located, resolved, out, overwrite, link=link, allow_pickle=allow_pickle, with_code=with_code)
     _show({"out": str(out), "plan": plan.to_dict()}, as_json, str(out))
 
 
@@ -365,6 +369,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make it a private repository.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the card and the files.")] = False,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    with_code: WithCode = False,
     as_json: Json = False,
 ) -> None:
     """Upload a folder, with a model card, to the Hugging Face Hub.
@@ -376,8 +381,8 @@ def push(
     from linearize import hub as stage
 
     if dry_run and as_json:
-        return _show(stage.plan(folder, repo).to_dict(), as_json)
-    answer = stage.push(folder, repo, private=private, dry_run=dry_run, message=message)
+        return _show(stage.plan(folder, repo, with_code).to_dict(), as_json)
+    answer = stage.push(folder, repo, private=private, dry_run=dry_run, message=message, with_code=with_code)
     _show({"url": answer}, as_json, answer)
 
 

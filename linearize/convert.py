@@ -19,7 +19,7 @@ from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from linearize import __version__, archs, files, weights
+from linearize import __version__, archs, bundle, files, weights
 from linearize.errors import InputError
 from linearize.files import format_bytes, verify
 from linearize.inspection import cache_sizes, inspect
@@ -219,6 +219,7 @@ def convert(
     *,
     link: bool = False,
     allow_pickle: bool = False,
+    with_code: bool = False,
 ) -> Path:
     """Write the linearized folder of a source. It appears complete, by rename, or not at all.
 
@@ -233,6 +234,7 @@ def convert(
         link: hard-link unchanged shards instead of copying them: no time and no space, but writing into a shard in
             place then changes the source too. A hash is recorded only where it is known already.
         allow_pickle: read PyTorch ``.bin`` files where there are no safetensors, with the restricted loader.
+        with_code: bring the code along, so that ``trust_remote_code=True`` opens it where this package is missing.
 
     Returns:
         `out`.
@@ -269,6 +271,9 @@ def convert(
         stored = next(each for each in candidates if isinstance(each, torch.dtype))
         hashes = _write_weights(model, tensors, folder, dtype, stored, place)
         model.config.dtype = stored
+        if with_code:
+            model.config.auto_map = bundle.AUTO_MAP
+            (folder / bundle.FILE).write_text(bundle.code(bundle.mixers_of(model.config.to_dict())), encoding="utf-8")
         model.config.save_pretrained(folder)
         _carry(plain if located.gguf else located.path, folder, model)
         (folder / "recipe.yaml").write_text(to_yaml(recipe))

@@ -41,6 +41,9 @@ from linearize.ops.rows import Rows
 FORMAT = 1
 """Version of the `linearize` block in config.json."""
 
+# A copy of this text may run from a folder that brings its code along (bundle.py): then saving takes it along again.
+_AUTO = {} if __name__.startswith("linearize.") else {"config": "AutoConfig", "model": "AutoModelForCausalLM"}
+
 IMPLEMENTATION = "linearize"
 # The mixed-in classes rely on the source's class that follows them; a type checker is told so.
 if TYPE_CHECKING:
@@ -215,6 +218,7 @@ def config_class(source: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     # One __name__ for all, because saving and registering compare names; a distinct __qualname__, because registries of
     # recorded outputs are keyed by it.
     names = {"__module__": __name__, "__qualname__": f"LinearizedConfig[{source.model_type}]"}
+    names["_auto_class"] = _AUTO.get("config")
     linearized = type("LinearizedConfig", (source,), {"model_type": "linearized", **names})
     model = MODEL_FOR_CAUSAL_LM_MAPPING[source]
     AutoModelForCausalLM.register(linearized, model_class(model, linearized), exist_ok=True)
@@ -285,10 +289,11 @@ def _inherit_conversions(cls: type) -> None:
 @cache
 def model_class(source: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     names = {"__module__": __name__, "__qualname__": f"LinearizedForCausalLM[{source.__name__}]"}
+    names["_auto_class"] = _AUTO.get("model")
     return type("LinearizedForCausalLM", (LinearizedForCausalLM, source), {"config_class": config, **names})
 
 
-AutoConfig.register("linearized", LinearizedConfig)
+AutoConfig.register("linearized", LinearizedConfig, exist_ok=True)
 
 
 # --- verbs

@@ -179,7 +179,7 @@ def test_architectures_that_fail_the_probe_are_refused_before_anything_is_writte
     model = AutoModelForCausalLM.from_config(probe.shrink(CONFIG_MAPPING["diffllama"]()))
     model.save_pretrained(tmp_path / "source")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
-    with pytest.raises(InputError, match="'diffllama': cannot be converted exactly .softmax control"):
+    with pytest.raises(InputError, match="'diffllama': does not pass the probe .softmax control"):
         run(tmp_path / "source", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -17,7 +17,7 @@ ROWS = [
     {"modeling"},
     {"autoload"},
     {"__init__"},
-    {"weights"},
+    {"weights", "bundle"},
     {"sources"},
     {"inspection", "probe", "plot", "card", "data", "losses", "monitor", "adapters"},
     {"convert", "train", "evaluate", "hub", "generate"},
