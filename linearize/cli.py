@@ -387,6 +387,27 @@ def push(
 
 
 @app.command()
+def export(
+    folder: Folder,
+    to: Annotated[str, typer.Option(help="source: back to the architecture it was converted from.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    link: Annotated[bool, typer.Option("--link", help="Hard-link the weights instead of copying.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a folder in another format; tensors stay as they are, byte for byte.
+
+    \b
+    Example:
+      linearize export runs/demo/merged --to source --out runs/demo/as-source
+    """
+    from linearize import export as stage
+
+    done = stage.export(folder, to, out, overwrite, link)
+    _show({"out": str(done)}, as_json, str(done))
+
+
+@app.command()
 def mixers(as_json: Json = False) -> None:
     """List the mixers and their settings.
 

@@ -20,7 +20,7 @@ ROWS = [
     {"weights", "bundle"},
     {"sources"},
     {"inspection", "probe", "plot", "card", "data", "losses", "monitor", "adapters"},
-    {"convert", "train", "evaluate", "hub", "generate"},
+    {"convert", "train", "evaluate", "hub", "generate", "export"},
     {"run"},
     {"cli"},
 ]
