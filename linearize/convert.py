@@ -330,7 +330,7 @@ def _write_weights(
     """Write all shards and the index: tensors in `dtype` (None: as they are), the mixers' own in `stored`.
 
     Args:
-        place: moves, links or copies an unchanged shard: (source, target, advance) -> its hash, if known.
+        place: moves, links or copies an unchanged shard: (source, target, advance, look) -> its hash, if known.
 
     Returns:
         File name -> sha256, or None where it was not computed.
@@ -346,7 +346,7 @@ def _write_weights(
             if target.exists():  # complete, from a run that was killed later
                 hashes[target.name] = files.sha256(target, advance)
             elif cast == shard:
-                hashes[target.name] = place(file, target, advance)
+                hashes[target.name] = place(file, target, advance, weights.no_nan(shard))
             else:
                 writers = [weights.cast_tensor(old, to, advance) for old, to in zip(shard, cast, strict=True)]
                 weights.write_shard(target, zip(cast, writers, strict=True))
@@ -354,16 +354,16 @@ def _write_weights(
     if new:
         target, own = folder / weights.shard_name(count, count), folder / ".own.safetensors"
         save_file({name: tensor.to(stored) for name, tensor in new.items()}, own, metadata={"format": "pt"})
-        hashes[target.name] = _move(own, target, lambda count: None)
+        hashes[target.name] = _move(own, target, lambda count: None, weights.no_nan([]))
     if count > 1:
         weights.write_index(folder, {k: v for name in hashes for k, v in weights.read_header(folder / name).items()})
     return hashes
 
 
-def _move(source: Path, target: Path, advance: Callable[[int], None]) -> str:
+def _move(source: Path, target: Path, advance: Callable[[int], None], look: Callable[[int, memoryview], None]) -> str:
     source.replace(target)
     target.chmod(0o666 & target.parent.stat().st_mode)  # safetensors lets only the owner read
-    return files.sha256(target, advance)
+    return files.sha256(target, advance, look)
 
 
 def _carry(source: Path, folder: Path, model: PreTrainedModel) -> None:

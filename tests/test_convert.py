@@ -28,7 +28,7 @@ from linearize.convert import Plan, convert, inspect, plan, verify
 from linearize.errors import InputError
 from linearize.mixers import softmax
 from linearize.sources import load_source, locate
-from linearize.weights import INDEX, read_folder
+from linearize.weights import INDEX, no_nan, read_folder
 
 CONTROL = {"name": "softmax"}
 TOKENS = torch.arange(40).view(2, 20)
@@ -126,6 +126,27 @@ def test_values_that_do_not_fit_are_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"tensor model.norm.weight: .*{text}"):
             run(source, tmp_path / "out", dtype="float16")
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("chunk", [1 << 10, 1 << 20])
+def test_a_nan_anywhere_is_found_and_infinity_is_not_one(
+    sharded_folder: Path, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    file = sorted(sharded_folder.glob("*.safetensors"))[-1]
+    tensors = {tensor.name: tensor for tensor in read_folder(sharded_folder).values() if tensor.file == file}
+    content = file.read_bytes()
+    for tensor in tensors.values():
+        for place in (tensor.start, tensor.start + tensor.size // 2 & ~1, tensor.start + tensor.size - 2):
+            for value, bad in ((b"\xc0\x7f", True), (b"\x80\xff", False)):
+                changed = tmp_path / "changed"
+                changed.write_bytes(content[:place] + value + content[place + 2 :])
+                moved = [replace(each, file=changed) for each in tensors.values()]
+                if bad:
+                    with pytest.raises(InputError, match=f"changed: tensor {tensor.name}: .*not finite"):
+                        files.copy(changed, tmp_path / "copy", look=no_nan(moved))
+                else:
+                    files.copy(changed, tmp_path / "copy", look=no_nan(moved))
 
 
 def test_links_share_the_bytes(sharded_folder: Path, tmp_path: Path) -> None:
@@ -284,9 +305,17 @@ def first_shard(content: bytes) -> Callable[[Path], Any]:
         (first_shard(struct.pack("<Q", 1000) + b"{"), "is cut short: 9 bytes, inside its header"),
         (first_shard(struct.pack("<Q", 4) + b"abcd"), "is not a safetensors file"),
         (first_shard(struct.pack("<Q", 2) + b"{}tail"), "has 4 bytes after its last tensor"),
+        (
+            edit_tensors(lambda tensors: tensors["model.embed_tokens.weight"][5, 7:].fill_(float("nan"))),
+            "model-00001-of.*: tensor model.embed_tokens.weight: holds values that are not finite",
+        ),
         (edit_tensors(lambda tensors: tensors.update(stray=torch.zeros(2))), "unexpected: stray in model-00001-of"),
         (edit_tensors(lambda tensors: tensors.pop("model.embed_tokens.weight")), "missing: model.embed_tokens.weight"),
         (edit_config(num_key_value_heads=4), r"k_proj.weight is \[32, 48\], the configuration makes it \[64, 48\]"),
+        (edit_config(num_attention_heads=8), r"q_proj.weight is \[64, 48\], the configuration makes it \[128, 48\]"),
+        (edit_config(num_attention_heads=3), "num_attention_heads|q_proj.weight is"),
+        (edit_config(num_key_value_heads=3), "k_proj.weight is"),
+        (edit_config(head_dim=12), r"q_proj.weight is \[64, 48\], the configuration makes it \[48, 48\]"),
         (edit_config(num_hidden_layers=7, layer_types=["full_attention"] * 7), "missing: model.layers.6"),
         (edit_config(num_hidden_layers=5, layer_types=["full_attention"] * 5), "unexpected: model.layers.5"),
         (edit_config(tie_word_embeddings=False), "missing: lm_head.weight"),
