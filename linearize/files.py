@@ -129,8 +129,8 @@ def output_folder(out: str | Path, overwrite: bool = False, key: str | None = No
                 folder.rmdir()
         if _disk_full(error):
             raise InputError(
-                f"{out}: the disk became full while the folder was written, and nothing was left behind; free some "
-                "space or choose a folder on another disk"
+                f"{out}: the disk became full while the folder was written ({_reason(error)}), and nothing was left "
+                "behind; free some space or choose a folder on another disk"
             ) from error
         raise
 
@@ -195,10 +195,14 @@ def _claim(partial: Path, key: str | None, keep: str) -> None:
     note.write_text(key or "")
 
 
+def _reason(error: BaseException) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else os.strerror(errno.ENOSPC)
+
+
 def _disk_full(error: BaseException | None) -> bool:
     while error is not None:
         # safetensors raises an exception of its own, with the system's text in it.
-        by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if by_number or os.strerror(errno.ENOSPC) in str(error):
             return True
         error = error.__cause__

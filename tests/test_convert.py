@@ -3,6 +3,7 @@ kill."""
 
 import json
 import random
+import shlex
 import shutil
 import struct
 import subprocess
@@ -377,8 +378,8 @@ from linearize import files, recipe
 from linearize.convert import convert, plan
 from linearize.sources import locate
 
-source, out = sys.argv[1:]
-wanted = recipe.from_dict({"source": {"id": source}, "convert": {"mixer": {"name": "softmax"}}})
+source, out, dtype = sys.argv[1:]
+wanted = recipe.from_dict({"source": {"id": source}, "convert": {"mixer": {"name": "softmax"}, "dtype": dtype}})
 plan(locate(source), wanted)  # imports what a conversion imports, once for all that are forked off
 files.CHUNK = 4096
 kernel = os.copy_file_range
@@ -406,10 +407,15 @@ for line in sys.stdin:
 """
 
 
-def test_after_a_kill_at_any_step_the_folder_is_whole_or_absent(sharded_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "kills"), [("auto", 20), ("float16", 8)])
+def test_after_a_kill_at_any_step_the_folder_is_whole_or_absent(
+    sharded_folder: Path, tmp_path: Path, dtype: str, kills: int
+) -> None:
+    expected = tensors_of(run(sharded_folder, tmp_path / "expected", dtype=dtype))
+    shutil.rmtree(tmp_path / "expected")
     out, unfinished = tmp_path / "converted-folder", tmp_path / ".converted-folder.partial"
     seen: Counter[str] = Counter()
-    command = [sys.executable, "-c", KILLED, str(sharded_folder), str(out)]
+    command = [sys.executable, "-c", KILLED, str(sharded_folder), str(out), dtype]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -420,24 +426,67 @@ def test_after_a_kill_at_any_step_the_folder_is_whole_or_absent(sharded_folder: 
 
         steps = int(run_until(0))  # this one is not killed
         shutil.rmtree(out)
-        for step in random.Random(0).sample(range(1, steps + 1), 20):
+        for step in random.Random(0).sample(range(1, steps + 1), kills):
             run_until(step)  # one that takes over finished shards has fewer steps, and may end by itself
             seen["complete" if out.exists() else "partial" if unfinished.exists() else "not begun"] += 1
             finished = {path.name: path.stat().st_ino for path in unfinished.glob("*.safetensors")}
             if not out.exists() and step % 2:
-                run(sharded_folder, out)
+                run(sharded_folder, out, dtype=dtype)
                 seen["continued"] += bool(finished)
                 # What was there is not written again.
                 assert {name: (out / name).stat().st_ino for name in finished} == finished
             if out.exists():
                 assert verify(out) == []
-                assert tensors_of(out) == tensors_of(sharded_folder)
+                assert tensors_of(out) == expected
                 shutil.rmtree(out)
         process.stdin.close()
-    assert seen["partial"] >= 10, seen
+    assert seen["partial"] >= kills // 2, seen
     assert seen["continued"] >= 3, seen
-    run(sharded_folder, out)
+    run(sharded_folder, out, dtype=dtype)
     assert {path.name for path in tmp_path.iterdir()} == {out.name}
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from linearize import files, recipe
+from linearize.convert import convert
+from linearize.sources import locate
+
+source, out, dtype, limit = sys.argv[1:]
+if int(limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+files.check_space = lambda *arguments: None  # another program takes the space after the check
+values = {"source": {"id": source}, "convert": {"mixer": {"name": "softmax"}, "dtype": dtype}}
+try:
+    convert(locate(source), recipe.from_dict(values), Path(out))
+except files.InputError as error:
+    print(error, [path.name for path in Path(out).parent.iterdir()])
+"""
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("auto", "small disk"), ("float32", "file limit")])
+def test_a_disk_that_fills_up_is_one_error_and_nothing_is_left(
+    sharded_folder: Path, tmp_path: Path, dtype: str, kind: str
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    arguments = [sys.executable, "-c", FULL, str(sharded_folder), str(place / "out"), dtype]
+    if kind == "file limit":
+        command = [*arguments, "40000"]
+    else:
+        mount = f'mount -t tmpfs -o size=150k tmpfs {shlex.quote(str(place))} && exec "$0" "$@"'
+        command = ["unshare", "--mount", "sh", "-c", mount, *arguments, "0"]
+        if (
+            shutil.which("unshare") is None
+            or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode
+        ):
+            pytest.skip("a small file system cannot be mounted here: no right to a mount namespace")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reason = "File too large" if kind == "file limit" else "No space left on device"
+    assert f"the disk became full while the folder was written ({reason}), and nothing was left behind" in done.stdout
+    assert done.stdout.endswith(" []\n")
 
 
 def test_plan_is_made_from_the_configuration_alone(llama_folder: Path, tmp_path: Path) -> None:
