@@ -138,7 +138,7 @@ def write_card(folder: Path, config: dict, adapter_of: str | None, repo: str | N
         mixers=mixers,
         layers=_grouped(layers),
         replaced=len(layers),
-        total=config.get("num_hidden_layers"),
+        total=config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers")),
         code="auto_map" in config,
         licence=licence.get("license"),
         table=results_file.markdown_table(results) if results else None,

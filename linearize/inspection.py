@@ -181,7 +181,8 @@ def _layers(config: PreTrainedConfig, tensors: dict[str, weights.Tensor]) -> lis
     by_layer: dict[int, list[weights.Tensor]] = {}
     for tensor in tensors.values():
         match = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{tensor.name}")
-        if match:
+        # The layers of a tower beside the text model are numbered too.
+        if match and not re.search("vision|visual|audio", tensor.name):
             by_layer.setdefault(int(match[1]), []).append(tensor)
     rows = []
     for layer in range(config.get_text_config().num_hidden_layers):

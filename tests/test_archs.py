@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from test_convert import run
+from test_convert import run, tensors_of
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from linearize import archs, cli, probe
 from linearize.adapters import attach
 from linearize.errors import InputError
+from linearize.inspection import inspect
 from linearize.modeling import branches, linearize_
 from linearize.recipe import Peft
 
@@ -156,6 +157,34 @@ def test_layers_that_slide_a_window_stay_unless_asked(tmp_path: Path) -> None:
     assert list(linearize_(model, mixer).config.linearize["layers"]) == ["2", "5"]
     # Mistral slides in every layer: then all are meant.
     assert len(linearize_(model_of("mistral"), mixer).config.linearize["layers"]) == 6
+
+
+def test_a_vision_tower_is_kept_and_the_text_part_converts(tmp_path: Path) -> None:
+    small = probe.shrink(CONFIG_MAPPING["gemma3"]())
+    small.text_config.sliding_window, small.image_token_index, small.mm_tokens_per_image = 16, 7, 4
+    small.vision_config.image_size, small.vision_config.patch_size = 32, 16
+    source = probe.tiny(small)
+    source.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    tokens = torch.randint(8, 300, (1, 30))
+    image = torch.full((1, 4), small.image_token_index)
+    seen = torch.cat([tokens[:, :3], image, tokens[:, 3:]], 1)
+    kinds = (seen == small.image_token_index).long()
+    both = {"input_ids": seen, "token_type_ids": kinds, "pixel_values": torch.randn(1, 3, 32, 32)}
+    with torch.no_grad():
+        expected, text = source(**both).logits, source(tokens[:, :10]).logits
+    for mixer in ({"name": "softmax"}, {"name": "gla", "window": 8, "sinks": 2}):
+        out = run(tmp_path / "source", tmp_path / mixer["name"], mixer=mixer)
+        assert tensors_of(out) == tensors_of(tmp_path / "source")
+        model = AutoModelForCausalLM.from_pretrained(out).eval()
+        assert [i for i in model.config.linearize["layers"]] == ["5"]
+        with torch.no_grad():
+            assert float((model(tokens[:, :10]).logits - text).abs().max()) < 1e-4 * float(text.abs().max())
+            logits = model(**both).logits
+        assert torch.equal(logits, expected) if mixer["name"] == "softmax" else logits.isfinite().all()
+    # Vision layers have numbers too, and are not counted as layers of text.
+    layers = inspect(out)["layers"]
+    assert layers[0]["parameters"] == sum(p.numel() for p in model.model.language_model.layers[0].parameters())
 
 
 def test_the_probe_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
