@@ -340,21 +340,27 @@ def recipes(
 
 @app.command()
 def check(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Recipe files or names.", show_default=False)],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Recipes, or model folders.", show_default=False)
+    ],
     as_json: Json = False,
 ) -> None:
-    """Check recipe files and report every problem.
+    """Check recipe files, or every file of converted folders by its hash, and report every problem.
 
     \b
     Example:
-      linearize check recipes/smollm2-135m.yaml
+      linearize check recipes/smollm2-135m.yaml runs/demo/0-converted
     """
     from linearize import recipe as stage
+    from linearize.files import verify
 
     problems = []
     for file in files:
         try:
-            stage.load(file)
+            if Path(file).is_dir():
+                problems += [f"{file}/{problem}; write the folder again" for problem in verify(file)]
+            else:
+                stage.load(file)
         except InputError as error:
             problems.append(str(error))
     if problems:

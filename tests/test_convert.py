@@ -3,6 +3,7 @@ kill."""
 
 import json
 import random
+import re
 import shlex
 import shutil
 import struct
@@ -24,7 +25,7 @@ from test_sources import write_gguf
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from linearize import files, mixers, recipe
+from linearize import cli, files, mixers, recipe
 from linearize.convert import Plan, convert, inspect, plan, verify
 from linearize.errors import InputError
 from linearize.mixers import softmax
@@ -111,6 +112,21 @@ def test_another_dtype_casts_every_tensor_exactly(
     with safe_open(next(out.glob("*.safetensors")), "pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert verify(out) == []
+
+
+def test_the_check_verb_names_a_shard_that_changed(
+    sharded_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(sharded_folder, tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["linearize", "check", str(out)])
+    for code, said in ((0, "out: ok"), (2, "model-00001-of.*the content has changed since it was written .sha256")):
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == code
+        streams = capsys.readouterr()
+        assert re.search(said, streams.out + streams.err)
+        shard = sorted(out.glob("*.safetensors"))[0]
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
 
 
 def test_same_dtype_is_copied_not_cast(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
