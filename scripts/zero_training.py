@@ -86,7 +86,7 @@ def main() -> None:
         rows.append(measure(name, source.id, source.package, given.blocks))
         print(json.dumps(rows[-1], indent=1), flush=True)
     settings = {
-        "blocks": BLOCKS,
+        "blocks": given.blocks,
         "length": LENGTH,
         **REACH,
         "text": "WikiText-2 validation",
@@ -95,7 +95,7 @@ def main() -> None:
     RESULTS.with_suffix(".json").write_text(json.dumps({"settings": settings, "models": rows}, indent=1) + "\n")
     columns = list(dict.fromkeys(column for row in rows for column in row["perplexity"]))
     lines = [
-        f"Perplexity without training, WikiText-2 validation, {given.blocks} blocks of {LENGTH} tokens, fp32, W = {WINDOW},",
+        f"Perplexity without training: WikiText-2 validation, {given.blocks} × {LENGTH} tokens, fp32, W = {WINDOW},",
         f"{SINKS} sinks. The control equals the source to the last bit; `full` leaves sliding-window layers alone.",
         "",
         f"| model | {' | '.join(columns)} |",
