@@ -127,7 +127,9 @@ def _table(layers: list[dict[str, Any]]) -> list[str]:
     for row in layers:
         groups.setdefault(json.dumps({key: value for key, value in row.items() if key != "layer"}), []).append(row)
     own = ("layer", "mixer", "window", "sinks", "bytes", "cache_32k", *_COUNTS)
-    table = [("layers", "mixer", "window", "sinks", "parameters", "new", "bytes", "cache at 32K", "settings")]
+    table: list[tuple[str, ...]] = [
+        ("layers", "mixer", "window", "sinks", "parameters", "new", "bytes", "cache at 32K", "settings")
+    ]
     for rows in groups.values():
         row = rows[0]
         settings = "" if row["mixer"] == "softmax" else ", ".join(f"{k} {v}" for k, v in row.items() if k not in own)

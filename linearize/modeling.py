@@ -217,7 +217,7 @@ def config_class(source: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The linearized subclass of a source's configuration class, registered together with its model class."""
     # One __name__ for all, because saving and registering compare names; a distinct __qualname__, because registries of
     # recorded outputs are keyed by it.
-    names = {"__module__": __name__, "__qualname__": f"LinearizedConfig[{source.model_type}]"}
+    names: dict[str, Any] = {"__module__": __name__, "__qualname__": f"LinearizedConfig[{source.model_type}]"}
     names["_auto_class"] = _AUTO.get("config")
     linearized = type("LinearizedConfig", (source,), {"model_type": "linearized", **names})
     model = MODEL_FOR_CAUSAL_LM_MAPPING[source]
@@ -288,7 +288,7 @@ def _inherit_conversions(cls: type) -> None:
 
 @cache
 def model_class(source: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    names = {"__module__": __name__, "__qualname__": f"LinearizedForCausalLM[{source.__name__}]"}
+    names: dict[str, Any] = {"__module__": __name__, "__qualname__": f"LinearizedForCausalLM[{source.__name__}]"}
     names["_auto_class"] = _AUTO.get("model")
     return type("LinearizedForCausalLM", (LinearizedForCausalLM, source), {"config_class": config, **names})
 

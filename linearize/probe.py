@@ -136,9 +136,9 @@ class _Probe:
         self.model, self.window, self.sinks = model, window, sinks
         self.reach = window + sinks
         generator = torch.Generator().manual_seed(0)
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        embeddings: Any = model.get_input_embeddings()
         shape = (2, max(40, 2 * self.reach))
-        self.tokens = torch.randint(3, vocabulary, shape, generator=generator).to(model.device)
+        self.tokens = torch.randint(3, embeddings.weight.shape[0], shape, generator=generator).to(model.device)
         self.mask = torch.ones_like(self.tokens)
         self.mask[0, :9] = 0
         self.checks: list[Check] = []
