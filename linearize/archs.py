@@ -33,11 +33,13 @@ class Arch:
         rotates: attention module -> whether this layer applies RoPE (some skip it in some layers).
         half_angles: cos and sin come once per pair of channels, half as wide as what they rotate.
         drops_arguments: the decoder layer does not pass keyword arguments that it does not know on to its attention.
+        enters: path of the module that the causal LM calls with the padding mask, where that is not its base model.
     """
 
     rotates: Callable[[Any], bool] = lambda attention: True
     half_angles: bool = False
     drops_arguments: bool = False
+    enters: str | None = None
 
 
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
@@ -71,6 +73,7 @@ ARCHS: dict[str, Arch] = {
     "flint": Arch(rotates=_slides),
     "gpt_oss": Arch(half_angles=True),
     "nemotron": Arch(drops_arguments=True),
+    "opt": Arch(enters="model.decoder"),
     "smollm3": Arch(rotates=lambda attention: bool(attention.use_rope)),
     "stablelm": Arch(drops_arguments=True),
 }
@@ -178,7 +181,7 @@ def geometry(config: PreTrainedConfig, module: Any = None) -> Geometry:
 def unrotate(module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
     """Queries or keys [B, heads, T, K] as they were before RoPE, in fp32: the source's own rotation, run backwards."""
     x = x.float()
-    if position_embeddings is None or not arch_of(module.source_config).rotates(module):
+    if position_embeddings is None or not module.rotates:
         return x
     cos, sin = (e.float() for e in position_embeddings)
     sin = -sin
@@ -191,6 +194,33 @@ def unrotate(module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] 
     # It rotates queries and keys; the second place gets no heads.
     raw = apply(x[..., :width], x[:, :0, :, :width], cos, sin)[0]
     return raw if width == x.shape[-1] else torch.cat([raw, x[..., width:]], -1)
+
+
+def unrotate_layers(layers: list[tuple[Any, Any]]) -> Callable[[Tensor], Tensor]:
+    """`unrotate` for one token of several layers at once, each an attention module and its position embeddings: keys
+    [L·B, G, 1, K] of the layers one after the other."""
+
+    def run(x: Tensor) -> Tensor:
+        K = x.shape[-1]
+        # [B, L, G, K]: layers beside heads, so that a rotation they share is one product.
+        x = x.float().unflatten(0, (len(layers), -1)).squeeze(3).transpose(0, 1)
+        basis = torch.eye(K, device=x.device).view(1, K, 1, K)
+        known: dict[Any, Tensor] = {}
+        matrices = []
+        for module, where in layers:
+            angles = where[0] if where is not None and module.rotates else None
+            key = None if angles is None else id(angles)
+            if key not in known:
+                batch = 1 if angles is None else angles.shape[0]
+                known[key] = unrotate(module, basis.expand(batch, -1, -1, -1), where).squeeze(2)
+            matrices.append(known[key])
+        if len(known) == 1:
+            raw = (x.flatten(1, 2) @ matrices[0]).view(x.shape)
+        else:
+            raw = x @ torch.stack([m.expand(x.shape[0], -1, -1) for m in matrices], 1)
+        return raw.transpose(0, 1).unsqueeze(3).flatten(0, 1)
+
+    return run
 
 
 def role_modules(model: nn.Module, roles: list[str] | tuple[str, ...]) -> list[str]:

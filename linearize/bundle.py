@@ -23,32 +23,44 @@ Put together by linearize {version} (Apache-2.0) from its own modules, unchanged
 below them. Mixers here: {mixers}. With the package `linearize` installed this file is not read.
 """
 
+import importlib
+import importlib.util
 import re
 import sys
-from types import ModuleType
 
-_MODULES = {{}}
+_PACKAGES = {packages}
+_MODULES = {{"": ""}}
 '''
 _LOADER = '''
 
-def _load():
-    """Run the modules above, each after those that it imports, as a package of this file's own."""
+class _Finder:
+    """Lets Python import the modules above, as a package of this file's own."""
+
     package = re.sub("[^a-zA-Z0-9_]", "_", f"{__name__}_runtime")
-    for name in sorted(["", *_MODULES]):  # a package before what is in it
-        full = f"{package}.{name}".rstrip(".")
-        module = sys.modules[full] = ModuleType(full)
-        module.__file__, module.__path__ = __file__, []
-        parent, _, own = full.rpartition(".")
-        if name:
-            setattr(sys.modules[parent], own, module)
-    for name, text in _MODULES.items():
-        for line in ("from linearize.", "from linearize "):
-            text = text.replace(line, line.replace("linearize", package))
-        exec(compile(text, f"{__file__}:{name}", "exec"), sys.modules[f"{package}.{name}"].__dict__)
-    return sys.modules[package]
+
+    def find_spec(self, fullname, path=None, target=None):
+        name = fullname.removeprefix(self.package).removeprefix(".")
+        if fullname.partition(".")[0] != self.package or name not in _MODULES:
+            return None
+        return importlib.util.spec_from_loader(fullname, self, is_package=name in ("", *_PACKAGES))
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        name = module.__name__.removeprefix(self.package).removeprefix(".")
+        text = re.sub("^( *from )linearize(?=[. ])", rf"\\g<1>{self.package}", _MODULES[name], flags=re.MULTILINE)
+        module.__file__ = __file__
+        exec(compile(text, f"{__file__}:{name}", "exec"), module.__dict__)
 
 
-_runtime = _load()
+sys.meta_path.insert(0, _Finder())
+
+
+def _runtime(name):
+    return importlib.import_module(f"{_Finder.package}.{name}")
+
+
 '''
 
 
@@ -66,7 +78,8 @@ def code(mixers: set[str]) -> str:
     unused = {module.__module__.rpartition(".")[2] for name, module in MIXERS.items() if name not in mixers}
     _collect("modeling", files, unused)
     modules = [name for name in files if name != "modeling"]
-    parts = [_HEAD.format(version=__version__, mixers=", ".join(sorted(mixers)))]
+    packages = sorted(name for name in modules if _path(name).name == "__init__.py")
+    parts = [_HEAD.format(version=__version__, mixers=", ".join(sorted(mixers)), packages=packages)]
     for name in modules:
         text = _source(name)
         if name == "mixers":
@@ -95,19 +108,15 @@ def _source(name: str) -> str:
 
 
 def _collect(name: str, files: dict[str, ast.Module], unused: set[str]) -> None:
-    """Add a module to `files` after all that it imports; packages come before what is in them only where they are
-    empty, as those of the mixers import their content."""
-    if name in files:
+    """Add a module, the packages it is in, and all that they import to `files`."""
+    if not name or name in files:
         return
-    tree = ast.parse(_source(name))
-    for node in tree.body:
+    files[name] = tree = ast.parse(_source(name))
+    _collect(name.rpartition(".")[0], files, unused)
+    for node in ast.walk(tree):
         for imported in _imported(node):
-            if imported.rpartition(".")[2] in unused and name == "mixers":
-                continue
-            _collect(imported, files, unused)
-    if "." in name and not _source(name.partition(".")[0]).strip():
-        files.setdefault(name.partition(".")[0], ast.parse(""))
-    files[name] = tree
+            if not (imported.rpartition(".")[2] in unused and name == "mixers"):
+                _collect(imported, files, unused)
 
 
 def _imported(node: ast.AST) -> list[str]:
@@ -150,7 +159,13 @@ def _bare(text: str, tree: ast.Module) -> str:
     for node in reversed(tree.body):
         if not isinstance(node, ast.ImportFrom) or not _imported(node):
             continue
-        base = (node.module or "").partition(".")[2]
-        taken = [f"{alias.name} = {'.'.join(filter(None, ('_runtime', base, alias.name)))}" for alias in node.names]
+        base, taken = (node.module or "").partition(".")[2], []
+        for alias in node.names:
+            whole = f"{base}.{alias.name}".lstrip(".")
+            taken.append(
+                f"{alias.name} = _runtime({whole!r})"
+                if _path(whole).is_file()
+                else f"{alias.name} = _runtime({base!r}).{alias.name}"
+            )
         lines[node.lineno - 1 : node.end_lineno] = taken
     return "\n".join(lines) + "\n"

@@ -29,23 +29,22 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         LinearAttentionCacheLayerMixin.__init__(self, number_of_states=0)
         self.window, self.sinks, self.static = window, sinks, static
         self.tensors: dict[str, Tensor] = {}
+        self.stack: Stack | None = None
         self.is_initialized = False
         self._length: int | Tensor = 0
 
-    def lazy_initialization(
-        self, batch: int, like: Tensor, slots: dict[str, tuple[int, int]], state: tuple[Tensor, ...]
-    ):
+    def lazy_initialization(self, batch: int, like: Tensor, token_shape: tuple[int, int], state: tuple[Tensor, ...]):
         """Allocate everything once.
 
         Args:
             batch: rows B.
             like: a tensor whose dtype and device the slots take.
-            slots: name -> (heads, width) of what is kept per token, each [B, heads, s + W, width].
+            token_shape: (heads, width) of what is kept per token, in slots [B, heads, s + W, width].
             state: fp32 tensors [B, ...], the empty recurrent state, taken as they are.
         """
-        self.batch_size, self.dtype, self.device = batch, like.dtype, like.device
-        size = self.sinks + self.window
-        self.tensors = {n: like.new_zeros(batch, heads, size, width) for n, (heads, width) in slots.items()}
+        self.dtype, self.device = like.dtype, like.device
+        heads, width = token_shape
+        self.tensors = {"tokens": like.new_zeros(batch, heads, self.sinks + self.window, width)}
         self.state_names = [f"state_{i}" for i in range(len(state))]
         self.tensors |= dict(zip(self.state_names, state, strict=True))
         self.tensors["count"] = torch.zeros(batch, dtype=torch.int64, device=like.device)
@@ -77,9 +76,8 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     # --- reading and writing slots
 
-    def slot_of_next(self) -> Tensor:
-        """The slot [B] that the next token of each row takes."""
-        t = self.tensors["count"]
+    def slot_of_next(self, t: Tensor) -> Tensor:
+        """The slot that the next token of a row with t tokens takes, both of any shape."""
         if self.window == 0:
             return t.clamp(max=self.sinks - 1)
         return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks).remainder(self.window))
@@ -88,17 +86,16 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """[B, s + W] bool: which slots hold a token once the next one is written."""
         return torch.arange(self.sinks + self.window, device=self.device) <= self.tensors["count"][:, None]
 
-    def in_order(self, name: str) -> Tensor:
+    def in_order(self) -> Tensor:
         """The W tokens before the next one, oldest first, [B, heads, W, width]; rows with fewer hold zeros or sinks
         there."""
-        x = self.tensors[name]
+        x = self.tensors["tokens"]
         token = self.tensors["count"][:, None] - self.window + torch.arange(self.window, device=x.device)
         slot = self.sinks + (token - self.sinks).remainder(self.window)
         return x.gather(2, slot[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
-    def extend(self, new: dict[str, Tensor], lengths: Tensor) -> None:
-        """Write a block of tokens: new[name] [B, heads, T, width], of which the first lengths [B] of each row are
-        real."""
+    def extend(self, new: Tensor, lengths: Tensor) -> None:
+        """Write a block of tokens new [B, heads, T, width], of which the first lengths [B] of each row are real."""
         slot = torch.arange(self.sinks + self.window, device=self.device)
         count = self.tensors["count"][:, None]
         after = count + lengths[:, None]
@@ -106,11 +103,10 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         ring = after - 1 - (after - 1 - slot).remainder(max(self.window, 1))
         token = torch.where(slot < self.sinks, slot, ring)
         take = (token >= count) & (token < after) & ((slot < self.sinks) | (token >= self.sinks))
-        source = (token - count).clamp(min=0)
-        for name, x in new.items():
-            old = self.tensors[name]
-            index = source.clamp(max=x.shape[2] - 1)[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
-            old.copy_(torch.where(take[:, None, :, None], x.detach().gather(2, index).to(old.dtype), old))
+        source = (token - count).clamp(min=0, max=new.shape[2] - 1)
+        old = self.tensors["tokens"]
+        index = source[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+        old.copy_(torch.where(take[:, None, :, None], new.detach().gather(2, index).to(old.dtype), old))
 
     def advance(self, lengths: Tensor | int, tokens: int) -> None:
         """Count `lengths` real tokens per row, out of `tokens` positions of the batch."""
@@ -152,6 +148,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def _map(self, f) -> None:
         self.tensors = {n: f(x) for n, x in self.tensors.items()}
+        self.stack = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -168,6 +165,43 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def prefetch(self) -> None:
         if self.is_initialized:
             self._map(lambda x: x.to(self.device, non_blocking=True))
+
+
+class Stack:
+    """The tensors of alike layers, one layer after the other along the batch: what all layers do at the same time is
+    then one operation. Each layer keeps its own rows as views.
+
+    Attributes:
+        tensors: as of a layer, [L·B, ...] each.
+    """
+
+    def __init__(self, layers: list[LinearizedCacheLayer]):
+        self.layers = layers
+        self.tensors = layers[0].tensors
+        if len(layers) > 1:
+            self.tensors = {n: torch.cat([layer.tensors[n] for layer in layers]) for n in layers[0].tensors}
+            views = ({n: x.chunk(len(layers)) for n, x in self.tensors.items()}).items()
+            for i, layer in enumerate(layers):
+                layer.tensors = {n: parts[i] for n, parts in views}
+        for layer in layers:
+            layer.stack = self
+
+    @classmethod
+    def of(cls, layers: list[LinearizedCacheLayer]) -> "Stack":
+        """The stack of exactly these layers, made anew where one has left it."""
+        stack = layers[0].stack
+        same = stack is not None and stack.layers == layers and all(layer.stack is stack for layer in layers)
+        return stack if stack is not None and same else cls(layers)
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        return tuple(self.tensors[n] for n in self.layers[0].state_names)
+
+    def advance(self) -> None:
+        """Count one token per row, in every layer."""
+        self.tensors["count"] += 1
+        for layer in self.layers:
+            layer._length += 1
 
 
 def cache_layer(cache: Cache, layer_idx: int, window: int, sinks: int) -> LinearizedCacheLayer:

@@ -148,6 +148,31 @@ def train(
 
 
 @app.command()
+def calibrate(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    recipe: Annotated[str | None, typer.Option(help="Recipe name or file.  [default: DIR/recipe.yaml]")] = None,
+    tokens: Annotated[int, typer.Option(help="How much text to read.")] = 16384,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a block.")] = 1024,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Fit how much each head trusts its memory, in closed form, without training.
+
+    \b
+    Example:
+      linearize calibrate runs/demo/0-converted --out runs/demo/calibrated
+    """
+    from linearize import calibrate as stage
+    from linearize import run as runs
+
+    wanted = runs.recipe_of(folder, recipe, set_ or ())
+    out = stage.calibrate(folder, wanted, out, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
+    _show({"out": str(out)}, as_json, str(out))
+
+
+@app.command()
 def merge(
     folder: Folder,
     out: Annotated[Path, typer.Option(help="Folder to write.")],

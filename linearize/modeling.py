@@ -20,6 +20,7 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    Cache,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -36,6 +37,7 @@ from linearize import archs
 from linearize.cache import cache_layer
 from linearize.errors import InputError
 from linearize.mixers import MIXERS, Context, MixerConfig, build_config
+from linearize.mixers.step import steps
 from linearize.ops.rows import Rows
 
 FORMAT = 1
@@ -67,17 +69,19 @@ class LinearizedAttention(_Source):
         if isinstance(mask, _Carried):
             kwargs |= mask.arguments
             mask = mask.mask
-        rows, shared = kwargs.pop("linearize_rows", None), kwargs.pop("linearize_shared", None)
+        told = "linearize_rows" in kwargs
+        rows, steps = kwargs.pop("linearize_rows", None), kwargs.pop("linearize_steps", None)
         if self.branch == "source":
             return super().forward(hidden_states, *args, attention_mask=mask, **kwargs)
-        name = next((n for n in ("past_key_values", "layer_past") if n in kwargs), None)
-        past = kwargs.pop(name) if name else None
-        if shared is None:
+        if not told:
             raise RuntimeError(
                 f"{type(self).__name__}: the decoder layer does not pass keyword arguments on, so padding cannot be "
                 "seen; its architecture needs a row in linearize/archs.py with drops_arguments"
             )
-        call = _Call(past, rows, mask, kwargs.get("position_embeddings"), shared)
+        past = kwargs.pop("layer_past" if "layer_past" in kwargs else "past_key_values", None)
+        call = _Call(past, rows, mask, kwargs.get("position_embeddings"), steps or {})
+        if self.layer_idx in call.steps:
+            call.steps[self.layer_idx][0].positions[self.layer_idx] = call.position_embeddings
         return super().forward(hidden_states, *args, attention_mask=None, linearize_call=call, **kwargs)
 
 
@@ -91,24 +95,21 @@ class _Carried:
 class _Call:
     """What the swapped forward hands to `attention` through the source's own forward."""
 
-    def __init__(self, past, rows, mask, position_embeddings, shared):
+    def __init__(self, past, rows, mask, position_embeddings, steps):
         self.past, self.rows, self.mask = past, rows, mask
-        self.position_embeddings, self.shared = position_embeddings, shared
+        self.position_embeddings, self.steps = position_embeddings, steps
 
 
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, linearize_call=None, **kwargs: Any
 ):
     """The registered attention function: query [B, H, T, K], key [B, G, T, K], value [B, G, T, V] -> [B, T, H, V]."""
-    implementation = module.source_config._attn_implementation
-    eager = sys.modules[module.source_class.__module__].eager_attention_forward
-    source = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     if linearize_call is None:
-        return source(module, query, key, value, attention_mask, **kwargs)
+        return _source_attention(module)(module, query, key, value, attention_mask, **kwargs)
     call: _Call = linearize_call
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return source(module, q, k, v, call.mask, **kwargs)[0].transpose(1, 2)
+        return _source_attention(module)(module, q, k, v, call.mask, **kwargs)[0].transpose(1, 2)
 
     def unrotate(x: Tensor) -> Tensor:
         return archs.unrotate(module, x, call.position_embeddings)
@@ -124,9 +125,15 @@ def attention(
         cache=call.past,
         branch=module.branch,
         attend=attend,
-        shared=call.shared,
+        steps=call.steps,
     )
     return module.mixer(query, key, value, context).transpose(1, 2).contiguous(), None
+
+
+def _source_attention(module: Any):
+    implementation = module.source_config._attn_implementation
+    eager = sys.modules[module.source_class.__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)
@@ -147,6 +154,7 @@ def _swap(model: nn.Module, path: str, config: PreTrainedConfig, mixer: MixerCon
         if archs.arch_of(config).drops_arguments:
             layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
         module.source_config = config
+        module.rotates = archs.arch_of(config).rotates(module)
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = IMPLEMENTATION
         module.__class__ = _attention_class(type(module))
@@ -156,28 +164,38 @@ def _swap(model: nn.Module, path: str, config: PreTrainedConfig, mixer: MixerCon
 
 
 def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
-    """Once per forward: left-aligned rows for padding or packing, and a dictionary the layers share."""
-    if "linearize_shared" in kwargs:
-        return args, kwargs
+    """Once per forward: left-aligned rows for padding or packing; for a decoding step, what all layers do at once."""
     tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
     T = tokens.shape[1]
     mask = kwargs.pop("linearize_mask", kwargs.get("attention_mask"))
     positions, rows = kwargs.get("position_ids"), None
+    compiling = torch.compiler.is_compiling()
     if isinstance(mask, Tensor) and mask.ndim == 2:
         new = mask[:, -T:]
-        if not (torch.compiler.is_compiling() and T == 1 or bool(new.all())):
+        if not (compiling and T == 1 or bool(new.all())):
             rows = Rows.from_padding(new)
-    elif mask is None and positions is not None and T > 1 and not torch.compiler.is_compiling():
+    elif mask is None and positions is not None and T > 1 and not compiling:
         rows = Rows.from_positions(positions.expand(tokens.shape[0], -1))
-    kwargs["linearize_rows"], kwargs["linearize_shared"] = rows, {}
+    kwargs["linearize_rows"] = rows
+    past = kwargs.get("past_key_values")
+    # A compiler joins the layers' operations itself.
+    if T == 1 and rows is None and isinstance(past, Cache) and not compiling:
+        mixers = {m.layer_idx: m.mixer for m in decoder.linearized if m.branch != "source"}
+        kwargs["linearize_steps"] = steps(mixers, past.layers)
     return args, kwargs
 
 
 def _before_layer(layer: Any, args: tuple, kwargs: dict[str, Any]):
     """Put what the attention needs on the mask, which every layer passes on."""
-    arguments = {name: kwargs.pop(name) for name in ("linearize_rows", "linearize_shared") if name in kwargs}
+    arguments = {name: kwargs.pop(name) for name in ("linearize_rows", "linearize_steps") if name in kwargs}
     kwargs["attention_mask"] = _Carried(kwargs.get("attention_mask"), arguments)
     return args, kwargs
+
+
+def _after_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    modules = {m.layer_idx: m for m in decoder.linearized}
+    for step in dict.fromkeys(step for step, _ in kwargs.get("linearize_steps", {}).values()):
+        step.finish(archs.unrotate_layers([(modules[i], where) for i, where in step.positions.items()]))
 
 
 # --- factories
@@ -253,6 +271,12 @@ class LinearizedForCausalLM(_Source):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         _inherit_conversions(type(self))
         super().save_pretrained(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any):
+        raise ValueError(
+            "continuous batching pages a softmax cache, which a linearized model does not have; use `generate` with a "
+            "padded batch"
+        )
 
     def prepare_inputs_for_generation(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any):
         inputs = super().prepare_inputs_for_generation(*args, attention_mask=attention_mask, **kwargs)
@@ -333,21 +357,21 @@ def linearize_(
         model.__class__ = model_class(type(model), type(model.config))
         model.config.linearize = block = {"format": FORMAT, "source": origin, "layers": {}}
         model.config.architectures = ["LinearizedForCausalLM"]
-        _hook(model)
     for index in chosen:
         _swap(model, paths[index], model.config, config)
         block["layers"][str(index)] = config.to_dict()
     block["layers"] = {str(i): block["layers"][str(i)] for i in sorted(map(int, block["layers"]))}
+    _hook(model)
     return model
 
 
 def _hook(model: Any) -> None:
-    # The base model sees the padding mask as it was given; some causal LMs (OPT) call the decoder inside it directly.
-    path = next(iter(archs.attention_layers(model).values()))
-    while path and not isinstance(model.get_submodule(path), nn.ModuleList):
-        path = path.rpartition(".")[0]
-    for module in {model.base_model, model.get_submodule(path.rpartition(".")[0])}:
-        module.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+    entered = archs.arch_of(model.config).enters
+    decoder: Any = model.get_submodule(entered) if entered else model.base_model
+    decoder.linearized = linearized_modules(model)
+    if _before_decoder not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+        decoder.register_forward_hook(_after_decoder, with_kwargs=True)
 
 
 def linearized_modules(model: nn.Module) -> list[Any]:
@@ -413,6 +437,7 @@ def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_by
         if values is None or values["name"] == "softmax":
             per_layer.append(grown)
         else:
-            mixer = MIXERS[values["name"]](build_config(values), g)
+            with torch.device("meta"):
+                mixer = MIXERS[values["name"]](build_config(values), g)
             per_layer.append(mixer.state_bytes(batch, dtype_bytes))
     return {"source_kv": total, "linearized": sum(per_layer), "per_layer": per_layer}

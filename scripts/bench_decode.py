@@ -21,12 +21,10 @@ matplotlib is installed) beside it.
 
 import argparse
 import copy
-import ctypes
 import gzip
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_report import KINDS, Cell, claims, write
+from bench_common import Cell, forget_peak, numbers, rotated, some, status, summary
+from bench_report import KINDS, claims, write
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize.modeling
@@ -78,9 +77,17 @@ def prefill(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, piece: int)
 
 
 def filled(
-    model: PreTrainedModel, kind: str, ids: torch.Tensor, contexts: Iterable[int], given: argparse.Namespace
+    model: PreTrainedModel,
+    folder: str,
+    kind: str,
+    ids: torch.Tensor,
+    contexts: Iterable[int],
+    given: argparse.Namespace,
 ) -> dict[int, Cache]:
-    """A cache of batch 1 per context, all from one pass over the text."""
+    """A cache of batch 1 per context, all from one pass over the text; kept in the folder for the parts to come."""
+    kept = {context: Path(folder) / f"{kind}-{model.dtype}-{context}.pt".replace("torch.", "") for context in contexts}
+    if all(path.exists() for path in kept.values()):
+        return {context: torch.load(path, weights_only=False) for context, path in kept.items()}
     caches, cache, done = {}, DynamicCache(config=model.config), 0
     for context in sorted(contexts):
         real = min(context, given.source_prefill) if kind == "source" else context
@@ -88,6 +95,7 @@ def filled(
             prefill(model, cache, ids[:, done:real], given.piece)
             done = real
         caches[context] = copy.deepcopy(cache) if real == context else repeated(cache, context)
+        torch.save(caches[context], kept[context])
     return caches
 
 
@@ -119,11 +127,6 @@ def decode(model: PreTrainedModel, cache: Cache, token: torch.Tensor, steps: int
     return seconds[1:]
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-    return {"seconds": middle, "low": low, "high": high, "samples": len(seconds)}
-
-
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +135,7 @@ def part_decode(folder: str, ids: torch.Tensor, mixer: dict[str, Any], given: ar
     for dtype in given.dtypes:
         source = open_model(folder, "source", dtype, mixer)
         models = {kind: as_kind(source, kind, mixer) for kind in given.kinds}
-        singles = {kind: filled(model, kind, ids, given.contexts, given) for kind, model in models.items()}
+        singles = {kind: filled(model, folder, kind, ids, given.contexts, given) for kind, model in models.items()}
         for batch in given.batches:
             for contexts in groups(singles, given.contexts, batch):
                 caches = {}
@@ -155,11 +158,6 @@ def groups(singles: dict[str, dict[int, Cache]], contexts: list[int], batch: int
     needed = batch * sum(cache_bytes(cache) for caches in singles.values() for cache in caches.values())
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return [contexts] if needed < free / 2 else [[context] for context in contexts]
-
-
-def rotated(items: list, by: int) -> list:
-    by %= len(items)
-    return items[by:] + items[:by]
 
 
 def part_prefill(folder: str, ids: torch.Tensor, mixer: dict[str, Any], given: argparse.Namespace) -> Iterable[Cell]:
@@ -198,7 +196,7 @@ def part_profile(folder: str, ids: torch.Tensor, mixer: dict[str, Any], given: a
     source = open_model(folder, "source", dtype, mixer)
     for kind in given.kinds:
         model = as_kind(source, kind, mixer)
-        cache = filled(model, kind, ids, [context], given)[context]
+        cache = filled(model, folder, kind, ids, [context], given)[context]
         cache.batch_repeat_interleave(batch)
         with torch.profiler.profile() as profiler:
             decode(model, cache, ids[:, :1].expand(batch, 1), given.steps)
@@ -235,36 +233,17 @@ def worker(task: dict[str, Any]) -> Cell:
         start = time.perf_counter()
         prefill(model, DynamicCache(config=model.config), ids[:, : cell["context"]], given.piece)
         return {"peak_bytes": status("VmHWM"), "seconds": time.perf_counter() - start, "piece": given.piece}
-    cache = filled(model, cell["kind"], ids, [cell["context"]], given)[cell["context"]]
+    cache = filled(model, task["folder"], cell["kind"], ids, [cell["context"]], given)[cell["context"]]
     cache.batch_repeat_interleave(cell["batch"])
-    # What the prefill needed is given back and forgotten: the peak from here on is that of decoding.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()  # what the prefill needed: the peak from here on is that of decoding
     decode(model, cache, ids[:, :1].expand(cell["batch"], 1), given.steps)
     return {"peak_bytes": status("VmHWM"), "cache_bytes": cache_bytes(cache)}
-
-
-def status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(item) for item in text.split(",")]
-
-    def some(options: tuple[str, ...]):
-        def parse(text: str) -> list[str]:
-            unknown = [item for item in text.split(",") if item not in options]
-            if unknown:
-                raise argparse.ArgumentTypeError(f"{unknown[0]!r}; allowed: {', '.join(options)}")
-            return text.split(",")
-
-        return parse
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--recipe", default="smollm2-135m", help="names the source and the mixer (default: %(default)s)"

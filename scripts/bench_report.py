@@ -8,14 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench_common import Cell, claim, claims_table, find
+
 KINDS = ("source", "window", "student")
 SOURCE, WINDOW, STUDENT = ({"kind": kind} for kind in KINDS)
-Cell = dict[str, Any]
-
-
-def find(cells: list[Cell], key: str, **wanted: Any) -> float | None:
-    found = (cell for cell in cells if all(cell.get(name) == value for name, value in wanted.items()))
-    return next((cell[key] for cell in found if key in cell), None)
 
 
 def claims(cells: list[Cell]) -> list[dict[str, Any]]:
@@ -23,12 +19,10 @@ def claims(cells: list[Cell]) -> list[dict[str, Any]]:
     one = {"dtype": "float32", "batch": 1}
     found: list[dict[str, Any]] = []
 
-    def ratio(claim: str, limit: str, over: dict[str, Any], under: dict[str, Any], key: str) -> None:
+    def ratio(name: str, limit: str, over: dict[str, Any], under: dict[str, Any], key: str) -> None:
         top, bottom = find(cells, key, **one, **over), find(cells, key, **one, **under)
         if top and bottom:
-            value = top / bottom
-            holds = value >= float(limit[2:]) if limit.startswith("≥") else value <= float(limit[2:])
-            found.append({"claim": claim, "limit": limit, "value": round(value, 4), "holds": holds})
+            found.append(claim(name, limit, top / bottom))
 
     for context, limit in ((256, "≥ 0.95"), (8192, "≥ 1.6"), (32768, "≥ 4")):
         at = {"part": "decode", "context": context}
@@ -50,9 +44,7 @@ def claims(cells: list[Cell]) -> list[dict[str, Any]]:
     ratio("prefill time over the source's at 8192", "≤ 0.7", at | STUDENT, at | SOURCE, "seconds")
     peak = find(cells, "peak_bytes", part="long", context=100_000)
     if peak:
-        found.append(
-            {"claim": "bytes of a prefill of 100000 tokens", "limit": "≤ 4e9", "value": peak, "holds": peak <= 4e9}
-        )
+        found.append(claim("bytes of a prefill of 100000 tokens", "≤ 4e9", peak))
     return found
 
 
@@ -90,12 +82,7 @@ def markdown(results: dict[str, Any]) -> str:
     for cell in (cell for cell in cells if cell["part"] == "long" and "peak_bytes" in cell):
         size, seconds = cell["peak_bytes"] / 2**30, cell["seconds"]
         lines += ["", f"{cell['context']} tokens in pieces of {cell['piece']}: {size:.2f} GiB, {seconds:.0f} s."]
-    lines += ["", "| claim (batch 1, fp32) | limit | measured | |", "|---|---:|---:|---|"]
-    for claim in results["claims"]:
-        lines.append(
-            f"| {claim['claim']} | {claim['limit']} | {claim['value']:.4g} | {'yes' if claim['holds'] else 'no'} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *claims_table(results["claims"], "batch 1, fp32")]) + "\n"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

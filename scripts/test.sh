@@ -5,4 +5,5 @@ set -euo pipefail
 if [ $# -gt 0 ]; then
   exec pytest "$@"
 fi
-exec pytest --cov --cov-fail-under=90 --durations=10
+# One process per core; a file stays together, because its tests share models.
+exec pytest --numprocesses auto --dist loadfile --cov --cov-fail-under=90 --durations=10

@@ -1,4 +1,4 @@
-"""The decoding benchmark on a tiny model: every part runs, and its numbers are what they are called."""
+"""The benchmarks at a tiny size: every part runs, and its numbers are what they are called."""
 
 import json
 import os
@@ -8,21 +8,27 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_decode.py"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+linux = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc"
+)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+def run_script(*command: str) -> None:
+    environ = os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}
+    done = subprocess.run([sys.executable, *command], env=environ, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+@linux
 def test_every_part_of_the_decoding_benchmark(llama_folder: Path, tmp_path: Path):
     recipe = tmp_path / "tiny.yaml"
     mixer = {"name": "gla", "combine": "memory", "window": 8, "sinks": 2}
     recipe.write_text(json.dumps({"source": {"id": str(llama_folder)}, "convert": {"mixer": mixer}}))
 
     def run(*options: str) -> dict:
-        command = [sys.executable, str(SCRIPT), "--recipe", str(recipe), "--threads", "1", "--out", str(tmp_path)]
-        command += ["--name", "tiny", "--dtypes", "float32", "--repeats", "2", "--steps", "2", *options]
-        environ = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
+        command = [str(SCRIPTS / "bench_decode.py"), "--recipe", str(recipe), "--threads", "1", "--out", str(tmp_path)]
+        run_script(*command, "--name", "tiny", "--dtypes", "float32", "--repeats", "2", "--steps", "2", *options)
         return json.loads((tmp_path / "bench-decode-tiny.json").read_text())
 
     lengths = ["--contexts", "16,64", "--prefill", "32", "--long", "100", "--piece", "24", "--source-prefill", "24"]
@@ -45,3 +51,37 @@ def test_every_part_of_the_decoding_benchmark(llama_folder: Path, tmp_path: Path
     (cell,) = results["cells"]
     assert cell["peak_bytes"] > 50e6
     assert cell["cache_bytes"] == cells["decode", "student", 1, 64]["cache_bytes"]
+
+
+@linux
+def test_the_benchmark_of_recurrences(tmp_path: Path):
+    options = ["--threads", "1", "--repeats", "3", "--out", str(tmp_path), "--naive", "128", "--naive-once", "256"]
+    rows = ["--rows", "additive channel,naive", "--lengths", "256"]
+    run_script(str(SCRIPTS / "bench_ops.py"), *options, *rows)
+    results = json.loads((tmp_path / "bench-ops.json").read_text())
+    assert results["environment"]["threads"] == 1 and results["environment"]["seed"] == 0
+    chunked, naive, memory = results["cells"]
+    assert [chunked["samples"], naive["samples"], memory["row"]] == [3, 1, "additive channel"]
+    # 0.2 s against 0.02 s: chunks matter even here.
+    assert naive["seconds"] > chunked["seconds"]
+    # At least the gradients of q, k and v: 3 times 9 heads of 64, 4 bytes.
+    assert 256 * 3 * 9 * 64 * 4 < memory["peak_bytes"] < 100e6
+    assert "| additive channel |" in (tmp_path / "bench-ops.md").read_text()
+
+
+def test_claims_of_the_recurrences(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import bench_ops
+
+    times = {"softmax": 10.0, "additive channel": 6.0, "naive": 130.0}
+    cells = [{"part": "time", "row": row, "length": 4096, "seconds": s} for row, s in times.items()]
+    cells += [
+        {"part": "memory", "row": "additive channel", "length": length, "peak_bytes": size}
+        for length, size in ((4096, 100), (16384, 430))
+    ]
+    found = {claim["claim"]: (claim["limit"], claim["value"], claim["holds"]) for claim in bench_ops.claims(cells)}
+    assert found == {
+        "additive channel: time over softmax's at 4096": ("≤ 0.5", 0.6, False),
+        "naive: time over additive channel's at 4096": ("≥ 20", 21.6667, True),
+        "additive channel: memory at 16384 over 4096": ("≤ 4.4", 4.3, True),
+    }

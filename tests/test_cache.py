@@ -14,9 +14,9 @@ W, S = 8, 2
 def filled(batch: int = 3, tokens: int = 25) -> LinearizedCacheLayer:
     """Rows whose token t holds the value t, each with as many real tokens as its index takes away."""
     layer = LinearizedCacheLayer(W, S)
-    layer.lazy_initialization(batch, torch.zeros(1), {"k": (1, 1)}, (torch.zeros(batch, 2, 3),))
+    layer.lazy_initialization(batch, torch.zeros(1), (1, 1), (torch.zeros(batch, 2, 3),))
     lengths = tokens - torch.arange(batch)
-    layer.extend({"k": torch.arange(1.0, tokens + 1).view(1, 1, -1, 1).expand(batch, -1, -1, -1)}, lengths)
+    layer.extend(torch.arange(1.0, tokens + 1).view(1, 1, -1, 1).expand(batch, -1, -1, -1), lengths)
     layer.advance(lengths, tokens)
     return layer
 
@@ -27,8 +27,8 @@ def test_slots_hold_the_sinks_and_the_last_tokens(tokens):
     for row in range(3):
         n = tokens - row
         expected = {*range(1, min(S, n) + 1), *range(max(S, n - W) + 1, n + 1)}
-        assert set(layer.tensors["k"][row].flatten().tolist()) - {0.0} == expected
-    before = layer.in_order("k")[0].flatten().tolist()
+        assert set(layer.tensors["tokens"][row].flatten().tolist()) - {0.0} == expected
+    before = layer.in_order()[0].flatten().tolist()
     assert before[-min(W, max(tokens - S, 0)) :] == list(range(max(S, tokens - W) + 1, tokens + 1)) or tokens <= S
 
 
@@ -36,13 +36,13 @@ def test_slots_hold_the_sinks_and_the_last_tokens(tokens):
 def test_blocks_of_any_size_fill_the_same_slots(cuts):
     whole = filled(1)
     layer = LinearizedCacheLayer(W, S)
-    layer.lazy_initialization(1, torch.zeros(1), {"k": (1, 1)}, (torch.zeros(1, 2, 3),))
+    layer.lazy_initialization(1, torch.zeros(1), (1, 1), (torch.zeros(1, 2, 3),))
     start = 1
     for n in cuts:
-        layer.extend({"k": torch.arange(float(start), start + n).view(1, 1, -1, 1)}, torch.tensor([n]))
+        layer.extend(torch.arange(float(start), start + n).view(1, 1, -1, 1), torch.tensor([n]))
         layer.advance(n, n)
         start += n
-    assert torch.equal(layer.tensors["k"], whole.tensors["k"])
+    assert torch.equal(layer.tensors["tokens"], whole.tensors["tokens"])
     assert layer.get_seq_length() == 25
 
 

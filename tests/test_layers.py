@@ -20,7 +20,7 @@ ROWS = [
     {"weights", "bundle"},
     {"sources"},
     {"inspection", "probe", "plot", "card", "data", "losses", "monitor", "adapters"},
-    {"convert", "train", "evaluate", "hub", "generate", "export"},
+    {"convert", "calibrate", "train", "evaluate", "hub", "generate", "export"},
     {"run"},
     {"cli"},
 ]
@@ -30,7 +30,7 @@ DOORS = {
     "peft": ("adapters.py",),
     "accelerate": ("train.py",),
     "datasets": ("data.py",),
-    "fla": ("ops/",),
+    "fla": ("ops/fla_backend.py",),
     "matplotlib": ("plot.py",),
     "typer": ("cli.py",),
 }

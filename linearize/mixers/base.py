@@ -5,12 +5,14 @@ mixer gets q, k, v as the source's own code made them (after biases, norms, RoPE
 knows no architecture.
 
 combine = memory, a delayed recurrence: token j enters the recurrent state when it leaves the window of the
-query, so no token is counted twice and the first W + s tokens see exactly the source's attention. liger: 0.5·window +
-0.5·recurrence over all tokens (arXiv 2503.01496). none: one branch alone.
+query, so no token is counted twice and the first W + s tokens see exactly the source's attention. A recurrence that
+knows how much it weighs shares one softmax with the window; any other is added through a gate per head that starts
+closed. liger: 0.5·window + 0.5·recurrence over all tokens (arXiv 2503.01496). none: one branch alone.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from linearize.cache import LinearizedCacheLayer, cache_layer
+from linearize.cache import LinearizedCacheLayer, Stack, cache_layer
+from linearize.mixers.step import Step
+from linearize.mixers.tokens import Geometry, Tokens
 from linearize.ops.rows import Rows
 from linearize.ops.window import slot_attention, window_attention
 
@@ -32,12 +36,15 @@ class MixerConfig:
         combine: memory | liger | none.
         window: W ≥ 1 tokens of exact attention, the query's own included.
         sinks: s ≥ 0 first tokens that stay exact.
+        calibrated: whether a memory that has a log weight also has a weight `gate` [H] that is added to it, one number
+            per head, as `linearize calibrate` fits it. A memory without a log weight always has its gate.
     """
 
     name: str = ""
     combine: str = "memory"
     window: int = 64
     sinks: int = 4
+    calibrated: bool = False
 
     @classmethod
     def preset(cls, combine: str) -> dict[str, Any]:
@@ -57,16 +64,6 @@ class MixerConfig:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Shapes of one attention layer: query heads H, key/value heads G, key width K, value width V."""
-
-    heads: int
-    kv_heads: int
-    key_width: int
-    value_width: int
-
-
 @dataclass
 class Context:
     """What the surroundings know about one call.
@@ -79,7 +76,7 @@ class Context:
         cache: the Cache to continue and update, or None.
         branch: all | window (memory off) | memory (window off).
         attend: the source's own attention over (q, k, v), for the control; y [B, H, T, V].
-        shared: what the layers of one forward pass may share.
+        steps: layer index -> the decoding step it shares with other layers, and its place among them.
     """
 
     layer_idx: int
@@ -91,13 +88,19 @@ class Context:
     cache: Cache | None
     branch: str
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    shared: dict = field(default_factory=dict)
+    steps: dict[int, tuple[Step, int]] = field(default_factory=dict)
+
+
+Near = tuple[Tensor, Tensor | None] | None
+"""The window's y [B, H, T, V] and, where a weight is to be shared, its log-sum-exp [B, H, T]; None where it is off."""
+Far = tuple[Tensor, Tensor | None] | None
+"""The recurrence's y [B, H, T, V] and its log weight [B, H, T], if it has one; None where nothing left the window."""
 
 
 class Mixer(nn.Module):
     """Base of all mixers. A recurrent one defines `prepare`, `write`, `recur` and `empty_state`; the rest is here.
 
-    The one rule of a recurrence: a token whose writes are all zero leaves the state exactly as it was.
+    The one rule of a recurrence: a token that does not exist leaves the state exactly as it was.
     """
 
     name: ClassVar[str]
@@ -112,22 +115,32 @@ class Mixer(nn.Module):
         self.config, self.geometry = config, geometry
         self.windowed = config.combine != "none" or not self.recurrent
         self.delayed = self.recurrent and config.combine == "memory"
+        gated = self.delayed and (config.calibrated or not self.weighted)
+        self.gate = nn.Parameter(torch.zeros(geometry.heads)) if gated else None
 
     # --- what a recurrent mixer's file defines
 
-    def prepare(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Once per token, as it arrives: queries [B, H, T, K] -> what reads the state [B, H, T, ·]; keys [B, G, T, K]
-        -> what `write` will need beside k and v [B, G, T, C], kept until the token leaves the window."""
-        raise TypeError(f"{self.name} has no recurrence")
+    @property
+    def weighted(self) -> bool:
+        """Whether `recur` returns the log weight of the memory beside the window's log-sum-exp."""
+        return False
 
-    def write(self, k: Tensor, carry: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """Keys [B, G, T, K], what `prepare` made of them, values [B, G, T, V] -> what the recurrence takes in."""
+    def query(self, q: Tensor, context: Context) -> Tensor:
+        """Queries [B, H, T, K] -> what reads the state [B, H, T, ·]."""
+        return q
+
+    def carry(self, k: Tensor, unrotate: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Keys [B, G, T, K] -> what `write` will need beside k and v [B, G, T, C], kept until the token leaves."""
+        return None
+
+    def write(self, tokens: Tokens) -> tuple[Tensor, ...]:
+        """What the recurrence takes in, [B, G, T, ·] each; for a token that does not exist, what changes nothing."""
         raise TypeError(f"{self.name} has no recurrence")
 
     def recur(
-        self, read: Tensor, writes: tuple[Tensor, ...], state: tuple[Tensor, ...], decoding: bool
+        self, read: Tensor, writes: tuple[Tensor, ...], state: tuple[Tensor, ...], context: Context
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Run it over T tokens; token t's write is visible to query t. `decoding`: T = 1, `state` is updated in place.
+        """Run it over T tokens; token t's write is visible to query t.
 
         Returns:
             y [B, H, T, V] fp32; its log weight [B, H, T] beside the window's log-sum-exp, or None where the recurrence
@@ -135,10 +148,18 @@ class Mixer(nn.Module):
         """
         raise TypeError(f"{self.name} has no recurrence")
 
+    def absorb(self, writes: tuple[Tensor, ...], state: tuple[Tensor, ...]) -> None:
+        """The writes of one token per row, into the state, in place."""
+        raise TypeError(f"{self.name} has no recurrence")
+
+    def look(self, read: Tensor, state: tuple[Tensor, ...], context: Context) -> Tensor:
+        """What one token per row reads: y [B, H, 1, V] fp32, with its log weight as one more column if `weighted`."""
+        raise TypeError(f"{self.name} has no recurrence")
+
     @property
     def carry_width(self) -> int:
-        """C of `prepare`."""
-        return self.geometry.key_width
+        """C of `carry`."""
+        return 0
 
     def empty_state(self, batch: int, device: torch.device) -> tuple[Tensor, ...]:
         """The fp32 state of rows that have seen nothing."""
@@ -146,48 +167,51 @@ class Mixer(nn.Module):
 
     # --- the hybrid
 
-    def slots(self) -> dict[str, tuple[int, int]]:
-        """What the cache keeps per token in reach: name -> (heads, width)."""
+    @cached_property
+    def token_shape(self) -> tuple[int, int]:
+        """(heads, width) of what the cache keeps of each token in reach; width 0 where no token is kept."""
         g = self.geometry
-        if not self.windowed:
-            return {}
-        slots = {"k": (g.kv_heads, g.key_width), "v": (g.kv_heads, g.value_width)}
-        if self.delayed:
-            slots["carry"] = (g.kv_heads, self.carry_width)
-        return slots
+        carry = self.carry_width if self.delayed else 0
+        return g.kv_heads, g.key_width + g.value_width + 2 + carry if self.windowed else 0
+
+    @cached_property
+    def alike(self) -> tuple | None:
+        """Equal for mixers that write the same way; None for one that writes with weights of its own."""
+        own = any(name != "gate" for name, _ in self.named_parameters())
+        return None if own else (type(self), self.config, self.geometry)
 
     def state_bytes(self, batch: int, dtype_bytes: int) -> int:
         """Bytes of cache of one layer, whatever the context length."""
-        tokens = self.config.window + self.config.sinks
-        kept = sum(heads * width for heads, width in self.slots().values()) * tokens * dtype_bytes
+        heads, width = self.token_shape
+        kept = heads * width * (self.config.window + self.config.sinks) * dtype_bytes
         state = sum(x.nbytes for x in self.empty_state(1, torch.device("meta")))
         return batch * (kept + state + torch.int64.itemsize)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> y [B, H, T, V] in v's dtype."""
-        read, carry = self.prepare(q, k, context) if self.recurrent else (q, k)
-        carry = carry.to(k.dtype)
         rows, layer = context.rows, None
         if context.cache is not None:
             layer = cache_layer(context.cache, context.layer_idx, self.config.window, self.config.sinks)
         past = layer if layer is not None and layer.is_initialized else None
         T = q.shape[2]
         if past is not None and T == 1 and rows is None:
-            return self._step(q, k, v, read, carry, context, past)
+            return self._step(q, k, v, context, past)
+        read, tokens = self._prepare(q, k, v, context)
         lengths = torch.full((q.shape[0],), T, device=q.device)
         real = None
         if rows is not None:
             if rows.packed and past is not None:
                 raise ValueError("packed documents can only start an empty cache")
-            q, k, v, read, carry = (rows.gather(x) for x in (q, k, v, read, carry))
+            q, read, tokens.x = (rows.gather(x) for x in (q, read, tokens.x))
             real, lengths = rows.valid, rows.valid.sum(1)
-        y, state = self._block(q, k, v, read, carry, context, past, real)
+        near, far, state = self._block(q, read, tokens, context, past, real)
+        y = self._join(near, far, q, context)
         if layer is not None:
             if past is None:
                 states = self.empty_state(q.shape[0], q.device)
-                layer.lazy_initialization(q.shape[0], k, self.slots(), states)
-            new = {"k": k, "v": v, "carry": carry}
-            layer.extend({n: new[n] for n in self.slots()}, lengths)
+                layer.lazy_initialization(q.shape[0], tokens.x, self.token_shape, states)
+            if self.windowed:
+                layer.extend(tokens.x[..., : self.token_shape[1]], lengths)
             for kept, final in zip(layer.state, state, strict=True):
                 kept.copy_(final.detach())
             layer.advance(lengths, T)
@@ -195,57 +219,61 @@ class Mixer(nn.Module):
                 layer.batch_select_indices(rows.last)
         return y if rows is None else rows.scatter(y)
 
+    def branches(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Near, Far]:
+        """The two branches of rows that start here and have no padding, as they are before `_join`."""
+        near, far, _ = self._block(q, *self._prepare(q, k, v, context), context, None, None)
+        return near, far
+
+    def _prepare(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tokens]:
+        read = self.query(q, context) if self.recurrent else q
+        carry = self.carry(k, context.unrotate) if self.recurrent else None
+        return read, Tokens.join(k, v, carry, k.new_ones(*k.shape[:3], 1), self.geometry)
+
     def _block(
-        self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, carry: Tensor,
+        self, q: Tensor, read: Tensor, tokens: Tokens,
         context: Context, past: LinearizedCacheLayer | None, real: Tensor | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-        """Several tokens at once: outputs, and the state after the last real token of each row."""
+    ) -> tuple[Near, Far, tuple[Tensor, ...]]:  # fmt: skip
+        """Several tokens at once: both branches, and the state after the last real token of each row."""
         W, s = self.config.window, self.config.sinks
-        T = q.shape[2]
+        T, x = q.shape[2], tokens.x
         seen = 0 if past is None else past.tensors["count"]
         state = self.empty_state(q.shape[0], q.device) if past is None else past.state
         near = far = None
 
-        def local(name: str, new: Tensor) -> Tensor:
-            if past is None:
-                return F.pad(new, (0, 0, W, 0))
-            return torch.cat([past.in_order(name).to(new.dtype), new], dim=2)
-
-        if self.windowed and context.branch != "memory":
-            near = window_attention(
-                q, local("k", k), local("v", v), self._sinks("k", k, past), self._sinks("v", v, past),
-                seen=seen, window=W, scaling=context.scaling, softcap=context.softcap, extra=context.extra,
-            )  # fmt: skip
+        if self.windowed:
+            before = x.new_zeros(*x.shape[:2], W, x.shape[3]) if past is None else past.in_order().to(x.dtype)
+            if before.shape[3] < x.shape[3]:  # a carry that no cache keeps
+                x = x[..., : before.shape[3]]
+            local = Tokens(torch.cat([before, x], dim=2), self.geometry)
+            if context.branch != "memory":
+                sinks = Tokens(self._sinks(x, past), self.geometry)
+                near = window_attention(
+                    q, local.k, local.v, sinks.k, sinks.v,
+                    seen=seen, window=W, scaling=context.scaling, softcap=context.softcap, extra=context.extra,
+                )  # fmt: skip
         # Of a fresh row, only tokens s … T − W − 1 leave the window, and only queries from W + s on can see them.
         skip = W + s if self.delayed and past is None else 0
         if self.recurrent and skip < T:
+            entering = tokens.x
             keep = None if real is None else real[:, skip:]
             if self.delayed:
-                leaving = (local(n, x)[:, :, skip:T] for n, x in (("k", k), ("carry", carry), ("v", v)))
-                writes = self.write(*leaving)
+                entering = local.x[:, :, skip:T]
                 if past is not None or keep is not None:
                     token = torch.as_tensor(seen, device=q.device).view(-1, 1) - W
                     left = token + torch.arange(skip, T, device=q.device) >= s
                     keep = left if keep is None else keep & left
-            else:
-                writes = self.write(k, carry, v)
             if keep is not None:
-                writes = tuple(w * keep[:, None, :, None] for w in writes)
-            y, weight, state = self.recur(read[:, :, skip:], writes, state, decoding=False)
+                entering = entering * keep[:, None, :, None]
+            writes = self.write(Tokens(entering, self.geometry))
+            y, weight, state = self.recur(read[:, :, skip:], writes, state, context)
             if skip:
                 y = F.pad(y, (0, 0, skip, 0))
                 weight = None if weight is None else F.pad(weight, (skip, 0), value=float("-inf"))
             far = y, weight
-        return self._join(near, far, v, context), state
+        return near, far, state
 
-    def _join(self, near, far, v: Tensor, context: Context) -> Tensor:
-        far = None if context.branch == "window" else far
-        if near is None and far is None:
-            return v.new_zeros(v.shape[0], self.geometry.heads, *v.shape[2:])
-        return join(self.config.combine, near, far).to(v.dtype)
-
-    def _sinks(self, name: str, new: Tensor, past: LinearizedCacheLayer | None) -> Tensor:
-        """Keys or values of the first s tokens of each row, some of which may be among the new ones."""
+    def _sinks(self, new: Tensor, past: LinearizedCacheLayer | None) -> Tensor:
+        """The first s tokens of each row, some of which may be among the new ones."""
         s, T = self.config.sinks, new.shape[2]
         first = new[:, :, :s] if s <= T else F.pad(new, (0, 0, 0, s - T))
         if past is None or s == 0:
@@ -253,64 +281,57 @@ class Mixer(nn.Module):
         count = past.tensors["count"][:, None]
         slot = torch.arange(s, device=new.device)
         index = (slot - count).clamp(min=0, max=T - 1)[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-        old = past.tensors[name][:, :, :s].to(new.dtype)
+        old = past.tensors["tokens"][:, :, :s].to(new.dtype)
         return torch.where((slot < count)[:, None, :, None], old, new.gather(2, index))
 
-    def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, read: Tensor, carry: Tensor,
-        context: Context, past: LinearizedCacheLayer,
-    ) -> Tensor:  # fmt: skip
-        """One decoding step: the token that the new one overwrites in the ring is the one that enters the memory."""
-        kept = past.tensors
-        key = ("step", past.window, past.sinks, q.device)
-        if key not in context.shared:
-            # Every layer of one shape is at the same token, so the first one finds the slots for all.
-            leaving = kept["count"] >= past.window + past.sinks
-            context.shared[key] = (
-                past.slot_of_next()[:, None, None, None],
-                torch.zeros((), device=q.device).masked_fill(~past.filled(), float("-inf")).unsqueeze(1),
-                leaving[:, None, None, None].to(k.dtype),
-            )
-        slot, bias, leaving = context.shared[key]
-        writes, near, far = (), None, None
-        if self.delayed:
-            writes = tuple(w * leaving for w in self.write(*(_take(kept[n], slot) for n in ("k", "carry", "v"))))
-        elif self.recurrent:
-            writes = self.write(k, carry, v)
-        new = {"k": k, "v": v, "carry": carry}
-        for name in self.slots():
-            x = new[name].to(kept[name].dtype)
-            kept[name].scatter_(2, slot.expand_as(x), x)
-        if self.windowed and context.branch != "memory":
-            near = slot_attention(
-                q, kept["k"], kept["v"], bias,
-                scaling=context.scaling, softcap=context.softcap, extra=context.extra,
-            )  # fmt: skip
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, context: Context, past: LinearizedCacheLayer) -> Tensor:
+        """One decoding step. The token that the new one overwrites in the ring has entered the memory before."""
+        together = context.steps.get(context.layer_idx)
+        step, place = together or (Step(self, Stack.of([past])), 0)
+        near = far = memory = None
+        late = self.carry(k, context.unrotate) if self.recurrent and not self.delayed else None
+        new = Tokens.join(k, v, late, step.one, self.geometry)
         if self.recurrent:
-            y, weight, _ = self.recur(read, writes, past.state, decoding=True)
-            far = y, weight
-        past.advance(1, 1)
-        return self._join(near, far, v, context)
+            if not self.delayed:
+                self.absorb(self.write(new), past.state)
+            found = self.look(self.query(q, context), past.state, context)
+            if self.weighted and context.branch == "all":
+                memory = found
+                if self.gate is not None:
+                    memory[..., -1] += self.gate.float()[:, None]
+            far = (found[..., :-1] if self.weighted else found), None
+        if self.windowed and context.branch != "memory":
+            kept = past.tensors["tokens"]
+            width = min(new.x.shape[-1], kept.shape[-1])
+            kept.scatter_(2, step.slot[..., :width], new.x[..., :width])
+            y = slot_attention(
+                q, *step.slots[place], step.bias,
+                scaling=context.scaling, softcap=context.softcap, extra=context.extra, memory=memory,
+            )  # fmt: skip
+            near = y, None
+        if together is None:
+            step.finish(context.unrotate)
+        return y if memory is not None else self._join(near, far, q, context)
 
-
-def _take(x: Tensor, slot: Tensor) -> Tensor:
-    """The token in each row's slot [B, 1, 1, 1] of x [B, heads, S, width] -> [B, heads, 1, width]."""
-    return x.gather(2, slot.expand(-1, x.shape[1], 1, x.shape[3]))
-
-
-def join(combine: str, window: tuple[Tensor, Tensor] | None, memory: tuple[Tensor, Tensor | None] | None) -> Tensor:
-    """One output [B, H, T, V] from the two branches; None for a branch that is off.
-
-    Args:
-        combine: memory: (e^lse y + e^w m) / (e^lse + e^w), one softmax over window and memory; otherwise the sum,
-            halved for liger.
-        window: y [B, H, T, V] and lse [B, H, T].
-        memory: m [B, H, T, V] and its log weight w [B, H, T].
-    """
-    if combine == "memory" and window is not None and memory is not None:
-        (y, lse), (m, weight) = window, memory
-        assert weight is not None
-        return torch.lerp(y.to(m.dtype), m, (weight - lse).sigmoid().unsqueeze(-1))
-    parts = [branch[0] for branch in (window, memory) if branch is not None]
-    total = parts[0] + parts[1] if len(parts) == 2 else parts[0]
-    return 0.5 * total if combine == "liger" else total
+    def _join(self, near: Near, far: Far, q: Tensor, context: Context) -> Tensor:
+        """One output [B, H, T, V] from the two branches."""
+        combine = self.config.combine
+        if context.branch == "window":
+            far = None
+        if far is not None and combine == "memory":
+            m, weight = far
+            gate = 0.0 if self.gate is None else self.gate.to(m.dtype)[:, None]
+            if not self.weighted:
+                assert isinstance(gate, Tensor)
+                far = m * gate.unsqueeze(-1).tanh(), None
+            elif near is not None:
+                # (e^lse y + e^w m) / (e^lse + e^w): one softmax over window and memory.
+                y, lse = near
+                assert weight is not None and lse is not None
+                weight = weight + gate
+                return torch.lerp(y.to(m.dtype), m, (weight - lse).sigmoid().unsqueeze(-1)).to(q.dtype)
+        parts = [branch[0] for branch in (near, far) if branch is not None]
+        if not parts:
+            return q.new_zeros(*q.shape[:3], self.geometry.value_width)
+        total = parts[0] + parts[1] if len(parts) == 2 else parts[0]
+        return (0.5 * total if combine == "liger" else total).to(q.dtype)

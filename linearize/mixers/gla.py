@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.mixers import base
-from linearize.ops import additive, expansion
+from linearize.ops import additive, expansion, run_additive
 
 FEATURES = ("expansion", "softmax")
 
@@ -67,34 +67,52 @@ class Mixer(base.Mixer):
         return self.config.features == "expansion"
 
     @property
+    def weighted(self):
+        return self.expands
+
+    @property
     def carry_width(self):
         return 1 if self.expands else self.geometry.key_width
 
-    def prepare(self, q, k, context):
-        raw_k = context.unrotate(k)
-        if self.expands:
-            return q.float() * context.scaling, self._log_decay(raw_k).mean(-1, keepdim=True)
-        return context.unrotate(q).softmax(-1), raw_k
+    def query(self, q, context):
+        return q if self.expands else context.unrotate(q).softmax(-1)
 
-    def write(self, k, carry, v):
+    def carry(self, k, unrotate):
+        raw_k = unrotate(k)
+        return self._log_decay(raw_k).mean(-1, keepdim=True) if self.expands else raw_k
+
+    def write(self, tokens):
         if self.expands:
-            return k.float(), F.pad(v.float(), (0, 1), value=1.0), carry.float()
-        raw_k = carry.float()
-        return raw_k.softmax(-1), v.float(), self._log_decay(raw_k)
+            return tokens.k1, tokens.v1, tokens.carry
+        raw_k = tokens.carry.float()
+        # φ(0) is not 0, but an absent token has no value either.
+        return raw_k.softmax(-1), tokens.v.float(), self._log_decay(raw_k) * tokens.present
 
     def _log_decay(self, raw_k: Tensor) -> Tensor:
         return F.logsigmoid(raw_k) / self.config.gate_normalizer
 
-    def recur(self, read, writes, state, decoding):
+    def recur(self, read, writes, state, context):
         if self.expands:
-            y, weight, final = expansion.run(read, *writes, state=state[0], decoding=decoding)
-            return y, weight + self.config.strength, (final,)
-        form = additive.step if decoding else additive.chunked
-        y, final = form(read, *writes, state=state[0])
+            y, weight, final = expansion.run(
+                read, *writes, state, scaling=context.scaling, strength=self.config.strength
+            )
+            return y, weight, final
+        y, final = run_additive(read, *writes, state=state[0])
         return y, None, (final,)
+
+    def absorb(self, writes, state):
+        if self.expands:
+            expansion.absorb(*writes, state, strength=self.config.strength)
+        else:
+            additive.absorb(*writes, state=state[0])
+
+    def look(self, read, state, context):
+        if self.expands:
+            return expansion.look(read, state, scaling=context.scaling)
+        return additive.look(read, state[0])
 
     def empty_state(self, batch, device):
         g = self.geometry
         if self.expands:
-            return (expansion.empty_state(batch, g.kv_heads, g.key_width, g.value_width, device),)
+            return expansion.empty_state(batch, g.kv_heads, g.key_width, g.value_width, device)
         return (torch.zeros(batch, g.kv_heads, g.key_width, g.value_width, device=device),)

@@ -7,6 +7,9 @@ of shape [B, G, T, K], [B, G, T, 1], anything that broadcasts to it, or None; st
 in fp32 (fp64 for fp64 inputs) and return (y [B, H, T, V] in q's dtype, state). A token with k = 0 and g = 0 leaves no
 trace.
 
+`_prepare`, `_to_ends`, `_pairs`, `_pairs_by_halves`, `_leaf` and what they call are the algebra of decay that the other
+families of this folder share.
+
 Sources: GLA, arXiv 2312.06635 (chunked form with secondary chunks); SSD, arXiv 2405.21060.
 """
 
@@ -15,8 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK = 64
+PIECE = 1024
+"""Tokens whose intermediate results are made at once: what is larger is a fresh mapping for the allocator every time,
+and at 16,384 tokens mapping pages took a third of the time."""
 LEAF = 8
 """Width of the diagonal blocks that are computed without a reference point."""
+STRONG = -60.0
+"""Log decay of a block beyond which it is not factorised. Up to there its two factors stay below e^30, and rounding the
+exponents costs a pair at most 30 · 2^-23 = 4e-6 of itself."""
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None):
@@ -54,13 +63,23 @@ def step(
     """One token (T = 1), updating `state` in place: the decoding step."""
     if state is None:
         return naive_recurrent(q, k, v, log_decay)
-    B, H, _, K = q.shape
-    G = k.shape[1]
+    absorb(k, v, log_decay, state)
+    return look(q, state), state
+
+
+def absorb(k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> None:
+    """The writes of one token, into `state`, in place."""
     if log_decay is not None:
         state.mul_(log_decay.to(state.dtype).exp().mT)
-    state.view(B * G, K, -1).baddbmm_(k.to(state.dtype).view(B * G, K, 1), v.to(state.dtype).view(B * G, 1, -1))
-    y = q.to(state.dtype).view(B, G, H // G, K) @ state
-    return y.view(B, H, 1, -1).to(q.dtype), state
+    state.flatten(0, 1).baddbmm_(k.to(state.dtype).flatten(0, 1).mT, v.to(state.dtype).flatten(0, 1))
+
+
+def look(q: Tensor, state: Tensor) -> Tensor:
+    """What one token reads: q [B, H, 1, K] -> [B, H, 1, V]."""
+    B, H, _, K = q.shape
+    G = state.shape[1]
+    y = torch.bmm(q.to(state.dtype).view(B * G, H // G, K), state.flatten(0, 1))
+    return y.view(B, H, 1, -1).to(q.dtype)
 
 
 def materialise(q: Tensor, k: Tensor, log_decay: Tensor | None = None) -> Tensor:
@@ -92,32 +111,42 @@ def chunked(
     state: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Chunks of C tokens: quadratic inside, recurrent between them. Linear in T, every exponent ≤ 0."""
+    """Chunks of C tokens: quadratic inside, recurrent between them. Linear in T; no exponent above −STRONG / 2."""
     dtype, shape = q.dtype, (*q.shape[:3], v.shape[-1])
     q, k, v, g, S = _prepare(q, k, v, log_decay, state)
-    T = q.shape[3]
-    if T == 0:
+    if shape[2] == 0:
         return q.new_zeros(shape).to(dtype), S
+    queries, keys, values = (x.split(PIECE, -2) for x in (q, k, v))
+    decays = [None] * len(queries) if g is None else g.split(PIECE, -2)
+    y = []
+    for piece in zip(queries, keys, values, decays, strict=True):
+        out, S = _in_chunks(*piece, S, chunk)
+        y.append(out)
+    return torch.cat(y, dim=2).to(dtype), S
+
+
+def _in_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """One piece of `chunked`, of at least one token, on prepared tensors."""
+    T = q.shape[3]
     C = min(chunk, max(LEAF, 1 << (T - 1).bit_length()))
     pad = -T % C
     if pad:
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
         g = None if g is None else F.pad(g, (0, 0, 0, pad))
     N = (T + pad) // C
-    B, G, rep, _, K = q.shape
-    q = q.view(B, G, rep, N, C, K).transpose(2, 3)
-    k, v = k.view(B, G, N, C, K), v.view(B, G, N, C, -1)
-    g = None if g is None else g.view(B, G, N, C, -1)
+    q = q.unflatten(3, (N, C)).transpose(2, 3)
+    k, v = k.unflatten(2, (N, C)), v.unflatten(2, (N, C))
+    g = None if g is None else g.unflatten(2, (N, C))
 
     inter, kept, whole = _to_ends(q, k, g)
-    update = kept.mT @ v
     before = []
-    for n in range(N):
+    # Not whole[:, :, n]: the gradient of every index would be a tensor of all chunks.
+    for decay, update in zip(whole.unbind(2), (kept.mT @ v).unbind(2), strict=True):
         before.append(S)
-        S = S * whole[:, :, n] + update[:, :, n]
+        S = torch.addcmul(update, S, decay)
     inside = torch.tril(_pairs(q, k, g) if g is None or g.shape[-1] == 1 else _pairs_by_halves(q, k, g))
     y = inside @ v[:, :, :, None] + inter @ torch.stack(before, dim=2)[:, :, :, None]
-    return y.transpose(2, 3).reshape(B, G * rep, N * C, -1)[:, :, :T].to(dtype), S
+    return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :T], S
 
 
 def _to_ends(q: Tensor, k: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,19 +183,45 @@ def _pairs(q: Tensor, k: Tensor, g: Tensor | None) -> Tensor:
     return torch.einsum("...rik,...ijk->...rij", q, decay * k.unsqueeze(-3))
 
 
+def _leaf(g: Tensor) -> int:
+    """Width of the largest blocks in which no channel decays by more than e^STRONG; 0 where even LEAF tokens do."""
+    if torch.compiler.is_compiling():
+        return 0  # a choice by value would break the graph
+    leaf, width, total = 0, LEAF, g.detach().unflatten(-2, (-1, LEAF)).sum(-2)
+    while float(total.amin()) >= STRONG:
+        leaf, width = width, 2 * width
+        if width > g.shape[-2]:
+            break
+        total = total.unflatten(-2, (-1, 2)).sum(-2)
+    return leaf
+
+
+def _centred(g: Tensor) -> Tensor:
+    """Σ_{l ≤ i} g_l less half of the whole sum: within ±STRONG / 2 in a mild block."""
+    total = g.cumsum(-2)
+    return total - total[..., -1:, :] / 2
+
+
 def _pairs_by_halves(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     """`_pairs` with a decay per channel, without the C×C×K tensor.
 
     The square below the diagonal factorises around the last token of the first half: q decayed from there, k decayed to
-    there, both exponents ≤ 0 however strong the decay. The two halves are squares of the same kind; blocks of LEAF are
-    direct.
+    there, both exponents ≤ 0 however strong the decay. The two halves are squares of the same kind. A mild block
+    (`_leaf`) factorises as a whole, around half of its decay; elsewhere the blocks of LEAF are direct.
     """
+    return _halves(q, k, g, _leaf(g))
+
+
+def _halves(q: Tensor, k: Tensor, g: Tensor, leaf: int) -> Tensor:
     C = q.shape[-2]
+    if leaf >= C:
+        G = _centred(g)
+        return (q * G.exp().unsqueeze(-3)) @ (k * G.neg().exp()).unsqueeze(-3).mT
     if C <= LEAF:
         return _pairs(q, k, g)
     h = C // 2
     q2, k2, g2 = (x.unflatten(-2, (2, h)) for x in (q, k, g))
-    diagonal = _pairs_by_halves(q2.transpose(-4, -3), k2, g2)
+    diagonal = _halves(q2.transpose(-4, -3), k2, g2, leaf)
     first = g2[..., 0, :, :]
     into = k2[..., 0, :, :] * _after(first).exp()
     outof = q2[..., 1, :, :] * g2[..., 1, :, :].cumsum(-2).exp().unsqueeze(-3)

@@ -11,68 +11,111 @@ the query. It is the first-order case of what Taylor feature maps do (arXiv 2402
 of zero, where real scores are not. A decay g ≤ 0 per token fades both sums, so that n, μ and the average weigh recent
 tokens more.
 
-Shapes as in ops/additive.py; values come with their column of ones.
+Kept from token to token are n, the covariance beside the mean key, S = [Σ k vᵀ / n − k̄ v̄ᵀ, k̄], and m = [v̄, log n]: for
+one query, qᵀ S + m is then the output and its log weight at once. Shapes as in ops/additive.py; keys and values come
+with their column of ones.
 """
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from linearize.ops import additive
+from linearize.ops import additive, run_additive
+
+State = tuple[Tensor, ...]
+"""S, m and n of `empty_state`."""
 
 
-def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> Tensor:
-    """S over m, [B, G, K + 1, V + 1], fp32 zeros."""
-    return torch.zeros(batch, kv_heads, key_width + 1, value_width + 1, device=device)
+def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
+    """S [B, G, K, V + 1], m [B, G, 1, V + 1] and n [B, G, 1, 1], fp32 zeros: log n is set by the first `absorb`."""
+    S = torch.zeros(batch, kv_heads, key_width, value_width + 1, device=device)
+    return S, S.new_zeros(batch, kv_heads, 1, value_width + 1), S.new_zeros(batch, kv_heads, 1, 1)
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, decoding: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor,
+    k1: Tensor,
+    v1: Tensor,
+    log_decay: Tensor,
+    state: State,
+    *,
+    scaling: float = 1.0,
+    strength: float = 0.0,
+) -> tuple[Tensor, Tensor, State]:
     """Read the expansion at every token.
 
     Args:
-        q: [B, H, T, K] scaled queries; k: [B, G, T, K]; v: [B, G, T, V + 1] with ones in the last column (zeros for a
+        q: [B, H, T, K]; k1: [B, G, T, K + 1] and v1: [B, G, T, V + 1] with ones in the last column (all zeros for a
             token that does not exist); log_decay: [B, G, T, 1].
         state: as `empty_state` makes it.
-        decoding: T = 1 and the state is updated in place.
+        scaling: of the scores q·k.
+        strength: added to the log weight.
 
     Returns:
         y [B, H, T, V], the log weight n e^μ [B, H, T] (−inf where there is no token), and the new state.
     """
     B, H, T, K = q.shape
-    G = k.shape[1]
-    if decoding:
-        state.mul_(log_decay.exp())
-        state.flatten(0, 1).baddbmm_(F.pad(k, (0, 1), value=1.0).flatten(0, 1).mT, v.flatten(0, 1))
-        x = q.view(B, G, H // G, K) @ state[:, :, :K]
-        sums = state[:, :, K:]
-    else:
-        x, S = additive.chunked(q, k, v, log_decay, state[:, :, :K])
-        one = torch.ones_like(log_decay)
-        sums, m = additive.chunked(one, one, v, log_decay, state[:, :, K:])
-        state = torch.cat([S, m], dim=2)
+    G = k1.shape[1]
+    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    S, m, n = state
+    mean_k, mean_v = S[..., -1:], m[..., :-1]
+    whole = torch.cat([S[..., :-1] + mean_k * mean_v, mean_k], -1) * n
+    part = torch.cat([mean_v, torch.ones_like(n)], -1) * n
+    x, S = run_additive(q * scaling, k1[..., :K], v1, log_decay, whole)
+    one = torch.ones_like(log_decay, dtype=q.dtype)
+    sums, m = additive.chunked(one, one, v1, log_decay, part)
     x, sums = x.view(B, G, H // G, T, -1), sums[:, :, None]
-    n = sums[..., -1:]
-    count = n.clamp(min=torch.finfo(n.dtype).tiny)
+    n, count = _count(sums)
     mean = x[..., -1:] / count
     y = torch.addcmul(x[..., :-1], 1 - mean, sums[..., :-1]) / count
     # Not n.log(): its gradient at zero is 0/0.
-    weight = (count.log() + mean).masked_fill(n == 0, float("-inf"))
-    return y.view(B, H, T, -1), weight.view(B, H, T), state
+    weight = (count.log() + mean + strength).masked_fill(n == 0, float("-inf"))
+
+    n, count = _count(m)
+    S, mean_v = S / count, m[..., :-1] / count
+    S = torch.cat([S[..., :-1] - S[..., -1:] * mean_v, S[..., -1:]], -1)
+    m = torch.cat([mean_v, n.log() + strength], -1)
+    return y.view(B, H, T, -1), weight.view(B, H, T), (S, m, n)
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """The oracle: the same from explicit T×T scores, for rows that start empty."""
+def _count(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The last column, and the same safe to divide by."""
+    n = sums[..., -1:]
+    return n, n.clamp(min=torch.finfo(n.dtype).tiny)
+
+
+def absorb(k1: Tensor, v1: Tensor, log_decay: Tensor, state: State, *, strength: float = 0.0) -> None:
+    """One token into the state, in place: means and covariance, updated as Welford does."""
+    S, m, n = state
+    k1, v1 = k1.float(), v1.float()
+    n.mul_(log_decay.float().exp()).add_(v1[..., -1:])
+    part = v1[..., -1:] / n.clamp(min=torch.finfo(n.dtype).tiny)
+    rest = 1 - part
+    dk, dv = k1[..., :-1] - S[..., -1:].mT, v1[..., :-1] - m[..., :-1]
+    S[..., :-1].mul_(rest)
+    S.addcmul_((part * dk).mT, torch.cat([rest * dv, torch.ones_like(n)], -1))
+    m[..., :-1].add_(part * dv)
+    m[..., -1:].copy_(n.log() + strength)
+
+
+def look(q: Tensor, state: State, *, scaling: float = 1.0) -> Tensor:
+    """What one token reads, [B, H, 1, V + 1]: y, and its log weight in the last column."""
+    B, H, _, K = q.shape
+    S, m = state[0].flatten(0, 1), state[1].flatten(0, 1)
+    grouped = q.float().view(S.shape[0], -1, K)
+    return torch.baddbmm(m, grouped, S, alpha=scaling).view(B, H, 1, -1)
+
+
+def naive(q: Tensor, k: Tensor, v1: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """The oracle: the same from explicit T×T scores, for rows that start empty; q scaled, no strength."""
     rep = q.shape[1] // k.shape[1]
     a = q @ k.repeat_interleave(rep, 1).mT
     ones = torch.ones_like(q[..., :1])
     weight = (
         additive.materialise(ones, ones, log_decay.repeat_interleave(rep, 1))
-        * v[..., -1].repeat_interleave(rep, 1)[:, :, None, :]
+        * v1[..., -1].repeat_interleave(rep, 1)[:, :, None, :]
     )
     n = weight.sum(-1, keepdim=True)
     safe = n.clamp(min=torch.finfo(n.dtype).tiny)
     mean = (a * weight).sum(-1, keepdim=True) / safe
-    y = (weight * (1 + a - mean) / safe) @ v[..., :-1].repeat_interleave(rep, 1)
+    y = (weight * (1 + a - mean) / safe) @ v1[..., :-1].repeat_interleave(rep, 1)
     return y, (n.log() + mean).squeeze(-1)

@@ -104,26 +104,38 @@ def slot_attention(
     scaling: float,
     softcap: float | None = None,
     extra: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    memory: Tensor | None = None,
+) -> Tensor:
     """One decoding step over cached slots, in whatever order they lie.
 
     Args:
-        q: [B, H, 1, K]; k, v: [B, G, S, K or V]; bias: [B, 1, S] fp32, 0 where a slot is filled and −inf elsewhere.
+        q: [B, H, 1, K]; k: [B·G, K, S] and v: [B·G, S, V], as `Step` views them.
+        bias: [B·G, 1, S] fp32, 0 where a slot is filled and −inf elsewhere.
+        memory: one more place to attend to, [B, H, 1, V + 1] fp32: its value, and its logit in the last column.
 
     Returns:
-        y [B, H, 1, V] and lse [B, H, 1] fp32, as `window_attention`.
+        y [B, H, 1, V] in q's dtype.
     """
     B, H, _, K = q.shape
-    G = k.shape[1]
-    q = q.view(B, G, H // G, K)
+    groups, S, V = v.shape
+    grouped = q.view(groups, -1, K)
     if softcap is None and q.dtype == torch.float32:
-        grouped = (q.flatten(0, 1), k.flatten(0, 1).mT)
-        each = bias if B == 1 else bias.repeat_interleave(G, 0)
-        a = torch.baddbmm(each, *grouped, alpha=scaling).view(B, G, H // G, -1)
+        a = torch.baddbmm(bias, grouped, k, alpha=scaling)
     else:
-        a = scores(q, k, scaling, softcap) + bias[:, None]
-    p, lse = normalise(a, None if extra is None else extra.float().view(G, H // G, 1))
-    return (p.to(v.dtype) @ v).view(B, H, 1, -1), lse.view(B, H, 1)
+        a = scores(grouped, k.mT, scaling, softcap) + bias
+    m = None if memory is None else memory.view(groups, -1, V + 1)
+    if m is not None:
+        a = torch.cat([a, m[..., V:]], -1)
+    if extra is not None:
+        a = torch.cat([a, extra.to(a.dtype).repeat(B).view(groups, -1, 1)], -1)
+    p = a.softmax(-1)
+    near = p[..., :S].to(v.dtype)
+    if m is None:
+        y = torch.bmm(near, v)
+    else:
+        far = m[..., :V] * p[..., S : S + 1]
+        y = torch.baddbmm(far, near, v) if v.dtype == far.dtype else far + torch.bmm(near, v)
+    return y.view(B, H, 1, V).to(q.dtype)
 
 
 def naive_window_attention(

@@ -1,0 +1,59 @@
+"""What is kept of each token until it leaves the window."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of one attention layer: query heads H, key/value heads G, key width K, value width V."""
+
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+
+
+class Tokens:
+    """Columns [k | 1 | v | 1 | carry] of one tensor x [B, G, T, K + V + 2 + C].
+
+    A token that does not exist (padding, an empty slot) is a row of zeros. The ones lie so that a key and a value each
+    have theirs at hand, which is how sums of weights are carried beside sums of values.
+    """
+
+    def __init__(self, x: Tensor, geometry: Geometry):
+        self.x, self.K, self.V = x, geometry.key_width, geometry.value_width
+
+    @classmethod
+    def join(cls, k: Tensor, v: Tensor, carry: Tensor | None, one: Tensor, geometry: Geometry) -> "Tokens":
+        """From keys [B, G, T, K], values [B, G, T, V], carry [B, G, T, C] or None and ones [B, G, T, 1]."""
+        return cls(torch.cat([k, one, v, one] if carry is None else [k, one, v, one, carry.to(k.dtype)], -1), geometry)
+
+    @property
+    def k(self) -> Tensor:
+        return self.x[..., : self.K]
+
+    @property
+    def k1(self) -> Tensor:
+        """[k | 1]"""
+        return self.x[..., : self.K + 1]
+
+    @property
+    def v(self) -> Tensor:
+        return self.x[..., self.K + 1 : self.K + 1 + self.V]
+
+    @property
+    def v1(self) -> Tensor:
+        """[v | 1]"""
+        return self.x[..., self.K + 1 : self.K + self.V + 2]
+
+    @property
+    def present(self) -> Tensor:
+        """[B, G, T, 1]: 1, or 0 for a token that does not exist."""
+        return self.x[..., self.K : self.K + 1]
+
+    @property
+    def carry(self) -> Tensor:
+        return self.x[..., self.K + self.V + 2 :]

@@ -1,0 +1,144 @@
+"""Perplexity with no training at all: the source, the window control and every mixer, by length and by position.
+
+    python scripts/bench_quality.py                                   # every mixer: half an hour on two cores
+    python scripts/bench_quality.py --mixers gla,retnet --lengths 512 --blocks 4
+
+All layers are replaced, with the recipe's window and sinks and each mixer's own defaults for `combine: memory`. A mixer
+without a normaliser starts with its gate closed, so it is the window control until it is calibrated or trained.
+The text is the embedded validation half of WikiText-2, which no recipe trains on; the defaults of the memory (strength,
+τ) were chosen on it.
+
+Writes eval/results/quality-NAME.json after every mixer, and beside it a table (.md) and a plot by position (.png, if
+matplotlib is installed).
+"""
+
+import argparse
+import gzip
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_common import numbers, some
+
+from linearize import recipe
+from linearize.evaluate import perplexity
+from linearize.evaluate.environment import environment
+from linearize.mixers import MIXERS
+from linearize.modeling import branches, linearize_
+from linearize.sources import load_source, locate
+
+MEMORIES = [name for name, mixer in MIXERS.items() if "memory" in mixer.combines]
+BIN = 32
+"""Positions per point of the plot."""
+
+
+def measure(model: Any, texts: dict[int, torch.Tensor], window: int) -> dict[str, Any]:
+    """Perplexity by length, and the mean loss of every BIN positions of the longest."""
+    found: dict[str, Any] = {"perplexity": {}}
+    for length, ids in texts.items():
+        loss = perplexity.losses(model, ids).double()
+        buckets, _ = perplexity.by_position(loss, perplexity.edges(length, window))
+        found["perplexity"][str(length)] = math.exp(loss.mean())
+        found["by_position"] = buckets
+        found["losses"] = [float(part.mean()) for part in loss.split(BIN, 1)]
+    return found
+
+
+def columns(given: argparse.Namespace, results: dict[str, Any]):
+    """Name and measurement, one after the other."""
+    wanted = recipe.load(given.recipe, given.set)
+    base = {key: wanted.convert.mixer[key] for key in ("window", "sinks")}
+    located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
+    model, tokenizer = load_source(located, "float32")
+    path = recipe.package_folder("eval") / "data" / "wikitext2_valid.txt.gz"
+    text = gzip.decompress(path.read_bytes()).decode()
+    texts = {
+        length: perplexity.cut(text, tokenizer, length, blocks)
+        for length, blocks in sorted(zip(given.lengths, given.blocks, strict=True))
+    }
+    results["blocks"] = {str(length): len(ids) for length, ids in texts.items()}
+    linearize_(model.eval(), {"name": "window", **base})
+    with branches(model, "source"):
+        yield "source", measure(model, texts, base["window"])
+    for name in ("window", *given.mixers):
+        linearize_(model, {"name": name, **base})
+        mixer = model.config.linearize["layers"]["0"]
+        yield name, {"mixer": mixer, **measure(model, texts, base["window"])}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    cells, machine = results["columns"], results["environment"]
+    lengths = list(cells["source"]["perplexity"])
+    blocks = ", ".join(f"{count} blocks of {length}" for length, count in results["blocks"].items())
+    lines = [
+        f"Perplexity of {results['recipe']} with no training, all layers replaced: WikiText-2 validation, {blocks}; "
+        f"{machine['cpu']}, commit {machine['commit']}.",
+        "",
+        f"| mixer | {' | '.join(f'{n} tokens | of the source' for n in lengths)} |",
+        f"|---|{'---:|' * 2 * len(lengths)}",
+    ]
+    for name, column in cells.items():
+        parts = [
+            f"{column['perplexity'][n]:.2f} | {column['perplexity'][n] / cells['source']['perplexity'][n]:.3f}×"
+            for n in lengths
+        ]
+        lines.append(f"| {name} | {' | '.join(parts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Loss above the source's, by position, of the controls and the mixers that differ from them."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no plot: matplotlib is not installed", file=sys.stderr)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    source = results["columns"]["source"]["losses"]
+    window = results["columns"]["window"]["losses"]
+    for name, column in results["columns"].items():
+        if name == "source" or (name != "window" and column["losses"] == window):
+            continue
+        above = [math.exp(loss - base) for loss, base in zip(column["losses"], source, strict=True)]
+        where = [BIN * (i + 0.5) for i in range(len(above))]
+        axes.plot(where, above, label=name, color="black" if name == "window" else None)
+    axes.axhline(1, color="#888888", linewidth=0.8)
+    axes.set(xlabel="position (tokens)", ylabel="perplexity / the source's", title="No training, by position")
+    axes.legend(frameon=False, ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="smollm2-135m", help="names source, window and sinks")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe")
+    parser.add_argument("--mixers", type=some(MEMORIES), default=MEMORIES)
+    parser.add_argument("--lengths", type=numbers, default=[512, 2048])
+    parser.add_argument("--blocks", type=numbers, default=[16, 4], help="of each length")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--name", help="of the output (default: the recipe's name)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "eval" / "results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
+    torch.set_num_threads(given.threads)
+    target = given.out / f"quality-{given.name or given.recipe}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"schema": 1, "recipe": given.recipe, "columns": {}}
+    results["environment"] = environment(torch.device("cpu"), 0, {})
+    for name, column in columns(given, results):
+        print(name, json.dumps(column["perplexity"]), file=sys.stderr)
+        results["columns"][name] = column
+        target.write_text(json.dumps(results, indent=1) + "\n")
+    target.with_suffix(".md").write_text(markdown(results))
+    plot(results, target.with_suffix(".png"))
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Calibration finds the numbers it is meant to find, changes nothing else, and survives the folder."""
+
+import json
+
+import pytest
+import torch
+from conftest import save_source, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from linearize import recipe
+from linearize.calibrate import GRID, calibrate, fit
+from linearize.convert import convert
+from linearize.errors import InputError
+from linearize.modeling import branches, linearize_, linearized_modules
+from linearize.sources import locate
+
+GLA = {"name": "gla", "window": 8, "sinks": 2}
+
+
+def ids(blocks=3, length=60):
+    return torch.randint(3, 384, (blocks, length))
+
+
+class Probe(nn.Module):
+    """Keeps what a layer of the source is asked, and what it answers."""
+
+    def forward(self, q, k, v, context):
+        self.asked, self.answer = (q, k, v, context), context.attend(q, k, v)
+        return self.answer
+
+
+def test_no_shift_of_the_grid_would_have_been_better():
+    """Against a plain search: every head of every layer alone, each value tried in the layer itself."""
+    model, x = linearize_(tiny_model("llama", layers=2), GLA), ids(1)
+    gates = fit(model, x)
+    assert all(model.config.linearize["layers"][str(i)]["calibrated"] for i in gates)
+    mixers = [module.mixer for module in linearized_modules(model)]
+    for module in linearized_modules(model):
+        module.mixer = Probe()
+    with torch.no_grad():
+        model(x, use_cache=False)
+    for module, mixer in zip(linearized_modules(model), mixers, strict=True):
+        chosen, errors = mixer.gate.data.clone(), []
+        for value in GRID:
+            mixer.gate.data.fill_(value)
+            with torch.no_grad():
+                miss = mixer(*module.mixer.asked) - module.mixer.answer
+            errors.append(miss.square().sum((0, 2, 3)))
+        found = torch.stack(errors)
+        at = found[[int((g == GRID).nonzero()) for g in chosen], range(len(chosen))]
+        torch.testing.assert_close(at, found.amin(0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_calibrated_model_is_nearer_to_its_source_and_its_weights_are_the_same():
+    model, x = linearize_(tiny_model("llama"), GLA), ids()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+
+    def miss():
+        with torch.no_grad():
+            now = model(x, use_cache=False).logits
+            with branches(model, "source"):
+                return float((now - model(x, use_cache=False).logits).square().mean())
+
+    first = miss()
+    fit(model, x)
+    assert miss() < first
+    again = {n: p for n, p in model.named_parameters() if "mixer" not in n}
+    assert again.keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in again.items())
+
+
+def test_decoding_knows_the_gate():
+    model, x = linearize_(tiny_model("llama"), GLA), ids(2)
+    fit(model, x)
+    with torch.no_grad():
+        full = model(x, use_cache=False).logits
+        past = model(x[:, :30], use_cache=True).past_key_values
+        steps = [model(x[:, t : t + 1], past_key_values=past).logits for t in range(30, 60)]
+    assert float((torch.cat(steps, 1) - full[:, 30:]).abs().max()) < 1e-4
+
+
+def test_a_folder_becomes_a_calibrated_folder(tmp_path):
+    source = save_source(tmp_path / "source", layers=2)
+    text = tmp_path / "text.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": f"The river rose for {i} days and nobody minded. " * 9}) + "\n" for i in range(30))
+    )
+    wanted = recipe.load(
+        "smollm2-135m",
+        ["convert.mixer.window=8", f"data=[{{path: {text}}}]", f"source={{id: {source}}}"],
+    )
+    convert(locate(str(source)), wanted, tmp_path / "converted")
+    out = calibrate(tmp_path / "converted", wanted, tmp_path / "out", tokens=256, seq_len=64)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert any(bool(m.mixer.gate.any()) for m in linearized_modules(model))
+    manifest = json.loads((out / "linearize.json").read_text())
+    assert manifest["calibration"]["tokens"] == 256 and manifest["source"]
+    with pytest.raises(InputError, match="do not fill one block"):
+        calibrate(tmp_path / "converted", wanted, tmp_path / "other", tokens=10, seq_len=64)
+
+
+def test_what_cannot_be_calibrated_says_so():
+    with pytest.raises(InputError, match="has a memory"):
+        fit(linearize_(tiny_model("llama", layers=2), {"name": "window", "window": 8}), ids())
+    with pytest.raises(InputError, match="beyond window and sinks"):
+        fit(linearize_(tiny_model("llama", layers=2), {"name": "gla", "window": 64}), ids())
