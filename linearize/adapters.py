@@ -107,6 +107,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         # peft 0.21 asks the model for a name that transformers 5.23 calls deprecated.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        # GPT-2 keeps its weights transposed; peft sees that, sets the flag itself, and says so.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         yield
 
 

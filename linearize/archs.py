@@ -4,21 +4,25 @@ Almost everything comes from the source's own code; a row here holds only what c
 """
 
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import model_type_to_module_name
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from linearize.errors import InputError
 from linearize.mixers.base import Geometry
+
+RECORD = Path(__file__).with_name("archs.json")
+"""Which architectures passed `linearize.probe`, and why the others did not; written by scripts/probe_archs.py."""
+UNTRIED = "no tiny model"
+"""How the reason begins where there was nothing to judge."""
 
 
 @dataclass(frozen=True)
@@ -27,25 +31,51 @@ class Arch:
 
     Attributes:
         rotates: attention module -> whether this layer applies RoPE (some skip it in some layers).
-        roles: role -> names of the modules below the block that play it, where they are not called as in Llama.
+        half_angles: cos and sin come once per pair of channels, half as wide as what they rotate.
+        drops_arguments: the decoder layer does not pass keyword arguments that it does not know on to its attention.
+        enters: path of the module that the causal LM calls with the padding mask, where that is not its base model.
     """
 
     rotates: Callable[[Any], bool] = lambda attention: True
-    roles: dict[str, tuple[str, ...]] | None = None
+    half_angles: bool = False
+    drops_arguments: bool = False
+    enters: str | None = None
 
 
+_FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+# What the modules inside an attention that play a role are called, and those of the MLP beside it.
 ROLES = {
-    "q": ("q_proj",),
-    "k": ("k_proj",),
-    "v": ("v_proj",),
-    "o": ("o_proj",),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "q": ("q_proj", *_FUSED),
+    "k": ("k_proj", *_FUSED),
+    "v": ("v_proj", *_FUSED),
+    "o": ("o_proj", "out_proj", "dense", "c_proj", "Wo"),
 }
+MLP = (
+    *("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
+    *("fc1", "fc2", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h", "Wi"),
+)
+
+
+def _slides(attention: Any) -> bool:
+    return attention.sliding_window is not None
+
+
+def _local(attention: Any) -> bool:
+    return attention.sliding_window is None or attention.is_sliding
+
 
 ARCHS: dict[str, Arch] = {
-    "cohere2": Arch(rotates=lambda attention: attention.sliding_window is not None),
-    "exaone4": Arch(rotates=lambda attention: attention.sliding_window is None or attention.is_sliding),
+    "afmoe": Arch(rotates=lambda attention: attention.is_local_attention),
+    "cohere2": Arch(rotates=_slides),
+    "cohere2_moe": Arch(rotates=lambda attention: _slides(attention) or attention.force_rope),
+    "exaone4": Arch(rotates=_local),
+    "exaone_moe": Arch(rotates=_local),
+    "flint": Arch(rotates=_slides),
+    "gpt_oss": Arch(half_angles=True),
+    "nemotron": Arch(drops_arguments=True),
+    "opt": Arch(enters="model.decoder"),
     "smollm3": Arch(rotates=lambda attention: bool(attention.use_rope)),
+    "stablelm": Arch(drops_arguments=True),
 }
 
 
@@ -55,18 +85,24 @@ def arch_of(config: PreTrainedConfig) -> Arch:
     return ARCHS.get(block["source"]["model_type"] if block else config.model_type, Arch())
 
 
-def model_types() -> list[str]:
-    """Model types of causal language models whose attention goes through transformers' interface, so can be replaced.
+@cache
+def record() -> dict[str, Any]:
+    """Which model types passed the probe with which version of transformers, and why the others did not."""
+    return json.loads(RECORD.read_text(encoding="utf-8"))
 
-    Read from the text of transformers' modeling files, because importing them all takes minutes. Whether the conversion
-    of one is exact, the softmax control shows.
+
+def check_supported(model_type: str) -> None:
+    """Refuse an architecture that is known not to work; one that nobody has tried is not refused.
+
+    Raises:
+        InputError: the probe failed on it.
     """
-    folder = Path(transformers.__file__).parent / "models"
-    files = {kind: model_type_to_module_name(kind) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
-    paths = {kind: folder / module / f"modeling_{module}.py" for kind, module in files.items()}
-    return [
-        kind for kind, path in sorted(paths.items()) if path.is_file() and "ALL_ATTENTION_FUNCTIONS" in path.read_text()
-    ]
+    why = record()["fails"].get(model_type, UNTRIED)
+    if not why.startswith(UNTRIED):
+        raise InputError(
+            f"model type {model_type!r}: does not pass the probe ({why}); `linearize archs` lists what can, "
+            "`linearize archs --probe MODEL` shows what is missing in another version of transformers"
+        )
 
 
 def attention_layers(model: nn.Module) -> dict[int, str]:
@@ -95,13 +131,30 @@ def _routable(module: nn.Module) -> bool:
     return takes_kwargs and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
+def reach(config: PreTrainedConfig, layer: int) -> int | None:
+    """Tokens that the source's attention in a layer keeps: its sliding window, None for all, 0 where it has none."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return window
+    if kinds[layer] in ("sliding_attention", "chunked_attention"):
+        return window if kinds[layer] == "sliding_attention" else getattr(config, "attention_chunk_size", None)
+    return None if "attention" in kinds[layer] and kinds[layer] != "linear_attention" else 0
+
+
+def full_layers(paths: dict[int, str], config: PreTrainedConfig) -> list[int]:
+    """The attention layers that see the whole text; those of a source that slides a window in every layer are all."""
+    return [i for i in paths if reach(config, i) is None] or list(paths)
+
+
 def check_layers(paths: dict[int, str], layers: list[int] | None, config: PreTrainedConfig) -> list[int]:
-    """The chosen layers, in order.
+    """The chosen layers, in order; None chooses those of `full_layers`.
 
     Raises:
         InputError: an index that names no attention layer.
     """
-    chosen = sorted(set(paths if layers is None else layers))
+    chosen = sorted(set(full_layers(paths, config) if layers is None else layers))
     wrong = [i for i in chosen if i not in paths]
     if wrong:
         raise InputError(
@@ -133,7 +186,7 @@ def unrotate(module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor] 
     cos, sin = (e.float() for e in position_embeddings)
     sin = -sin
     apply = sys.modules[module.source_class.__module__].apply_rotary_pos_emb
-    width = cos.shape[-1]
+    width = cos.shape[-1] * (2 if arch_of(module.source_config).half_angles else 1)
     if any(kind in str(getattr(module.source_config, "rope_parameters", "")) for kind in ("yarn", "longrope")):
         # These multiply cos and sin by a factor; its square divides out.
         square = cos[..., :1] ** 2 + sin[..., :1] ** 2
@@ -173,6 +226,8 @@ def unrotate_layers(layers: list[tuple[Any, Any]]) -> Callable[[Tensor], Tensor]
 def role_modules(model: nn.Module, roles: list[str] | tuple[str, ...]) -> list[str]:
     """Full names of the linear modules that play the given roles in the linearized layers, for peft's target_modules.
 
+    A projection that makes queries, keys and values at once plays all three roles.
+
     Args:
         model: a linearized model.
         roles: of q, k, v, o, mlp.
@@ -180,16 +235,19 @@ def role_modules(model: nn.Module, roles: list[str] | tuple[str, ...]) -> list[s
     Raises:
         InputError: an unknown role, or one that no module plays.
     """
-    names = {**ROLES, **(arch_of(model.config).roles or {})}  # type: ignore[arg-type]
     linearized = {int(i) for i in model.config.linearize["layers"]}  # type: ignore[union-attr]
-    blocks = {p.rpartition(".")[0] + "." for i, p in attention_layers(model).items() if i in linearized}
-    modules = [n for n, m in model.named_modules() if hasattr(m, "weight") and any(n.startswith(b) for b in blocks)]
+    attentions = [f"{path}." for i, path in attention_layers(model).items() if i in linearized]
+    blocks = [attention[:-1].rpartition(".")[0] + "." for attention in attentions]
+    modules = [n for n, m in model.named_modules() if hasattr(m, "weight") and n.startswith(tuple(blocks))]
+    inside = [n for n in modules if n.startswith(tuple(attentions))]
+    outside = [n for n in modules if n not in inside]
     found: list[str] = []
     for role in roles:
-        if role not in names:
-            raise InputError(f"roles: unknown role {role!r}; expected some of {', '.join(names)}")
-        hits = [n for n in modules if n.rpartition(".")[2] in names[role]]
+        if role != "mlp" and role not in ROLES:
+            raise InputError(f"roles: unknown role {role!r}; expected some of {', '.join((*ROLES, 'mlp'))}")
+        names = MLP if role == "mlp" else ROLES[role]
+        hits = [n for n in (outside if role == "mlp" else inside) if n.rpartition(".")[2] in names]
         if not hits:
-            raise InputError(f"roles: {role!r} targets no module of this model; looked for {', '.join(names[role])}")
+            raise InputError(f"roles: {role!r} targets no module of this model; looked for {', '.join(names)}")
         found += [h for h in hits if h not in found]
     return found

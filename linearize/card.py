@@ -49,6 +49,14 @@ tokenizer = AutoTokenizer.from_pretrained("{{ location }}")
 ```
 
 `linearize generate {{ location }}` opens a chat.
+{%- if code %}
+
+Without it, the code in this repository does the same; it needs PyTorch and transformers only:
+
+```python
+model = AutoModelForCausalLM.from_pretrained("{{ location }}", trust_remote_code=True)
+```
+{%- endif %}
 
 ## Results
 
@@ -130,7 +138,8 @@ def write_card(folder: Path, config: dict, adapter_of: str | None, repo: str | N
         mixers=mixers,
         layers=_grouped(layers),
         replaced=len(layers),
-        total=config.get("num_hidden_layers"),
+        total=config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers")),
+        code="auto_map" in config,
         licence=licence.get("license"),
         table=results_file.markdown_table(results) if results else None,
         columns=[(name, results_file.COLUMNS[name]) for name in (results or {}).get("columns", ())],

@@ -30,6 +30,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
 ]
+WithCode = Annotated[
+    bool, typer.Option("--with-code", help="Bring the code along, for trust_remote_code without this package.")
+]
 Flags = Annotated[
     list[str] | None,
     typer.Argument(metavar="-- ACCELERATE_FLAGS", help="Flags of `accelerate launch`.", show_default=False),
@@ -68,11 +71,12 @@ def convert(
     window: Annotated[int | None, typer.Option(help="Tokens of exact attention.")] = None,
     sinks: Annotated[int | None, typer.Option(help="First tokens that stay visible to all.")] = None,
     combine: Annotated[str | None, typer.Option(help="memory, liger or none.")] = None,
-    layers: Annotated[str | None, typer.Option(help="all, 0-11,20, or keep:20,23.")] = None,
+    layers: Annotated[str | None, typer.Option(help="full, all, 0-11,20, or keep:20,23.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link unchanged weights instead of copying.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights, restricted.")] = False,
+    with_code: WithCode = False,
     set_: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
     overwrite: Overwrite = False,
@@ -110,7 +114,7 @@ def convert(
         return _show(plan.to_dict(), as_json, plan.text())
     _note(plan.text())
     out = out or recipes.run_folder(resolved) / "0-converted"
-    stage.convert(located, resolved, out, overwrite, link=link, allow_pickle=allow_pickle)
+    stage.convert(located, resolved, out, overwrite, link=link, allow_pickle=allow_pickle, with_code=with_code)
     _show({"out": str(out), "plan": plan.to_dict()}, as_json, str(out))
 
 
@@ -315,9 +319,10 @@ def inspect(
     folder: Annotated[
         str, typer.Argument(metavar="DIR", help="Any model folder, GGUF file or Hub id.", show_default=False)
     ],
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: FILE.png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a model folder is made of.
+    """Show what a model folder is made of, from its headers.
 
     \b
     Example:
@@ -326,6 +331,10 @@ def inspect(
     from linearize import inspection
 
     found = inspection.inspect(folder)
+    if plot is not None:
+        from linearize.plot import draw
+
+        _note(f"picture: {draw(found, plot)}")
     _show(found, as_json, inspection.text(found))
 
 
@@ -355,21 +364,27 @@ def recipes(
 
 @app.command()
 def check(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Recipe files or names.", show_default=False)],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Recipes, or model folders.", show_default=False)
+    ],
     as_json: Json = False,
 ) -> None:
-    """Check recipe files and report every problem.
+    """Check recipe files, or every file of converted folders by its hash, and report every problem.
 
     \b
     Example:
-      linearize check recipes/smollm2-135m.yaml
+      linearize check recipes/smollm2-135m.yaml runs/demo/0-converted
     """
     from linearize import recipe as stage
+    from linearize.files import verify
 
     problems = []
     for file in files:
         try:
-            stage.load(file)
+            if Path(file).is_dir():
+                problems += [f"{file}/{problem}; write the folder again" for problem in verify(file)]
+            else:
+                stage.load(file)
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -384,6 +399,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make it a private repository.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the card and the files.")] = False,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    with_code: WithCode = False,
     as_json: Json = False,
 ) -> None:
     """Upload a folder, with a model card, to the Hugging Face Hub.
@@ -395,9 +411,30 @@ def push(
     from linearize import hub as stage
 
     if dry_run and as_json:
-        return _show(stage.plan(folder, repo).to_dict(), as_json)
-    answer = stage.push(folder, repo, private=private, dry_run=dry_run, message=message)
+        return _show(stage.plan(folder, repo, with_code).to_dict(), as_json)
+    answer = stage.push(folder, repo, private=private, dry_run=dry_run, message=message, with_code=with_code)
     _show({"url": answer}, as_json, answer)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    to: Annotated[str, typer.Option(help="source: back to the architecture it was converted from.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    link: Annotated[bool, typer.Option("--link", help="Hard-link the weights instead of copying.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a folder in another format; tensors stay as they are, byte for byte.
+
+    \b
+    Example:
+      linearize export runs/demo/merged --to source --out runs/demo/as-source
+    """
+    from linearize import export as stage
+
+    done = stage.export(folder, to, out, overwrite, link)
+    _show({"out": str(done)}, as_json, str(done))
 
 
 @app.command()
@@ -426,18 +463,33 @@ def mixers(
 
 
 @app.command()
-def archs(as_json: Json = False) -> None:
-    """List the architectures whose attention can be replaced.
+def archs(
+    probe: Annotated[str | None, typer.Option(metavar="MODEL", help="Check this model instead of listing.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Check a tiny random model of its configuration.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the architectures that can be converted exactly, or check a model.
+
+    MODEL is a recipe, folder, GGUF file or Hub id; with --tiny also a model type. Exits with 1 if a check fails.
 
     \b
     Example:
-      linearize archs
+      linearize archs --probe my-org/my-model --tiny
     """
-    from linearize.archs import ARCHS, model_types
+    if probe is None:
+        from linearize.archs import record
 
-    kinds = model_types()
-    text = f"{', '.join(kinds)}\n\n{len(kinds)} model types; a row of their own: {', '.join(ARCHS)}"
-    _show({"model_types": kinds, "rows": list(ARCHS)}, as_json, text)
+        found = record()
+        count = f"{len(found['passes'])} model types of transformers {found['transformers']}"
+        return _show(found, as_json, f"{', '.join(found['passes'])}\n\n{count}")
+    from linearize import probe as stage
+    from linearize import recipe as recipes
+
+    source = recipes.resolve(probe).source
+    checks = stage.probe_named(source.id, source.package, tiny)
+    _show([vars(check) for check in checks], as_json, stage.text(checks))
+    if not stage.passes(checks):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

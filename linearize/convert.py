@@ -19,7 +19,7 @@ from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from linearize import __version__, archs, files, weights
+from linearize import __version__, archs, bundle, files, weights
 from linearize.errors import InputError
 from linearize.files import format_bytes, verify
 from linearize.inspection import cache_sizes, inspect
@@ -148,11 +148,13 @@ def _build_source(located: Located) -> PreTrainedModel:
 def _build(located: Located, recipe: Recipe) -> PreTrainedModel:
     """The linearized model without values (meta device)."""
     model = _build_source(located)
-    layers = recipe.convert.layers
+    archs.check_supported(model.config.model_type)
+    layers, paths = recipe.convert.layers, archs.attention_layers(model)
     if isinstance(layers, Mapping):
-        kept = archs.check_layers(archs.attention_layers(model), layers["keep"], model.config)
-        layers = [layer for layer in archs.attention_layers(model) if layer not in kept]
-    return linearize_(model, recipe.convert.mixer, None if layers == "all" else layers, source=located.to_dict())
+        kept = archs.check_layers(paths, layers["keep"], model.config)
+        layers = [layer for layer in archs.full_layers(paths, model.config) if layer not in kept]
+    chosen = {"full": None, "all": list(paths)}.get(layers, layers) if isinstance(layers, str) else layers
+    return linearize_(model, recipe.convert.mixer, chosen, source=located.to_dict())
 
 
 def _new_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -217,6 +219,7 @@ def convert(
     *,
     link: bool = False,
     allow_pickle: bool = False,
+    with_code: bool = False,
 ) -> Path:
     """Write the linearized folder of a source. It appears complete, by rename, or not at all.
 
@@ -231,6 +234,7 @@ def convert(
         link: hard-link unchanged shards instead of copying them: no time and no space, but writing into a shard in
             place then changes the source too. A hash is recorded only where it is known already.
         allow_pickle: read PyTorch ``.bin`` files where there are no safetensors, with the restricted loader.
+        with_code: bring the code along, so that ``trust_remote_code=True`` opens it where this package is missing.
 
     Returns:
         `out`.
@@ -267,6 +271,9 @@ def convert(
         stored = next(each for each in candidates if isinstance(each, torch.dtype))
         hashes = _write_weights(model, tensors, folder, dtype, stored, place)
         model.config.dtype = stored
+        if with_code:
+            model.config.auto_map = bundle.AUTO_MAP
+            (folder / bundle.FILE).write_text(bundle.code(bundle.mixers_of(model.config.to_dict())), encoding="utf-8")
         model.config.save_pretrained(folder)
         _carry(plain if located.gguf else located.path, folder, model)
         (folder / "recipe.yaml").write_text(to_yaml(recipe))
@@ -323,7 +330,7 @@ def _write_weights(
     """Write all shards and the index: tensors in `dtype` (None: as they are), the mixers' own in `stored`.
 
     Args:
-        place: moves, links or copies an unchanged shard: (source, target, advance) -> its hash, if known.
+        place: moves, links or copies an unchanged shard: (source, target, advance, look) -> its hash, if known.
 
     Returns:
         File name -> sha256, or None where it was not computed.
@@ -339,7 +346,7 @@ def _write_weights(
             if target.exists():  # complete, from a run that was killed later
                 hashes[target.name] = files.sha256(target, advance)
             elif cast == shard:
-                hashes[target.name] = place(file, target, advance)
+                hashes[target.name] = place(file, target, advance, weights.no_nan(shard))
             else:
                 writers = [weights.cast_tensor(old, to, advance) for old, to in zip(shard, cast, strict=True)]
                 weights.write_shard(target, zip(cast, writers, strict=True))
@@ -347,16 +354,16 @@ def _write_weights(
     if new:
         target, own = folder / weights.shard_name(count, count), folder / ".own.safetensors"
         save_file({name: tensor.to(stored) for name, tensor in new.items()}, own, metadata={"format": "pt"})
-        hashes[target.name] = _move(own, target, lambda count: None)
+        hashes[target.name] = _move(own, target, lambda count: None, weights.no_nan([]))
     if count > 1:
         weights.write_index(folder, {k: v for name in hashes for k, v in weights.read_header(folder / name).items()})
     return hashes
 
 
-def _move(source: Path, target: Path, advance: Callable[[int], None]) -> str:
+def _move(source: Path, target: Path, advance: Callable[[int], None], look: Callable[[int, memoryview], None]) -> str:
     source.replace(target)
     target.chmod(0o666 & target.parent.stat().st_mode)  # safetensors lets only the owner read
-    return files.sha256(target, advance)
+    return files.sha256(target, advance, look)
 
 
 def _carry(source: Path, folder: Path, model: PreTrainedModel) -> None:

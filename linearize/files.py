@@ -129,8 +129,8 @@ def output_folder(out: str | Path, overwrite: bool = False, key: str | None = No
                 folder.rmdir()
         if _disk_full(error):
             raise InputError(
-                f"{out}: the disk became full while the folder was written, and nothing was left behind; free some "
-                "space or choose a folder on another disk"
+                f"{out}: the disk became full while the folder was written ({_reason(error)}), and nothing was left "
+                "behind; free some space or choose a folder on another disk"
             ) from error
         raise
 
@@ -195,10 +195,14 @@ def _claim(partial: Path, key: str | None, keep: str) -> None:
     note.write_text(key or "")
 
 
+def _reason(error: BaseException) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else os.strerror(errno.ENOSPC)
+
+
 def _disk_full(error: BaseException | None) -> bool:
     while error is not None:
         # safetensors raises an exception of its own, with the system's text in it.
-        by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if by_number or os.strerror(errno.ENOSPC) in str(error):
             return True
         error = error.__cause__
@@ -235,20 +239,30 @@ def _ignore(count: int) -> None:
     pass
 
 
-def sha256(path: Path, advance: Callable[[int], None] = _ignore) -> str:
+def _no_look(offset: int, content: memoryview) -> None:
+    pass
+
+
+def sha256(
+    path: Path, advance: Callable[[int], None] = _ignore, look: Callable[[int, memoryview], None] = _no_look
+) -> str:
     """Hash a file.
 
     Args:
         path: the file.
         advance: called with the number of bytes read, as it goes.
+        look: called with the offset and content of each piece; may raise.
 
     Returns:
         64 hexadecimal digits.
     """
     digest, buffer = hashlib.sha256(), bytearray(min(CHUNK, max(1, path.stat().st_size)))
     with path.open("rb", buffering=0) as file:
+        offset = 0
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
+            look(offset, memoryview(buffer)[:count])
+            offset += count
             advance(count)
     return digest.hexdigest()
 
@@ -260,7 +274,12 @@ def known_sha256(path: Path) -> str | None:
     return blob.name if blob.parent.name == "blobs" and is_hash else None
 
 
-def copy(source: Path, target: Path, advance: Callable[[int], None] = _ignore) -> str:
+def copy(
+    source: Path,
+    target: Path,
+    advance: Callable[[int], None] = _ignore,
+    look: Callable[[int, memoryview], None] = _no_look,
+) -> str:
     """Copy a file inside the kernel (a reflink where the file system has them) and hash it in the same pass.
 
     `target` appears by rename when it is complete. No more than a chunk of the file is ever in memory.
@@ -269,6 +288,7 @@ def copy(source: Path, target: Path, advance: Callable[[int], None] = _ignore) -
         source: the file to copy.
         target: the new file; an existing one is replaced.
         advance: called with the number of bytes copied, as it goes.
+        look: called with the offset and content of each piece, on another thread; what it raises ends the copy.
 
     Returns:
         The sha256 of the content, 64 hexadecimal digits.
@@ -290,7 +310,9 @@ def copy(source: Path, target: Path, advance: Callable[[int], None] = _ignore) -
         return view
 
     def hash_range(file: int, offset: int, count: int) -> None:
-        digest.update(read(file, offset, count))
+        view = read(file, offset, count)
+        digest.update(view)
+        look(offset, view)
 
     writing = target.with_name(f"{target.name}.writing")
     with source.open("rb") as reader, writing.open("wb", buffering=0) as writer, ThreadPoolExecutor(1) as thread:
@@ -329,8 +351,13 @@ def copy(source: Path, target: Path, advance: Callable[[int], None] = _ignore) -
     return value
 
 
-def link(source: Path, target: Path, advance: Callable[[int], None] = _ignore) -> str | None:
-    """Hard-link a file: no space, no time, and the same bytes under two names from then on.
+def link(
+    source: Path,
+    target: Path,
+    advance: Callable[[int], None] = _ignore,
+    look: Callable[[int, memoryview], None] = _no_look,
+) -> str | None:
+    """Hard-link a file: no space, no time, and the same bytes under two names from then on; `look` sees nothing.
 
     Returns:
         The sha256 where it is known without reading the file (see `known_sha256`), else None.

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from linearize import bundle
 from linearize import results as results_file
 from linearize.card import is_repo_id, write_card
 from linearize.errors import InputError
@@ -63,6 +64,7 @@ def push(
     dry_run: bool = False,
     token: str | None = None,
     message: str | None = None,
+    with_code: bool = False,
 ) -> str:
     """Upload a linearized folder, with a model card, to the Hugging Face Hub.
 
@@ -76,6 +78,7 @@ def push(
         dry_run: upload and write nothing.
         token: of the Hub; None for the one that ``hf auth login`` or HF_TOKEN left.
         message: of the commit.
+        with_code: send the code along, so that ``trust_remote_code=True`` opens it where this package is missing.
 
     Returns:
         The address of the repository; with ``dry_run`` the files, their sizes and the card, as text.
@@ -92,7 +95,7 @@ def push(
     except HFValidationError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--repo {repo}: not the name of a repository ({reason}); give organisation/name") from error
-    upload = plan(folder, repo)
+    upload = plan(folder, repo, with_code)
     if dry_run:
         return upload.text()
     if not (token or get_token()):
@@ -104,12 +107,13 @@ def push(
         return _send(HfApi(token=token, library_name="linearize"), upload, repo, private, message)
 
 
-def plan(folder: str | Path, repo: str | None = None) -> Upload:
+def plan(folder: str | Path, repo: str | None = None, with_code: bool = False) -> Upload:
     """Check a folder and collect what a push would send.
 
     Args:
         folder: as in ``push``.
         repo: named in the card as the id to load from; None for the folder itself.
+        with_code: as in ``push``.
 
     Raises:
         InputError: as ``push``, for everything that concerns the folder.
@@ -122,9 +126,13 @@ def plan(folder: str | Path, repo: str | None = None) -> Upload:
     if measured:
         files["results.json"] = measured
     results = results_file.read(measured) if measured else None
+    config = bundle.auto_map(config) if with_code and config else config
     card = write_card(folder, config, adapter_of, repo, results)
     path = (config.get("linearize", {}).get("source") or {}).get("path")
     changed = _without(path, files) if path else {}
+    if with_code:
+        changed |= _code(folder, config, changed.get("config.json"))
+    _keep_manifest(files, changed)
     sent: dict[str, Path | bytes] = {**files, **changed, "README.md": card.encode()}
     return Upload(folder, dict(sorted(sent.items())), card, bool(results))
 
@@ -209,7 +217,7 @@ def _measured(folder: Path) -> Path | None:
 
 
 def _without(path: str, files: dict[str, Path]) -> dict[str, bytes]:
-    """The small text files that name a path of this machine, with its last part instead, and a manifest that fits."""
+    """The small text files that name a path of this machine, with its last part instead."""
     changed: dict[str, bytes] = {}
     for name, file in files.items():
         if file.suffix in (".json", ".yaml", ".jsonl"):
@@ -217,13 +225,30 @@ def _without(path: str, files: dict[str, Path]) -> dict[str, bytes]:
             after = before.replace(json.dumps(path)[1:-1], Path(path).name).replace(path, Path(path).name)
             if after != before:
                 changed[name] = after.encode()
-    if MANIFEST in files:
-        manifest = json.loads(changed.get(MANIFEST) or files[MANIFEST].read_bytes())
-        for name in manifest["files"].keys() & changed.keys():
-            content = changed[name]
-            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        changed[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
     return changed
+
+
+def _code(folder: Path, config: dict, changed: bytes | None) -> dict[str, bytes]:
+    """The modeling file of a folder, and a config.json that names it."""
+    if not config:
+        raise InputError(
+            f"--with-code: {folder} holds an adapter, and code belongs to the model under it; merge the two (linearize "
+            f"merge {folder} --out MERGED) and push that with its code"
+        )
+    named = bundle.auto_map(json.loads(changed) if changed else config)
+    text = bundle.code(bundle.mixers_of(config))
+    return {"config.json": (json.dumps(named, indent=2) + "\n").encode(), bundle.FILE: text.encode()}
+
+
+def _keep_manifest(files: dict[str, Path], changed: dict[str, bytes]) -> None:
+    """Let the manifest among the files fit what is sent in their place."""
+    if MANIFEST not in files or not changed:
+        return
+    manifest = json.loads(changed.get(MANIFEST) or files[MANIFEST].read_bytes())
+    for name, content in changed.items():
+        if name in manifest["files"] or name not in files:
+            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    changed[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
 
 
 def _left_out(name: str) -> bool:

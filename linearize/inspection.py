@@ -30,9 +30,7 @@ def cache_sizes(config: PreTrainedConfig, dtype_bytes: int = 2) -> dict[str, Any
         ``dtype_bytes``; ``bytes_per_token``: growth per token beyond the window; ``contexts``: one row per context
         length; each with ``source_kv`` and ``linearized``.
     """
-    if not hasattr(config, "linearize"):
-        config = copy.copy(config)
-        config.linearize = {"layers": {}}  # nothing replaced
+    config = _with_block(config)
     columns = ("source_kv", "linearized")
     sizes = {
         context: state_bytes(config, context, dtype_bytes=dtype_bytes) for context in (*CONTEXTS, CONTEXTS[-1] + 1)
@@ -45,6 +43,13 @@ def cache_sizes(config: PreTrainedConfig, dtype_bytes: int = 2) -> dict[str, Any
     }
 
 
+def _with_block(config: PreTrainedConfig) -> PreTrainedConfig:
+    if not hasattr(config, "linearize"):
+        config = copy.copy(config)
+        config.linearize = {"layers": {}}  # nothing replaced
+    return config
+
+
 def inspect(model: str | Path | Located) -> dict[str, Any]:
     """Describe a model from headers alone.
 
@@ -53,8 +58,8 @@ def inspect(model: str | Path | Located) -> dict[str, Any]:
 
     Returns:
         JSON-safe: path, model_type, source (None for a plain model), parameters, new_parameters, bytes, dtypes,
-        shards, layers (one entry per layer: mixer and its settings, parameters, new_parameters), cache (see
-        `cache_sizes`), and for an adapter folder `adapter`.
+        shards, layers (one entry per layer: mixer and its settings, parameters, new_parameters, bytes, cache_32k: bytes
+        of its cache for one row of 32K tokens), cache (see `cache_sizes`), and for an adapter folder `adapter`.
 
     Raises:
         InputError: nothing is there, or it is damaged.
@@ -88,25 +93,19 @@ def inspect(model: str | Path | Located) -> dict[str, Any]:
         "source": block["source"] if block else None,
         **sizes,
         "new_parameters": _count(new),
-        "layers": _layers(config, tensors, block["layers"] if block else {}),
+        "layers": _layers(_with_block(config), tensors),
         "cache": cache_sizes(config),
     }
 
 
 def text(found: dict[str, Any]) -> str:
-    """What `inspect` found, for a terminal: one fact per line, equal layers together."""
-    groups: dict[str, list[int]] = {}
-    for row in found["layers"]:
-        settings = {key: value for key, value in row.items() if key not in ("layer", "mixer", *_COUNTS)}
-        shown = ", ".join(f"{key} {value}" for key, value in settings.items()) if row["mixer"] != "softmax" else ""
-        groups.setdefault(row["mixer"] + (f" ({shown})" if shown else ""), []).append(row["layer"])
+    """What `inspect` found, for a terminal: one fact per line, then the layers as a table, equal ones together."""
     parameters = "" if found["parameters"] is None else f"{found['parameters']:,}, {found['new_parameters']:,} new; "
     origin = found["source"]
     rows = [
         ("folder", found["path"]),
         ("type", found["model_type"] + (f", from {origin['id']} ({origin['model_type']})" if origin else "")),
         ("parameters", f"{parameters}{format_bytes(found['bytes'])} {' '.join(found['dtypes'])}".rstrip()),
-        *((f"layers {_ranges(layers)}", mixer) for mixer, layers in groups.items()),
         *(
             (
                 f"cache at {row['context'] // 1024}K",
@@ -119,7 +118,26 @@ def text(found: dict[str, Any]) -> str:
         adapter = found["adapter"]
         rows.insert(1, ("adapter", f"{adapter['peft_type']}, r {adapter['r']}, {adapter['parameters']:,} parameters"))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", *_table(found["layers"])])
+
+
+def _table(layers: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table; layers that differ in nothing but their number share a row."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in layers:
+        groups.setdefault(json.dumps({key: value for key, value in row.items() if key != "layer"}), []).append(row)
+    own = ("layer", "mixer", "window", "sinks", "bytes", "cache_32k", *_COUNTS)
+    table: list[tuple[str, ...]] = [
+        ("layers", "mixer", "window", "sinks", "parameters", "new", "bytes", "cache at 32K", "settings")
+    ]
+    for rows in groups.values():
+        row = rows[0]
+        settings = "" if row["mixer"] == "softmax" else ", ".join(f"{k} {v}" for k, v in row.items() if k not in own)
+        reach = [str(row.get(key, "-")) if row["mixer"] != "softmax" else "-" for key in ("window", "sinks")]
+        counts = [f"{row[key]:,}" for key in _COUNTS] + [format_bytes(row[key]) for key in ("bytes", "cache_32k")]
+        table.append((_ranges([each["layer"] for each in rows]), row["mixer"], *reach, *counts, settings))
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -160,13 +178,13 @@ def _inspect_adapter(file: Path) -> dict[str, Any]:
     return {**base, "adapter": {**adapter, "path": str(file.parent), **weights.describe(tensors)}}
 
 
-def _layers(
-    config: PreTrainedConfig, tensors: dict[str, weights.Tensor], mixers: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _layers(config: PreTrainedConfig, tensors: dict[str, weights.Tensor]) -> list[dict[str, Any]]:
+    mixers, cache = config.linearize["layers"], state_bytes(config, 32768)["per_layer"]
     by_layer: dict[int, list[weights.Tensor]] = {}
     for tensor in tensors.values():
         match = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{tensor.name}")
-        if match:
+        # The layers of a tower beside the text model are numbered too.
+        if match and not re.search("vision|visual|audio", tensor.name):
             by_layer.setdefault(int(match[1]), []).append(tensor)
     rows = []
     for layer in range(config.get_text_config().num_hidden_layers):
@@ -180,6 +198,8 @@ def _layers(
                 **mixer,
                 "parameters": _count(own),
                 "new_parameters": _count(new),
+                "bytes": sum(tensor.size for tensor in own),
+                "cache_32k": cache[layer],
             }
         )
     return rows

@@ -43,6 +43,9 @@ from linearize.ops.rows import Rows
 FORMAT = 1
 """Version of the `linearize` block in config.json."""
 
+# A copy of this text may run from a folder that brings its code along (bundle.py): then saving takes it along again.
+_AUTO = {} if __name__.startswith("linearize.") else {"config": "AutoConfig", "model": "AutoModelForCausalLM"}
+
 IMPLEMENTATION = "linearize"
 # The mixed-in classes rely on the source's class that follows them; a type checker is told so.
 if TYPE_CHECKING:
@@ -62,16 +65,31 @@ class LinearizedAttention(_Source):
     branch: str = "all"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any):
-        rows = kwargs.pop("linearize_rows", None)
-        steps = kwargs.pop("linearize_steps", None)
+        mask = kwargs.pop("attention_mask", None)
+        if isinstance(mask, _Carried):
+            kwargs |= mask.arguments
+            mask = mask.mask
+        told = "linearize_rows" in kwargs
+        rows, steps = kwargs.pop("linearize_rows", None), kwargs.pop("linearize_steps", None)
         if self.branch == "source":
-            return super().forward(hidden_states, *args, **kwargs)
-        name = "layer_past" if "layer_past" in kwargs else "past_key_values"
-        past, mask = kwargs.pop(name, None), kwargs.pop("attention_mask", None)
+            return super().forward(hidden_states, *args, attention_mask=mask, **kwargs)
+        if not told:
+            raise RuntimeError(
+                f"{type(self).__name__}: the decoder layer does not pass keyword arguments on, so padding cannot be "
+                "seen; its architecture needs a row in linearize/archs.py with drops_arguments"
+            )
+        past = kwargs.pop("layer_past" if "layer_past" in kwargs else "past_key_values", None)
         call = _Call(past, rows, mask, kwargs.get("position_embeddings"), steps or {})
         if self.layer_idx in call.steps:
             call.steps[self.layer_idx][0].positions[self.layer_idx] = call.position_embeddings
         return super().forward(hidden_states, *args, attention_mask=None, linearize_call=call, **kwargs)
+
+
+class _Carried:
+    """A mask with arguments for the attention on it, through decoder layers that drop arguments they do not know."""
+
+    def __init__(self, mask: Tensor | None, arguments: dict[str, Any]):
+        self.mask, self.arguments = mask, arguments
 
 
 class _Call:
@@ -128,9 +146,13 @@ def _attention_class(source: type[nn.Module]) -> type[nn.Module]:
     return type(name, (LinearizedAttention, source), {"source_class": source, "__module__": __name__})
 
 
-def _swap(module: Any, config: PreTrainedConfig, mixer: MixerConfig) -> None:
+def _swap(model: nn.Module, path: str, config: PreTrainedConfig, mixer: MixerConfig) -> None:
     """Turn one attention module of a source into a linearized one, or give a linearized one another mixer."""
+    module: Any = model.get_submodule(path)
+    layer = model.get_submodule(path.rpartition(".")[0])
     if not isinstance(module, LinearizedAttention):
+        if archs.arch_of(config).drops_arguments:
+            layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
         module.source_config = config
         module.rotates = archs.arch_of(config).rotates(module)
         module.config = copy.copy(module.config)
@@ -160,6 +182,13 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     if T == 1 and rows is None and isinstance(past, Cache) and not compiling:
         mixers = {m.layer_idx: m.mixer for m in decoder.linearized if m.branch != "source"}
         kwargs["linearize_steps"] = steps(mixers, past.layers)
+    return args, kwargs
+
+
+def _before_layer(layer: Any, args: tuple, kwargs: dict[str, Any]):
+    """Put what the attention needs on the mask, which every layer passes on."""
+    arguments = {name: kwargs.pop(name) for name in ("linearize_rows", "linearize_steps") if name in kwargs}
+    kwargs["attention_mask"] = _Carried(kwargs.get("attention_mask"), arguments)
     return args, kwargs
 
 
@@ -206,7 +235,8 @@ def config_class(source: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The linearized subclass of a source's configuration class, registered together with its model class."""
     # One __name__ for all, because saving and registering compare names; a distinct __qualname__, because registries of
     # recorded outputs are keyed by it.
-    names = {"__module__": __name__, "__qualname__": f"LinearizedConfig[{source.model_type}]"}
+    names: dict[str, Any] = {"__module__": __name__, "__qualname__": f"LinearizedConfig[{source.model_type}]"}
+    names["_auto_class"] = _AUTO.get("config")
     linearized = type("LinearizedConfig", (source,), {"model_type": "linearized", **names})
     model = MODEL_FOR_CAUSAL_LM_MAPPING[source]
     AutoModelForCausalLM.register(linearized, model_class(model, linearized), exist_ok=True)
@@ -221,10 +251,9 @@ class LinearizedForCausalLM(_Source):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        modules = dict(self.named_modules())
         paths = archs.attention_layers(self)
         for index, values in config.linearize["layers"].items():
-            _swap(modules[paths[int(index)]], config, build_config(values))
+            _swap(self, paths[int(index)], config, build_config(values))
         _hook(self)
 
     @classmethod
@@ -283,11 +312,12 @@ def _inherit_conversions(cls: type) -> None:
 
 @cache
 def model_class(source: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    names = {"__module__": __name__, "__qualname__": f"LinearizedForCausalLM[{source.__name__}]"}
+    names: dict[str, Any] = {"__module__": __name__, "__qualname__": f"LinearizedForCausalLM[{source.__name__}]"}
+    names["_auto_class"] = _AUTO.get("model")
     return type("LinearizedForCausalLM", (LinearizedForCausalLM, source), {"config_class": config, **names})
 
 
-AutoConfig.register("linearized", LinearizedConfig)
+AutoConfig.register("linearized", LinearizedConfig, exist_ok=True)
 
 
 # --- verbs
@@ -304,7 +334,8 @@ def linearize_(
     Args:
         model: a source model, or a linearized one, whose named layers then get another mixer.
         mixer: which, and its numbers.
-        layers: indices of the layers to replace; None means all that have attention.
+        layers: indices of the layers to replace; None means those whose attention sees the whole text: sliding-window
+            layers stay, unless the source has no others.
         source: where the weights came from (id, revision, path, …), stored in the configuration.
 
     Returns:
@@ -326,9 +357,8 @@ def linearize_(
         model.__class__ = model_class(type(model), type(model.config))
         model.config.linearize = block = {"format": FORMAT, "source": origin, "layers": {}}
         model.config.architectures = ["LinearizedForCausalLM"]
-    modules = dict(model.named_modules())
     for index in chosen:
-        _swap(modules[paths[index]], model.config, config)
+        _swap(model, paths[index], model.config, config)
         block["layers"][str(index)] = config.to_dict()
     block["layers"] = {str(i): block["layers"][str(i)] for i in sorted(map(int, block["layers"]))}
     _hook(model)
@@ -336,7 +366,8 @@ def linearize_(
 
 
 def _hook(model: Any) -> None:
-    decoder = model.base_model
+    entered = archs.arch_of(model.config).enters
+    decoder: Any = model.get_submodule(entered) if entered else model.base_model
     decoder.linearized = linearized_modules(model)
     if _before_decoder not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True)
@@ -376,7 +407,8 @@ def branches(model: nn.Module, branch: str) -> Iterator[None]:
 
 
 def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_bytes: int = 2) -> dict[str, Any]:
-    """Bytes of cache after `context` tokens, by arithmetic from a linearized configuration.
+    """Bytes of cache after `context` tokens, by arithmetic from a linearized configuration; recurrent layers of the
+    source itself are left out.
 
     Args:
         config: a configuration with a `linearize` block.
@@ -390,9 +422,16 @@ def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_by
     """
     per_layer = []
     total = 0
-    for index in range(config.num_hidden_layers):
-        g = archs.geometry(config)
-        grown = batch * context * g.kv_heads * (g.key_width + g.value_width) * dtype_bytes
+    g = archs.geometry(config)
+    for index in range(config.get_text_config().num_hidden_layers):
+        reach = archs.reach(config, index)
+        grown = (
+            batch
+            * (context if reach is None else min(context, reach))
+            * g.kv_heads
+            * (g.key_width + g.value_width)
+            * dtype_bytes
+        )
         total += grown
         values = config.linearize["layers"].get(str(index))
         if values is None or values["name"] == "softmax":

@@ -27,16 +27,18 @@ def parse_layers(value: Any) -> Any:
     """Bring the ways to name layers into one form.
 
     Args:
-        value: ``all``, a number, a list of numbers, ``{keep: [numbers]}``, or text: ``0-11,20`` or ``keep:20,23``.
+        value: ``full``, ``all``, a number, a list of numbers, ``{keep: [numbers]}``, or text: ``0-11,20`` or
+            ``keep:20,23``.
 
     Returns:
-        ``"all"``, a sorted list of the layers to convert, or ``{"keep": sorted list of the layers that stay softmax}``.
+        ``"full"`` (layers whose attention sees the whole text), ``"all"`` (also those of a sliding window), a sorted
+        list of the layers to convert, or ``{"keep": sorted list of the layers that stay softmax}``.
 
     Raises:
         ValueError: the value is none of these.
     """
-    if value == "all":
-        return "all"
+    if value in ("full", "all"):
+        return value
     if isinstance(value, Mapping) and set(value) == {"keep"}:
         return {"keep": _numbers(value["keep"])}
     if isinstance(value, str) and value.startswith("keep:"):
@@ -50,10 +52,10 @@ def _numbers(value: Any) -> list[int]:
     for part in parts:
         first, dash, last = str(part).strip().partition("-")
         if isinstance(part, bool) or not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError("allowed: all, a list of layer numbers, 0-11,20, or {keep: [numbers]}")
+            raise ValueError("allowed: full, all, a list of layer numbers, 0-11,20, or {keep: [numbers]}")
         numbers.update(range(int(first), int(last or first) + 1))
     if not numbers:
-        raise ValueError("the list of layers is empty; allowed: all, or at least one layer number")
+        raise ValueError("the list of layers is empty; allowed: full, all, or at least one layer number")
     return sorted(numbers)
 
 
@@ -76,7 +78,7 @@ class Convert:
     """What replaces softmax attention, where, and in which dtype the converted folder is written."""
 
     mixer: dict[str, Any] = Field(default_factory=lambda: dict(DEFAULT_MIXER))
-    layers: Annotated[Any, BeforeValidator(parse_layers)] = "all"
+    layers: Annotated[Any, BeforeValidator(parse_layers)] = "full"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 

@@ -256,6 +256,32 @@ def cast_tensor(tensor: Tensor, target: Tensor, advance: Callable[[int], None]) 
     return write
 
 
+def no_nan(tensors: Iterable[Tensor]) -> Callable[[int, memoryview], None]:
+    """A look-out for `files.copy` that finds values that are not numbers, at ten times the speed of the hash.
+
+    Args:
+        tensors: all of one file.
+
+    Returns:
+        The function. It raises InputError with the tensor's name. A value that lies across two pieces is not looked at;
+        pieces and tensors start at multiples of 8 bytes, so that there is none in files of the usual writers.
+    """
+    floats = sorted((tensor for tensor in tensors if tensor.dtype in FLOATS), key=lambda tensor: tensor.start)
+
+    def look(offset: int, content: memoryview) -> None:
+        for tensor in floats:
+            size, dtype = FLOATS[tensor.dtype].itemsize, FLOATS[tensor.dtype]
+            start, end = max(tensor.start, offset), min(tensor.start + tensor.size, offset + len(content))
+            start += (tensor.start - start) % size
+            count = (end - start) // size
+            if count > 0:
+                values = torch.frombuffer(content, dtype=dtype, count=count, offset=start - offset)
+                if torch.stack(torch.aminmax(values)).isnan().any():
+                    raise InputError(_not_finite(tensor, values, tensor.dtype))
+
+    return look
+
+
 def _not_finite(tensor: Tensor, values: torch.Tensor, dtype: str) -> str:
     where = f"{tensor.file}: tensor {tensor.name}"
     if not values.isfinite().all():

@@ -60,7 +60,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_verbs() -> None:
-    expected = "archs check convert eval generate inspect merge mixers push recipes run train"
+    expected = "archs calibrate check convert eval export generate inspect merge mixers push recipes run train"
     assert expected.split() == VERBS
 
 
@@ -138,7 +138,7 @@ LLAMA = ["--model", "{llama}"]
 REFUSED = {
     "unknown model": (["--model", "smollm2-135"], ["smollm2-135:", "Did you mean 'smollm2-135m'"]),
     "no such folder": (["--model", "./absent"], ["./absent: no such folder"]),
-    "unknown mixer": ([*LLAMA, "--mixer", "gal"], ["unknown mixer 'gal'", "Did you mean 'gla'"]),
+    "unknown mixer": ([*LLAMA, "--mixer", "glaa"], ["unknown mixer 'glaa'", "Did you mean 'gla'"]),
     "unknown combine": ([*LLAMA, "--combine", "both"], ["combine", "'both'", "memory, liger, none"]),
     "window of 0": ([*LLAMA, "--window", "0"], ["window: found 0"]),
     "layer out of range": ([*LLAMA, "--layers", "4-6"], ["6", "0 to 5"]),

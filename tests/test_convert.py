@@ -3,6 +3,8 @@ kill."""
 
 import json
 import random
+import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -23,12 +25,12 @@ from test_sources import write_gguf
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from linearize import files, mixers, recipe
+from linearize import cli, files, mixers, recipe
 from linearize.convert import Plan, convert, inspect, plan, verify
 from linearize.errors import InputError
 from linearize.mixers import softmax
 from linearize.sources import load_source, locate
-from linearize.weights import INDEX, read_folder
+from linearize.weights import INDEX, no_nan, read_folder
 
 CONTROL = {"name": "softmax"}
 TOKENS = torch.arange(40).view(2, 20)
@@ -112,6 +114,21 @@ def test_another_dtype_casts_every_tensor_exactly(
     assert verify(out) == []
 
 
+def test_the_check_verb_names_a_shard_that_changed(
+    sharded_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(sharded_folder, tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["linearize", "check", str(out)])
+    for code, said in ((0, "out: ok"), (2, "model-00001-of.*the content has changed since it was written .sha256")):
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == code
+        streams = capsys.readouterr()
+        assert re.search(said, streams.out + streams.err)
+        shard = sorted(out.glob("*.safetensors"))[0]
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+
+
 def test_same_dtype_is_copied_not_cast(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("linearize.weights.write_shard", lambda *arguments: pytest.fail("cast"))
     run(llama_folder, tmp_path / "out", dtype="float32")
@@ -126,6 +143,27 @@ def test_values_that_do_not_fit_are_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"tensor model.norm.weight: .*{text}"):
             run(source, tmp_path / "out", dtype="float16")
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("chunk", [1 << 10, 1 << 20])
+def test_a_nan_anywhere_is_found_and_infinity_is_not_one(
+    sharded_folder: Path, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    file = sorted(sharded_folder.glob("*.safetensors"))[-1]
+    tensors = {tensor.name: tensor for tensor in read_folder(sharded_folder).values() if tensor.file == file}
+    content = file.read_bytes()
+    for tensor in tensors.values():
+        for place in (tensor.start, tensor.start + tensor.size // 2 & ~1, tensor.start + tensor.size - 2):
+            for value, bad in ((b"\xc0\x7f", True), (b"\x80\xff", False)):
+                changed = tmp_path / "changed"
+                changed.write_bytes(content[:place] + value + content[place + 2 :])
+                moved = [replace(each, file=changed) for each in tensors.values()]
+                if bad:
+                    with pytest.raises(InputError, match=f"changed: tensor {tensor.name}: .*not finite"):
+                        files.copy(changed, tmp_path / "copy", look=no_nan(moved))
+                else:
+                    files.copy(changed, tmp_path / "copy", look=no_nan(moved))
 
 
 def test_links_share_the_bytes(sharded_folder: Path, tmp_path: Path) -> None:
@@ -284,9 +322,17 @@ def first_shard(content: bytes) -> Callable[[Path], Any]:
         (first_shard(struct.pack("<Q", 1000) + b"{"), "is cut short: 9 bytes, inside its header"),
         (first_shard(struct.pack("<Q", 4) + b"abcd"), "is not a safetensors file"),
         (first_shard(struct.pack("<Q", 2) + b"{}tail"), "has 4 bytes after its last tensor"),
+        (
+            edit_tensors(lambda tensors: tensors["model.embed_tokens.weight"][5, 7:].fill_(float("nan"))),
+            "model-00001-of.*: tensor model.embed_tokens.weight: holds values that are not finite",
+        ),
         (edit_tensors(lambda tensors: tensors.update(stray=torch.zeros(2))), "unexpected: stray in model-00001-of"),
         (edit_tensors(lambda tensors: tensors.pop("model.embed_tokens.weight")), "missing: model.embed_tokens.weight"),
         (edit_config(num_key_value_heads=4), r"k_proj.weight is \[32, 48\], the configuration makes it \[64, 48\]"),
+        (edit_config(num_attention_heads=8), r"q_proj.weight is \[64, 48\], the configuration makes it \[128, 48\]"),
+        (edit_config(num_attention_heads=3), "num_attention_heads|q_proj.weight is"),
+        (edit_config(num_key_value_heads=3), "k_proj.weight is"),
+        (edit_config(head_dim=12), r"q_proj.weight is \[64, 48\], the configuration makes it \[48, 48\]"),
         (edit_config(num_hidden_layers=7, layer_types=["full_attention"] * 7), "missing: model.layers.6"),
         (edit_config(num_hidden_layers=5, layer_types=["full_attention"] * 5), "unexpected: model.layers.5"),
         (edit_config(tie_word_embeddings=False), "missing: lm_head.weight"),
@@ -348,8 +394,8 @@ from linearize import files, recipe
 from linearize.convert import convert, plan
 from linearize.sources import locate
 
-source, out = sys.argv[1:]
-wanted = recipe.from_dict({"source": {"id": source}, "convert": {"mixer": {"name": "softmax"}}})
+source, out, dtype = sys.argv[1:]
+wanted = recipe.from_dict({"source": {"id": source}, "convert": {"mixer": {"name": "softmax"}, "dtype": dtype}})
 plan(locate(source), wanted)  # imports what a conversion imports, once for all that are forked off
 files.CHUNK = 4096
 kernel = os.copy_file_range
@@ -377,10 +423,15 @@ for line in sys.stdin:
 """
 
 
-def test_after_a_kill_at_any_step_the_folder_is_whole_or_absent(sharded_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "kills"), [("auto", 20), ("float16", 8)])
+def test_after_a_kill_at_any_step_the_folder_is_whole_or_absent(
+    sharded_folder: Path, tmp_path: Path, dtype: str, kills: int
+) -> None:
+    expected = tensors_of(run(sharded_folder, tmp_path / "expected", dtype=dtype))
+    shutil.rmtree(tmp_path / "expected")
     out, unfinished = tmp_path / "converted-folder", tmp_path / ".converted-folder.partial"
     seen: Counter[str] = Counter()
-    command = [sys.executable, "-c", KILLED, str(sharded_folder), str(out)]
+    command = [sys.executable, "-c", KILLED, str(sharded_folder), str(out), dtype]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -391,24 +442,67 @@ def test_after_a_kill_at_any_step_the_folder_is_whole_or_absent(sharded_folder: 
 
         steps = int(run_until(0))  # this one is not killed
         shutil.rmtree(out)
-        for step in random.Random(0).sample(range(1, steps + 1), 20):
+        for step in random.Random(0).sample(range(1, steps + 1), kills):
             run_until(step)  # one that takes over finished shards has fewer steps, and may end by itself
             seen["complete" if out.exists() else "partial" if unfinished.exists() else "not begun"] += 1
             finished = {path.name: path.stat().st_ino for path in unfinished.glob("*.safetensors")}
             if not out.exists() and step % 2:
-                run(sharded_folder, out)
+                run(sharded_folder, out, dtype=dtype)
                 seen["continued"] += bool(finished)
                 # What was there is not written again.
                 assert {name: (out / name).stat().st_ino for name in finished} == finished
             if out.exists():
                 assert verify(out) == []
-                assert tensors_of(out) == tensors_of(sharded_folder)
+                assert tensors_of(out) == expected
                 shutil.rmtree(out)
         process.stdin.close()
-    assert seen["partial"] >= 10, seen
+    assert seen["partial"] >= kills // 2, seen
     assert seen["continued"] >= 3, seen
-    run(sharded_folder, out)
+    run(sharded_folder, out, dtype=dtype)
     assert {path.name for path in tmp_path.iterdir()} == {out.name}
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from linearize import files, recipe
+from linearize.convert import convert
+from linearize.sources import locate
+
+source, out, dtype, limit = sys.argv[1:]
+if int(limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+files.check_space = lambda *arguments: None  # another program takes the space after the check
+values = {"source": {"id": source}, "convert": {"mixer": {"name": "softmax"}, "dtype": dtype}}
+try:
+    convert(locate(source), recipe.from_dict(values), Path(out))
+except files.InputError as error:
+    print(error, [path.name for path in Path(out).parent.iterdir()])
+"""
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("auto", "small disk"), ("float32", "file limit")])
+def test_a_disk_that_fills_up_is_one_error_and_nothing_is_left(
+    sharded_folder: Path, tmp_path: Path, dtype: str, kind: str
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    arguments = [sys.executable, "-c", FULL, str(sharded_folder), str(place / "out"), dtype]
+    if kind == "file limit":
+        command = [*arguments, "40000"]
+    else:
+        mount = f'mount -t tmpfs -o size=150k tmpfs {shlex.quote(str(place))} && exec "$0" "$@"'
+        command = ["unshare", "--mount", "sh", "-c", mount, *arguments, "0"]
+        if (
+            shutil.which("unshare") is None
+            or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode
+        ):
+            pytest.skip("a small file system cannot be mounted here: no right to a mount namespace")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reason = "File too large" if kind == "file limit" else "No space left on device"
+    assert f"the disk became full while the folder was written ({reason}), and nothing was left behind" in done.stdout
+    assert done.stdout.endswith(" []\n")
 
 
 def test_plan_is_made_from_the_configuration_alone(llama_folder: Path, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """`inspect` tells what a folder is made of, from headers alone."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from safetensors.torch import save_file
 from test_convert import run
 from test_sources import write_gguf
@@ -13,6 +14,7 @@ from test_sources import write_gguf
 from linearize import files, inspection
 from linearize.errors import InputError
 from linearize.inspection import inspect
+from linearize.plot import draw
 
 
 def test_inspect_reads_headers_only(qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +32,12 @@ def test_inspect_reads_headers_only(qwen3_folder: Path, tmp_path: Path, monkeypa
     growth = found["cache"]["bytes_per_token"]
     assert growth["linearized"] * 6 == growth["source_kv"] * 5
     shown = inspection.text(found)
-    assert "layers 0-2, 4-5" in shown
+    rows = {line.split("  ")[0]: line.split() for line in shown.splitlines()}
+    assert rows["0-2, 4-5"][2:5] == ["softmax", "-", "-"]
+    assert rows["3"][1:4] == ["gla", "32", "4"]
+    assert found["layers"][3]["bytes"] == 4 * found["layers"][3]["parameters"]
+    at_32k = next(row for row in found["cache"]["contexts"] if row["context"] == 32768)
+    assert sum(layer["cache_32k"] for layer in found["layers"]) == at_32k["linearized"]
     assert "from tiny-qwen3 (qwen3)" in shown
     plain = inspect(qwen3_folder)
     assert "linearize" not in inspection.text(plain).replace(plain["path"], "")
@@ -57,3 +64,28 @@ def test_inspect_adapter_and_gguf(llama_folder: Path, tmp_path: Path) -> None:
     found = inspect(source)
     assert found["bytes"] == source.stat().st_size
     assert files.format_bytes(found["bytes"]) in inspection.text(found)
+
+
+def test_layers_that_slide_keep_a_window_of_keys() -> None:
+    config = tiny_config("gemma3_text", sliding_window=128)
+    sizes = inspection.cache_sizes(config)
+    kinds = config.layer_types
+    assert set(kinds) == {"sliding_attention", "full_attention"}
+    per_token = 2 * 2 * 16 * 2  # keys and values of 2 heads of 16 in 2 bytes
+    full = kinds.count("full_attention")
+    assert sizes["bytes_per_token"]["source_kv"] == full * per_token
+    assert sizes["contexts"][0]["source_kv"] == per_token * (full * 1024 + (6 - full) * 128)
+
+
+def test_the_picture(qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = inspect(run(qwen3_folder, tmp_path / "out", mixer={"name": "gla", "window": 32}, layers=[3]))
+    for name, start in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml")):
+        assert draw(found, tmp_path / name).read_bytes().startswith(start)
+    with pytest.raises(InputError, match="c.txt: unknown kind of picture"):
+        draw(found, tmp_path / "c.txt")
+    with pytest.raises(InputError, match="cannot be written .No such file"):
+        draw(found, tmp_path / "no" / "a.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"needs matplotlib.*pip install linearize\[plot\]"):
+        draw(found, tmp_path / "d.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "a.png", "b.svg"}

@@ -17,10 +17,10 @@ ROWS = [
     {"modeling"},
     {"autoload"},
     {"__init__"},
-    {"weights"},
+    {"weights", "bundle"},
     {"sources"},
-    {"inspection", "card", "data", "losses", "monitor", "adapters"},
-    {"convert", "calibrate", "train", "evaluate", "hub", "generate"},
+    {"inspection", "probe", "plot", "card", "data", "losses", "monitor", "adapters"},
+    {"convert", "calibrate", "train", "evaluate", "hub", "generate", "export"},
     {"run", "costs"},
     {"cli"},
 ]
@@ -31,6 +31,7 @@ DOORS = {
     "accelerate": ("train.py",),
     "datasets": ("data.py",),
     "fla": ("ops/fla_backend.py",),
+    "matplotlib": ("plot.py",),
     "typer": ("cli.py",),
 }
 # Checking a recipe asks the mixer about its own settings; the import is inside the function that does it.

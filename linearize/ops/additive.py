@@ -78,7 +78,7 @@ def look(q: Tensor, state: Tensor) -> Tensor:
     """What one token reads: q [B, H, 1, K] -> [B, H, 1, V]."""
     B, H, _, K = q.shape
     G = state.shape[1]
-    y = torch.bmm(q.to(state.dtype).view(B * G, H // G, K), state.flatten(0, 1))
+    y = torch.bmm(q.to(state.dtype).reshape(B * G, H // G, K), state.flatten(0, 1))
     return y.view(B, H, 1, -1).to(q.dtype)
 
 

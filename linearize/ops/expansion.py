@@ -101,7 +101,7 @@ def look(q: Tensor, state: State, *, scaling: float = 1.0) -> Tensor:
     """What one token reads, [B, H, 1, V + 1]: y, and its log weight in the last column."""
     B, H, _, K = q.shape
     S, m = state[0].flatten(0, 1), state[1].flatten(0, 1)
-    grouped = q.float().view(S.shape[0], -1, K)
+    grouped = q.float().reshape(S.shape[0], -1, K)
     return torch.baddbmm(m, grouped, S, alpha=scaling).view(B, H, 1, -1)
 
 

@@ -118,7 +118,7 @@ def slot_attention(
     """
     B, H, _, K = q.shape
     groups, S, V = v.shape
-    grouped = q.view(groups, -1, K)
+    grouped = q.reshape(groups, -1, K)
     if softcap is None and q.dtype == torch.float32:
         a = torch.baddbmm(bias, grouped, k, alpha=scaling)
     else:

