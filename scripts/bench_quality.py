@@ -1,10 +1,11 @@
 """Perplexity with no training at all: the source, the window control and every mixer, by length and by position.
 
     python scripts/bench_quality.py                                   # every mixer: half an hour on two cores
-    python scripts/bench_quality.py --mixers gla,retnet --lengths 512 --blocks 4
+    python scripts/bench_quality.py --mixers gla,retnet --lengths 512 --blocks 4 --calibrate 0
 
-All layers are replaced, with the recipe's window and sinks and each mixer's own defaults for `combine: memory`. A mixer
-without a normaliser starts with its gate closed, so it is the window control until it is calibrated or trained.
+All layers are replaced, with the recipe's window and sinks and each mixer's own defaults for `combine: memory`; then
+the same after `linearize calibrate` on a few thousand tokens of the recipe's data. A mixer without a log weight starts
+with its gate closed, so it is the window control until it is calibrated or trained.
 The text is the embedded validation half of WikiText-2, which no recipe trains on; the defaults of the memory (strength,
 τ) were chosen on it.
 
@@ -24,6 +25,8 @@ import torch
 from bench_common import numbers, some
 
 from linearize import recipe
+from linearize.calibrate import fit
+from linearize.data import blocks
 from linearize.evaluate import perplexity
 from linearize.evaluate.environment import environment
 from linearize.mixers import MIXERS
@@ -33,6 +36,8 @@ from linearize.sources import load_source, locate
 MEMORIES = [name for name, mixer in MIXERS.items() if "memory" in mixer.combines]
 BIN = 32
 """Positions per point of the plot."""
+SEQ_LEN = 1024
+"""Of a block to calibrate on."""
 
 
 def measure(model: Any, texts: dict[int, torch.Tensor], window: int) -> dict[str, Any]:
@@ -56,17 +61,22 @@ def columns(given: argparse.Namespace, results: dict[str, Any]):
     path = recipe.package_folder("eval") / "data" / "wikitext2_valid.txt.gz"
     text = gzip.decompress(path.read_bytes()).decode()
     texts = {
-        length: perplexity.cut(text, tokenizer, length, blocks)
-        for length, blocks in sorted(zip(given.lengths, given.blocks, strict=True))
+        length: perplexity.cut(text, tokenizer, length, count)
+        for length, count in sorted(zip(given.lengths, given.blocks, strict=True))
     }
-    results["blocks"] = {str(length): len(ids) for length, ids in texts.items()}
+    results |= {"blocks": {str(length): len(ids) for length, ids in texts.items()}, "calibrate": given.calibrate}
+    tokens = given.calibrate // SEQ_LEN
+    reading = blocks(wanted.data, tokenizer, SEQ_LEN, tokens)[:] if tokens else None
     linearize_(model.eval(), {"name": "window", **base})
     with branches(model, "source"):
         yield "source", measure(model, texts, base["window"])
     for name in ("window", *given.mixers):
         linearize_(model, {"name": name, **base})
-        mixer = model.config.linearize["layers"]["0"]
-        yield name, {"mixer": mixer, **measure(model, texts, base["window"])}
+        found = {"mixer": model.config.linearize["layers"]["0"], **measure(model, texts, base["window"])}
+        if reading is not None and name != "window":
+            fit(model, reading)
+            found["calibrated"] = measure(model, texts, base["window"])
+        yield name, found
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -75,16 +85,18 @@ def markdown(results: dict[str, Any]) -> str:
     blocks = ", ".join(f"{count} blocks of {length}" for length, count in results["blocks"].items())
     lines = [
         f"Perplexity of {results['recipe']} with no training, all layers replaced: WikiText-2 validation, {blocks}; "
-        f"{machine['cpu']}, commit {machine['commit']}.",
+        f"calibrated on {results['calibrate']} tokens of the recipe's data; {machine['cpu']}, "
+        f"commit {machine['commit']}.",
         "",
-        f"| mixer | {' | '.join(f'{n} tokens | of the source' for n in lengths)} |",
-        f"|---|{'---:|' * 2 * len(lengths)}",
+        f"| mixer | {' | '.join(f'{n} tokens | of the source | calibrated | of the source' for n in lengths)} |",
+        f"|---|{'---:|' * 4 * len(lengths)}",
     ]
     for name, column in cells.items():
-        parts = [
-            f"{column['perplexity'][n]:.2f} | {column['perplexity'][n] / cells['source']['perplexity'][n]:.3f}×"
-            for n in lengths
-        ]
+        parts = []
+        for n in lengths:
+            for state in (column, column.get("calibrated")):
+                value = state["perplexity"][n] if state else None
+                parts += [f"{value:.2f}", f"{value / cells['source']['perplexity'][n]:.3f}×"] if value else ["", ""]
         lines.append(f"| {name} | {' | '.join(parts)} |")
     return "\n".join(lines) + "\n"
 
@@ -118,6 +130,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mixers", type=some(MEMORIES), default=MEMORIES)
     parser.add_argument("--lengths", type=numbers, default=[512, 2048])
     parser.add_argument("--blocks", type=numbers, default=[16, 4], help="of each length")
+    parser.add_argument("--calibrate", type=int, default=4096, help="tokens to calibrate on; 0: not at all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--name", help="of the output (default: the recipe's name)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "eval" / "results")
@@ -132,7 +145,8 @@ def main() -> None:
     results: dict[str, Any] = {"schema": 1, "recipe": given.recipe, "columns": {}}
     results["environment"] = environment(torch.device("cpu"), 0, {})
     for name, column in columns(given, results):
-        print(name, json.dumps(column["perplexity"]), file=sys.stderr)
+        after = column.get("calibrated", {}).get("perplexity", {})
+        print(name, json.dumps(column["perplexity"]), json.dumps(after), file=sys.stderr)
         results["columns"][name] = column
         target.write_text(json.dumps(results, indent=1) + "\n")
     target.with_suffix(".md").write_text(markdown(results))

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from linearize import recipe
 from linearize.archs import attention_layers, full_layers
+from linearize.evaluate import perplexity
 from linearize.files import sha256
 from linearize.modeling import linearize_
 from linearize.sources import load_source, locate
@@ -29,14 +29,8 @@ RESULTS = Path(__file__).parent.parent / "eval" / "results" / "zero-training"
 REACH = {"window": WINDOW, "sinks": SINKS}
 
 
-def perplexity(model, blocks: torch.Tensor) -> float:
-    """Over all blocks, each alone."""
-    total = 0.0
-    for block in blocks:
-        with torch.no_grad():
-            logits = model(block[None], use_cache=False).logits[0, :-1].float()
-        total += float(cross_entropy(logits, block[1:]))
-    return math.exp(total / len(blocks))
+def value(model, ids: torch.Tensor) -> float:
+    return math.exp(perplexity.losses(model, ids).double().mean())
 
 
 def measure(name: str, model_id: str, package: str | None, count: int) -> dict:
@@ -44,16 +38,12 @@ def measure(name: str, model_id: str, package: str | None, count: int) -> dict:
     started = time.perf_counter()
     located = locate(model_id, package=package)
     model, tokenizer = load_source(located, "float32")
-    with gzip.open(recipe.package_folder("eval") / "data" / "wikitext2_valid.txt.gz", "rt", encoding="utf-8") as file:
-        ids = tokenizer(file.read(60_000), add_special_tokens=False, return_tensors="pt").input_ids[0]
-    own = LENGTH - (tokenizer.bos_token_id is not None)
-    blocks = ids[: count * own].view(count, own)
-    if own < LENGTH:
-        blocks = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), blocks], 1)
+    text = gzip.decompress((recipe.package_folder("eval") / "data" / "wikitext2_valid.txt.gz").read_bytes()).decode()
+    blocks = perplexity.cut(text, tokenizer, LENGTH, count)
     paths = attention_layers(model)
     found = {"source": perplexity(model, blocks)}
     linearize_(model, {"name": "softmax"}, list(paths))
-    found["control"] = perplexity(model, blocks)
+    found["control"] = value(model, blocks)
     assert found["control"] == found["source"], found
     for layers, chosen in (("full", full_layers(paths, model.config)), ("all", list(paths))):
         if layers == "all" and len(chosen) == len(full_layers(paths, model.config)):
@@ -61,7 +51,7 @@ def measure(name: str, model_id: str, package: str | None, count: int) -> dict:
         linearize_(model, {"name": "softmax"}, list(paths))
         for mixer in ("window", "gla"):
             linearize_(model, {"name": mixer, **REACH}, chosen)
-            found[f"{mixer}, {layers} layers"] = perplexity(model, blocks)
+            found[f"{mixer}, {layers} layers"] = value(model, blocks)
     return {
         "name": name,
         "model_type": model.config.linearize["source"]["model_type"],

@@ -1,65 +1,13 @@
-"""The command line: each verb reads its arguments, calls one function and prints what it returns.
+"""The verbs that make something: folders, results, answers, uploads."""
 
-Results go to stdout, as text or with ``--json`` as JSON; plans, progress and errors go to stderr. Exit codes: 0 done,
-1 a comparison fell short, 2 bad input, 130 interrupted. Everything heavy is imported inside the verbs, so that
-``--help`` answers at once.
-"""
-
-import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from linearize.cli.app import Flags, Folder, Json, Overwrite, Set, WithCode, app, note, show
 from linearize.errors import InputError
-
-app = typer.Typer(
-    help="Turn a pretrained language model into a linear-recurrent one, recover it, and measure what was lost.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,  # plain text: the same on every terminal, and rich need not be imported
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
-
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that linearize wrote.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
-]
-WithCode = Annotated[
-    bool, typer.Option("--with-code", help="Bring the code along, for trust_remote_code without this package.")
-]
-Flags = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="-- ACCELERATE_FLAGS", help="Flags of `accelerate launch`.", show_default=False),
-]
-
-
-def main() -> None:
-    """Run the command line; bad input ends in one paragraph on stderr and exit code 2."""
-    # A dependency that warns of changes to come in another dependency tells the user nothing; the tests catch them.
-    warnings.simplefilter("ignore", FutureWarning)
-    try:
-        app()
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def _show(value: Any, as_json: bool, text: str = "") -> None:
-    """Print a result to stdout, as JSON or as its text."""
-    print(json.dumps(value, indent=2, default=str) if as_json else text)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -111,11 +59,11 @@ def convert(
     located = locate(source.id, source.revision, package=source.package)
     plan = stage.plan(located, resolved)
     if dry_run:
-        return _show(plan.to_dict(), as_json, plan.text())
-    _note(plan.text())
+        return show(plan.to_dict(), as_json, plan.text())
+    note(plan.text())
     out = out or recipes.run_folder(resolved) / "0-converted"
     stage.convert(located, resolved, out, overwrite, link=link, allow_pickle=allow_pickle, with_code=with_code)
-    _show({"out": str(out), "plan": plan.to_dict()}, as_json, str(out))
+    show({"out": str(out), "plan": plan.to_dict()}, as_json, str(out))
 
 
 @app.command()
@@ -143,7 +91,7 @@ def train(
 
     resolved = runs.recipe_of(folder, recipe, set_ or ())
     out = runs.train_stage(folder, resolved, stage, out, resume=resume, overwrite=overwrite, flags=flags or ())
-    _show({"out": str(out)}, as_json, str(out))
+    show({"out": str(out)}, as_json, str(out))
 
 
 @app.command()
@@ -168,7 +116,7 @@ def calibrate(
 
     wanted = runs.recipe_of(folder, recipe, set_ or ())
     out = stage.calibrate(folder, wanted, out, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
-    _show({"out": str(out)}, as_json, str(out))
+    show({"out": str(out)}, as_json, str(out))
 
 
 @app.command()
@@ -187,7 +135,7 @@ def merge(
     from linearize import train as stage
 
     out = stage.merge(folder, out, overwrite=overwrite)
-    _show({"out": str(out)}, as_json, str(out))
+    show({"out": str(out)}, as_json, str(out))
 
 
 @app.command()
@@ -212,9 +160,7 @@ def run(
     from linearize import run as runs
 
     resolved = recipes.resolve(model, set_ or ())
-    results = runs.run(
-        resolved, out or recipes.run_folder(resolved), overwrite=overwrite, flags=flags or (), note=_note
-    )
+    results = runs.run(resolved, out or recipes.run_folder(resolved), overwrite=overwrite, flags=flags or (), note=note)
     _show_results(results, as_json)
 
 
@@ -266,7 +212,7 @@ def evaluate(
         kept = results["summary"]["recovery"].get("student", {}).get("raw")
         if kept is None or kept < fail_under:
             found = "cannot be told" if kept is None else f"is {kept:.3f}"
-            _note(f"fell short: the share of the source's average {found}; expected at least {fail_under}")
+            note(f"fell short: the share of the source's average {found}; expected at least {fail_under}")
             raise typer.Exit(1)
 
 
@@ -274,7 +220,7 @@ def _show_results(results: dict[str, Any], as_json: bool) -> None:
     from linearize.evaluate import report
 
     if as_json:
-        _show(results, as_json)
+        show(results, as_json)
     else:
         report.show(results)
 
@@ -309,87 +255,9 @@ def generate(
     messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}] if system else prompt
     answer = stage.generate(folder, messages, raw=raw, stream=None if as_json else sys.stdout, **settings)
     if as_json:
-        _show(answer.to_dict(), as_json)
+        show(answer.to_dict(), as_json)
     else:
-        _note(f"\n{sum(answer.new_tokens)} tokens, {answer.tokens_per_second:.1f} tokens/s")
-
-
-@app.command()
-def inspect(
-    folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="Any model folder, GGUF file or Hub id.", show_default=False)
-    ],
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: FILE.png, .svg or .pdf.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show what a model folder is made of, from its headers.
-
-    \b
-    Example:
-      linearize inspect runs/demo/merged --json
-    """
-    from linearize import inspection
-
-    found = inspection.inspect(folder)
-    if plot is not None:
-        from linearize.plot import draw
-
-        _note(f"picture: {draw(found, plot)}")
-    _show(found, as_json, inspection.text(found))
-
-
-@app.command()
-def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.", show_default=False)] = None,
-    as_json: Json = False,
-) -> None:
-    """List the shipped recipes, or print one with its defaults.
-
-    \b
-    Example:
-      linearize recipes smollm2-135m
-    """
-    from linearize import recipe as stage
-
-    if name is not None:
-        resolved = stage.load(name)
-        return _show(stage.to_dict(resolved), as_json, stage.to_yaml(resolved).rstrip())
-    listed = [stage.load(each) for each in stage.names()]
-    rows = [
-        {"name": each.name, "source": each.source.id, "status": each.status, "description": each.description}
-        for each in listed
-    ]
-    _show(rows, as_json, "\n".join(f"{row['name']:<14} {row['status']:<25} {row['description']}" for row in rows))
-
-
-@app.command()
-def check(
-    files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Recipes, or model folders.", show_default=False)
-    ],
-    as_json: Json = False,
-) -> None:
-    """Check recipe files, or every file of converted folders by its hash, and report every problem.
-
-    \b
-    Example:
-      linearize check recipes/smollm2-135m.yaml runs/demo/0-converted
-    """
-    from linearize import recipe as stage
-    from linearize.files import verify
-
-    problems = []
-    for file in files:
-        try:
-            if Path(file).is_dir():
-                problems += [f"{file}/{problem}; write the folder again" for problem in verify(file)]
-            else:
-                stage.load(file)
-        except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
-    _show({"ok": files}, as_json, "\n".join(f"{file}: ok" for file in files))
+        note(f"\n{sum(answer.new_tokens)} tokens, {answer.tokens_per_second:.1f} tokens/s")
 
 
 @app.command()
@@ -411,9 +279,9 @@ def push(
     from linearize import hub as stage
 
     if dry_run and as_json:
-        return _show(stage.plan(folder, repo, with_code).to_dict(), as_json)
+        return show(stage.plan(folder, repo, with_code).to_dict(), as_json)
     answer = stage.push(folder, repo, private=private, dry_run=dry_run, message=message, with_code=with_code)
-    _show({"url": answer}, as_json, answer)
+    show({"url": answer}, as_json, answer)
 
 
 @app.command()
@@ -434,63 +302,4 @@ def export(
     from linearize import export as stage
 
     done = stage.export(folder, to, out, overwrite, link)
-    _show({"out": str(done)}, as_json, str(done))
-
-
-@app.command()
-def mixers(
-    model: Annotated[
-        str | None, typer.Option(help="Print what each costs in this one: recipe, Hub id, folder or GGUF file.")
-    ] = None,
-    set_: Set = None,
-    as_json: Json = False,
-) -> None:
-    """List the mixers: update rule, paper, state, settings; or what each costs in a model.
-
-    \b
-    Example:
-      linearize mixers --model smollm2-135m
-    """
-    from linearize import costs
-
-    if model is None:
-        listed = costs.describe()
-        return _show(listed, as_json, costs.text(listed))
-    from linearize import recipe as recipes
-
-    found = costs.costs(recipes.resolve(model, set_ or ()))
-    _show(found, as_json, costs.table(found))
-
-
-@app.command()
-def archs(
-    probe: Annotated[str | None, typer.Option(metavar="MODEL", help="Check this model instead of listing.")] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="Check a tiny random model of its configuration.")] = False,
-    as_json: Json = False,
-) -> None:
-    """List the architectures that can be converted exactly, or check a model.
-
-    MODEL is a recipe, folder, GGUF file or Hub id; with --tiny also a model type. Exits with 1 if a check fails.
-
-    \b
-    Example:
-      linearize archs --probe my-org/my-model --tiny
-    """
-    if probe is None:
-        from linearize.archs import record
-
-        found = record()
-        count = f"{len(found['passes'])} model types of transformers {found['transformers']}"
-        return _show(found, as_json, f"{', '.join(found['passes'])}\n\n{count}")
-    from linearize import probe as stage
-    from linearize import recipe as recipes
-
-    source = recipes.resolve(probe).source
-    checks = stage.probe_named(source.id, source.package, tiny)
-    _show([vars(check) for check in checks], as_json, stage.text(checks))
-    if not stage.passes(checks):
-        raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    main()
+    show({"out": str(done)}, as_json, str(done))

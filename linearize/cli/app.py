@@ -1,0 +1,40 @@
+"""The application that all verbs belong to, the options that several of them take, and how they print."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Turn a pretrained language model into a linear-recurrent one, recover it, and measure what was lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain text: the same on every terminal, and rich need not be imported
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that linearize wrote.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
+]
+WithCode = Annotated[
+    bool, typer.Option("--with-code", help="Bring the code along, for trust_remote_code without this package.")
+]
+Flags = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="-- ACCELERATE_FLAGS", help="Flags of `accelerate launch`.", show_default=False),
+]
+
+
+def show(value: Any, as_json: bool, text: str = "") -> None:
+    """Print a result to stdout, as JSON or as its text."""
+    print(json.dumps(value, indent=2, default=str) if as_json else text)
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
