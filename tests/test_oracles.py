@@ -55,6 +55,21 @@ def test_one_decay_per_head(form):
     assert_near(run_additive(q, k, v, g, state), (y.transpose(1, 2), final))
 
 
+def test_mamba2_of_transformers():
+    """The scan inside its module: Δ = softplus, decay e^{A Δ} of a rate per head, Δ as the weight of the value."""
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    q, k, v = inputs()
+    dt, rate = torch.randn(B, H, T, 1), -torch.rand(H) / 3
+    values, steps, keys, queries = turned(v, dt, k, q)
+    y, final = mamba2_chunk_scan(
+        values, steps.squeeze(-1), rate, keys, queries, chunk_size=16, dt_softplus=True, return_final_states=True
+    )
+    delta = F.softplus(dt)
+    got, state = run_additive(q, k, delta * v, rate[:, None, None] * delta)
+    assert_near((got, state), (y.transpose(1, 2), final.mT))
+
+
 def test_retention():
     q, k, v = inputs()
     y = fla_naive("retention").naive_retention(q, k, v)  # [B, H, T, ·]

@@ -152,10 +152,10 @@ def test_saved_weights_are_the_same_when_opened(student, tmp_path):
 def test_every_mixer_generates(model, text, name):
     linearize_(model, {"name": name, "window": W, "sinks": S})
     out = model.generate(
-        text[:1, :90], max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
+        text[:1, :90], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
         return_dict_in_generate=True,
     )  # fmt: skip
-    assert len(out.logits) == 16 and all(step.isfinite().all() for step in out.logits)
+    assert len(out.logits) == 64 and all(step.isfinite().all() for step in out.logits)
 
 
 def test_untrained_memory_beats_the_window_control(model, text):
