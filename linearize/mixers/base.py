@@ -98,9 +98,14 @@ Far = tuple[Tensor, Tensor | None] | None
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A recurrent one defines `prepare`, `write`, `recur` and `empty_state`; the rest is here.
+    """Base of all mixers. A recurrent one defines the first group of methods; the rest is here.
 
-    The one rule of a recurrence: a token that does not exist leaves the state exactly as it was.
+    The one rule of a recurrence: a token that does not exist leaves the state as it was.
+
+    Attributes:
+        windowed: whether it has a window. delayed: whether a token enters the state only when it leaves the window.
+        gate: [H] or None. A memory with a log weight gets it added (`calibrated`); any other is multiplied by tanh of
+            it, which starts at 0: the plain window.
     """
 
     name: ClassVar[str]
