@@ -108,6 +108,15 @@ def converted(mixture):
     return _CONVERTED[key]
 
 
+@pytest.mark.parametrize("combine", MIXERS["gla"].combines)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.integers(1, 149), max_size=4, unique=True).map(sorted))
+def test_pieces_across_chunks_equal_the_full_forward(combine, cuts):
+    """150 tokens: two chunks of 64 and a part of a third have left the window."""
+    model, x = converted({"name": "gla", "combine": combine, "window": W, "sinks": S}), tokens(length=150)
+    assert difference(in_pieces(model, x, cuts)[0], logits(model, x)) < LIMIT * 10
+
+
 def test_full_equals_token_by_token(mixture):
     model, x = converted(mixture), tokens()
     assert difference(in_pieces(model, x, list(range(1, T)))[0], logits(model, x)) < LIMIT * 10

@@ -100,11 +100,6 @@ class Config(base.MixerConfig):
             found.append(f"features: {name} needs the normaliser of combine: memory; use softmax")
         return found
 
-    def _above_zero(self, *keys: str) -> list[str]:
-        """The problems of numbers that must be above 0."""
-        values = {key: getattr(self, key) for key in keys}
-        return [f"{key}: found {x}; expected above 0" for key, x in values.items() if not x > 0]
-
 
 @dataclass(frozen=True)
 class Expanding(Config):

@@ -60,6 +60,11 @@ class MixerConfig:
             found.append(f"sinks: found {self.sinks}; expected at least 0")
         return found
 
+    def _above_zero(self, *keys: str) -> list[str]:
+        """The problems of numbers that must be above 0."""
+        values = {key: getattr(self, key) for key in keys}
+        return [f"{key}: found {x}; expected above 0" for key, x in values.items() if not x > 0]
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -24,11 +24,8 @@ class Config(delta_net.Config):
 
     gate_normalizer: float = 8192.0
 
-    def problems(self) -> list[str]:
-        found = super().problems()
-        if self.gate_normalizer <= 0:
-            found.append(f"gate_normalizer: found {self.gate_normalizer}; expected above 0")
-        return found
+    def problems(self):
+        return super().problems() + self._above_zero("gate_normalizer")
 
 
 class Mixer(delta_net.Mixer):
