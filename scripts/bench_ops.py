@@ -1,6 +1,6 @@
 """Training speed and memory of the recurrences by length, against causal softmax attention in the same run.
 
-    python scripts/bench_ops.py                                              # a quarter of an hour on two cores
+    python scripts/bench_ops.py                                              # four minutes on two cores
     python scripts/bench_ops.py --lengths 256,512 --naive 256 --repeats 2 --rows softmax,"additive channel"
 
 Every number is one forward and backward pass, fp32, batch 1. Times are medians over rounds in which all rows take
@@ -164,8 +164,8 @@ def claims(cells: list[Cell]) -> list[dict[str, Any]]:
     lengths = sorted({cell["length"] for cell in cells})
     for row in ROWS:
         if row not in ("softmax", "naive") and len(lengths) > 1:
-            # The longest two: shorter passes partly fit into what the process holds before them. Linear, and a tenth for
-            # what rounds up.
+            # The longest two: shorter passes partly fit into what the process holds before them. A tenth is for what
+            # rounds up.
             short, long = lengths[-2:]
             over, under = ({"part": "memory", "row": row, "length": length} for length in (long, short))
             ratio(f"{row}: memory at {long} over {short}", f"≤ {1.1 * long / short:.4g}", "peak_bytes", over, under)
