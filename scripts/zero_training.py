@@ -41,7 +41,7 @@ def measure(name: str, model_id: str, package: str | None, count: int) -> dict:
     text = gzip.decompress((recipe.package_folder("eval") / "data" / "wikitext2_valid.txt.gz").read_bytes()).decode()
     blocks = perplexity.cut(text, tokenizer, LENGTH, count)
     paths = attention_layers(model)
-    found = {"source": perplexity(model, blocks)}
+    found = {"source": value(model, blocks)}
     linearize_(model, {"name": "softmax"}, list(paths))
     found["control"] = value(model, blocks)
     assert found["control"] == found["source"], found
