@@ -4,6 +4,7 @@ import gzip
 import math
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def loaded(tmp_path_factory):
     path = tmp_path_factory.mktemp("gemma") / "gemma-3-270m-q4_k_m.gguf"
     with path.open("wb") as whole:
         for part in PARTS:
-            (piece,) = Path(str(find_spec(part).origin)).parent.rglob("*.gguf.part*")
+            (piece,) = Path(str(cast(Any, find_spec(part)).origin)).parent.rglob("*.gguf.part*")
             whole.write(piece.read_bytes())
     model, tokenizer = load_source(locate(str(path)), "float32")
     path.unlink()
