@@ -2,7 +2,8 @@
 
 import json
 import subprocess
-import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,9 @@ from linearize.mixers import MIXERS
 from linearize.modeling import linearize_
 from linearize.sources import locate
 
-# Without the package, as in an environment that never had it; scripts/check_with_code.sh does it in a real one.
 STRANGER = """
-import os, sys
-os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-sys.modules["linearize"] = None
+import importlib.util, sys
+assert importlib.util.find_spec("linearize") is None
 import torch
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
@@ -39,8 +38,20 @@ mask = torch.ones_like(x)
 with torch.no_grad():
     torch.save([model(x).logits, model.generate(x, attention_mask=mask, **greedy)], logits)
 model.save_pretrained(again)
-assert not [name for name in sys.modules if name.split(".")[0] == "linearize" and sys.modules[name]]
 """
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a virtual environment that has what this one has, but for the package. scripts/check_with_code.sh
+    makes one by installing PyTorch and transformers, which takes minutes."""
+    place = tmp_path_factory.mktemp("stranger") / "venv"
+    venv.create(place, symlinks=True)
+    paths = (sysconfig.get_path("purelib", vars={"base": str(place)}), sysconfig.get_path("purelib"))
+    for installed in Path(paths[1]).iterdir():
+        if "linearize" not in installed.name and not (Path(paths[0]) / installed.name).exists():
+            (Path(paths[0]) / installed.name).symlink_to(installed)
+    return place / "bin" / "python"
 
 
 def test_convert_writes_it(llama_folder: Path, tmp_path: Path) -> None:
@@ -50,7 +61,7 @@ def test_convert_writes_it(llama_folder: Path, tmp_path: Path) -> None:
     assert (out / bundle.FILE).read_text() == bundle.code({"gla", "softmax", "window"})
 
 
-def test_opens_without_the_package_with_the_same_logits(tmp_path: Path) -> None:
+def test_opens_without_the_package_with_the_same_logits(stranger: Path, tmp_path: Path) -> None:
     """One layer of each mixer, and some more of the source's."""
     model = tiny_model("llama", layers=len(MIXERS) + 2)
     for index, name in enumerate(MIXERS):
@@ -61,7 +72,7 @@ def test_opens_without_the_package_with_the_same_logits(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(bundle.auto_map(config)))
     (folder / bundle.FILE).write_text(bundle.code(bundle.mixers_of(config)))
     for again in ("once", "twice"):  # what a stranger saves can be opened by a stranger
-        command = [sys.executable, "-c", STRANGER, folder, tmp_path / again, tmp_path / "logits"]
+        command = [stranger, "-I", "-c", STRANGER, folder, tmp_path / again, tmp_path / "logits"]
         environment = {"HF_MODULES_CACHE": str(tmp_path / f"modules-{again}"), "PATH": "", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]

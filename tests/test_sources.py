@@ -12,6 +12,7 @@ from typing import Any
 
 import gguf
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
@@ -24,8 +25,9 @@ from linearize.errors import InputError
 from linearize.sources import Located, load_source, locate, relocate
 
 
-def write_gguf(path: Path, model: PreTrainedModel) -> Path:
-    """Write a tiny Llama as llama.cpp's converter does: fp32 weights, rotary halves interleaved, tokenizer inside."""
+def write_gguf(path: Path, model: PreTrainedModel, quantized: dict[str, tuple[Any, Any]] | None = None) -> Path:
+    """Write a tiny Llama as llama.cpp's converter does: rotary halves interleaved, tokenizer inside; all weights fp32
+    but those of `quantized`, name -> (bytes, type)."""
     config, tokenizer = model.config, tiny_tokenizer()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("Tiny")
@@ -63,7 +65,8 @@ def write_gguf(path: Path, model: PreTrainedModel) -> Path:
             if part in name:
                 halves = tensor.view(heads, 2, config.head_dim // 2, config.hidden_size)
                 tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
+        content, kind = (quantized or {}).get(name, (tensor.contiguous().numpy(), None))
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), content, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -74,6 +77,32 @@ def write_gguf(path: Path, model: PreTrainedModel) -> Path:
 @pytest.fixture(scope="session")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "Tiny.F32.gguf", tiny_model())
+
+
+def test_every_quantisation_of_gguf_is_read(tmp_path: Path) -> None:
+    """One tensor of each type that the gguf package can dequantise, of bytes that make small finite scales."""
+    kinds = [kind for kind in gguf.GGMLQuantizationType if can_dequantize(kind)]
+    assert {"Q4_0", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ4_NL", "BF16"} <= {kind.name for kind in kinds}
+    model = tiny_model("llama", layers=-(-len(kinds) // 3), hidden_size=256, intermediate_size=256)
+    names = [name for name in model.state_dict() if ".mlp." in name]
+    random, quantized = np.random.default_rng(0), {}
+    for name, kind in zip(names, kinds, strict=False):
+        shape = gguf.quant_shape_to_byte_shape((256, 256), kind)
+        quantized[name] = random.integers(0, 0x3B, shape, dtype=np.uint8), kind
+    opened, _ = load_source(locate(str(write_gguf(tmp_path / "tiny.gguf", model, quantized))), "float32")
+    for name, (content, kind) in quantized.items():
+        expected = gguf.quants.dequantize(content, kind)
+        assert np.isfinite(expected).all() and np.array_equal(opened.state_dict()[name].numpy(), expected), kind
+
+
+def can_dequantize(kind: Any) -> bool:
+    if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+        return False  # no quantisation
+    try:
+        gguf.quants.dequantize(np.zeros(gguf.quant_shape_to_byte_shape((1, 256), kind), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 @pytest.fixture
