@@ -5,6 +5,7 @@ import subprocess
 import sysconfig
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_convert_writes_it(llama_folder: Path, tmp_path: Path) -> None:
 
 def test_opens_without_the_package_with_the_same_logits(stranger: Path, tmp_path: Path) -> None:
     """One layer of each mixer, and some more of the source's."""
-    model = tiny_model("llama", layers=len(MIXERS) + 2)
+    model: Any = tiny_model("llama", layers=len(MIXERS) + 2)
     for index, name in enumerate(MIXERS):
         linearize_(model, {"name": name, "window": 8, "sinks": 2}, [index])
     folder = tmp_path / "out"

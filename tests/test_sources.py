@@ -66,7 +66,7 @@ def write_gguf(path: Path, model: PreTrainedModel, quantized: dict[str, tuple[An
                 halves = tensor.view(heads, 2, config.head_dim // 2, config.hidden_size)
                 tensor = halves.transpose(1, 2).reshape(tensor.shape)
         content, kind = (quantized or {}).get(name, (tensor.contiguous().numpy(), None))
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), content, raw_dtype=kind)
+        writer.add_tensor(str(names.get_name(name, try_suffixes=(".weight",))), content, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
