@@ -26,6 +26,17 @@ columns      name -> column, in the order of COLUMNS
                        number of tokens before it
     texts              every text: {text, length, blocks, value, tokens, by_position, losses}, where
                        losses[block][bucket] is the mean loss of a block in a bucket
+  recall       [{task, length, multiple, depth, value, stderr, n, items}]: share of right answers per generated task,
+               length in tokens (and in windows) and depth (0 at the start of the context, 1 at its end; null where the
+               task has none); items is the score of each
+  behaviour    what the model does beside the source
+    kl                 {value, stderr, tokens, by_position}: KL(source ‖ model) in nats per token; buckets as in perplexity
+    agreement          {mean, median, lengths}: greedy tokens until the first that differs from the source's, per prompt
+    repetition         {rep_2, rep_3, rep_4, distinct_1, distinct_2}: of the greedy continuations, fractions
+    cached             {checked, equal, difference}: steps at which cached and whole forward pick the same token, and the
+                       largest difference of their logits
+    state              [{position, norm, effective_rank}]: of the memory's state, mean over layers and heads; null without
+  speed        [{context, batch, prefill_seconds, token_seconds, low, high, peak_bytes, cache_bytes}]
   seconds      wall time, without loading
 summary      what follows from the columns alone (see linearize/evaluate/statistics.py)
   average      column -> {value, stderr, tasks}: plain mean of the tasks that have a chance level, without MMLU
