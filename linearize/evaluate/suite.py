@@ -57,9 +57,9 @@ class RecallSpec:
 
     Attributes:
         tasks: which of `linearize.evaluate.recall.TASKS`.
-        multiples: lengths of the prompts, in windows.
+        multiples: lengths of the prompts with their answers, in windows.
         items: per task, length and depth.
-        twice: the context is given twice before the question (JRT, arXiv 2407.05483).
+        twice: the context is given twice before the question (JRT, arXiv 2407.05483); lengths are those of reading once.
     """
 
     tasks: list[str]
@@ -166,8 +166,10 @@ def load(suite: str | Path | list[str] | Suite) -> Suite:
         ]
         raise InputError("\n".join(problems)) from error
     check_columns(loaded.columns, str(path))
-    if not loaded.tasks and not loaded.perplexity:
-        raise InputError(f"{path}: has neither tasks nor perplexity; add at least one of them")
+    if not any((loaded.tasks, loaded.perplexity, loaded.recall, loaded.behaviour, loaded.speed)):
+        raise InputError(
+            f"{path}: has neither tasks, perplexity, recall, behaviour nor speed; add at least one of them"
+        )
     return loaded
 
 
