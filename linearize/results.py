@@ -19,8 +19,8 @@ columns      name -> column, in the order of COLUMNS
     higher_is_better   bool
     chance             score of guessing: 0 where the answer is free text, null where it has no meaning (perplexities)
     prompts            sha256 over every prompt and choice scored: equal in all columns
-    choices            {chosen, gold}: of a multiple-choice task, how often each position was chosen, and how often it was
-                       right, as counts; null elsewhere
+    choices            {chosen, gold}: of a multiple-choice task, how often each position was chosen, and how often it
+                       was right, as counts; null elsewhere
     items              score of each item, in order; null for metrics that are no mean over items
   perplexity   absent when the suite has no texts
     value, tokens      perplexity of the suite's first text, and how many tokens were predicted
@@ -296,9 +296,8 @@ def _recall_notes(columns: dict[str, Any]) -> list[str]:
     found = next((column["recall"] for column in columns.values() if "recall" in column), [])
     notes = []
     if found:
-        notes.append(
-            f"recall: right answers in per cent, mean over tasks and depths: {', '.join(_ordered([c['task']] for c in found))}"
-        )
+        tasks = ", ".join(dict.fromkeys(cell["task"] for cell in found))
+        notes.append(f"recall: right answers in per cent, mean over tasks and depths: {tasks}")
     skipped: dict[str, list[str]] = {}
     for cell in found:
         if "skipped" in cell:
@@ -320,8 +319,9 @@ def _choice_notes(columns: dict[str, Any]) -> list[str]:
                 # Of two choices none can take more than twice its share: there, half of the way to always is the limit.
                 if chosen / n > min(2 * share, (1 + share) / 2):
                     notes.append(
-                        f"{_label(task, columns)}, {name}: choice {i + 1} of {positions} is taken in {_percent(chosen / n)} "
-                        f"of the items and right in {_percent(gold / n)}: its answers depend little on the question"
+                        f"{_label(task, columns)}, {name}: choice {i + 1} of {positions} is taken in "
+                        f"{_percent(chosen / n)} of the items, and right in {_percent(gold / n)}: its answers depend "
+                        "little on the question"
                     )
     return notes
 

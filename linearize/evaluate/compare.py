@@ -222,9 +222,9 @@ def _chance(loaded: Loaded, metric: str, samples: list[dict[str, Any]]) -> float
 def _choices(loaded: Loaded, metric: str, samples: list[dict[str, Any]]) -> dict[str, list[int]] | None:
     """How often each position is chosen, as the metric chooses, and how often it is right.
 
-    None where nothing is chosen, or where more than one choice may be right.
+    None where nothing is chosen, or where an item has no choice or several that are right.
     """
-    tasks = list(loaded.tasks.values())
+    tasks: list[Any] = list(loaded.tasks.values())
     kinds = {task.OUTPUT_TYPE for task in tasks}
     if kinds != {"multiple_choice"} or metric not in ("acc", "acc_norm") or any(task.multiple_target for task in tasks):
         return None
@@ -235,7 +235,11 @@ def _choices(loaded: Loaded, metric: str, samples: list[dict[str, Any]]) -> dict
         sizes = [len(choice) if metric == "acc_norm" else 1 for choice in choices]
         answers = sample["filtered_resps"][: len(choices)]
         chosen[int(np.argmax([float(answer[0]) / size for answer, size in zip(answers, sizes, strict=True)]))] += 1
-        gold[int(sample["target"])] += 1
+        right = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+        position = choices.index(right) if right in choices else right
+        if not isinstance(position, int) or not 0 <= position < len(choices):
+            return None  # lm-eval itself counts such an item as wrong
+        gold[position] += 1
     positions = range(max(*chosen, *gold) + 1)
     return {"chosen": [chosen[i] for i in positions], "gold": [gold[i] for i in positions]}
 

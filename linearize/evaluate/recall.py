@@ -2,7 +2,7 @@
 
 A prompt is a line that says what to expect, a context, and a question. The context is facts among filler drawn by the
 seed, as much of it as fits the wanted number of tokens. The answer is the text that has to follow; it is right if each
-of its tokens is the most likely one given all before it. That is what greedy decoding would write, for one forward pass.
+of its tokens is the most likely one given all before it: if greedy decoding would write it, for one forward pass.
 
 ```
 needle     the code of one city among filler               RULER, arXiv 2404.06654
@@ -35,20 +35,25 @@ from linearize.evaluate.suite import RecallSpec
 WINDOW = 64  # tokens that `multiples` count in, for a model without a window
 DEPTHS = (0.0, 0.5, 1.0)
 
-# Short common words: most tokenizers have a token for each, so that a prompt can be cut within a few tokens of a length.
-CITIES = "Paris London Rome Berlin Madrid Vienna Oslo Cairo Lima Tokyo Boston Dublin Prague Athens Moscow Delhi".split()
-PEOPLE = "Anna Tom Mary John Emma Paul Lucy Mark Sara Peter Jane David".split()
-ROOMS = "kitchen garden office bedroom hallway cellar school park library bathroom".split()
-THINGS = "apple ball book lamp coat ring".split()
-ADJECTIVES = (
-    "red blue green old new big small long short dark light cold warm wet dry soft hard fast slow young quiet loud thin "
-    "thick round flat clean rich poor sweet"
-).split()
-NOUNS = (
-    "house door tree river stone bird horse field road bridge table chair window boat ship train box bag cup plate knife "
-    "clock mirror picture letter paper pen shoe hat shirt glass bottle wall roof floor hill lake beach island forest "
-    "farm cow dog cat fish sheep wolf bear lion mouse frog snake tower castle church market shop hotel station"
-).split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+# Short common words: most tokenizers have a token for each, so that a prompt is cut within a few tokens of its length.
+CITIES = _words("Paris London Rome Berlin Madrid Vienna Oslo Cairo Lima Tokyo Boston Dublin Prague Athens Moscow Delhi")
+PEOPLE = _words("Anna Tom Mary John Emma Paul Lucy Mark Sara Peter Jane David")
+ROOMS = _words("kitchen garden office bedroom hallway cellar school park library bathroom")
+THINGS = _words("apple ball book lamp coat ring")
+ADJECTIVES = _words(
+    "red blue green old new big small long short dark light cold warm wet dry soft hard fast slow young quiet loud "
+    "thin thick round flat clean rich poor sweet"
+)
+NOUNS = _words(
+    "house door tree river stone bird horse field road bridge table chair window boat ship train box bag cup plate "
+    "knife clock mirror picture letter paper pen shoe hat shirt glass bottle wall roof floor hill lake beach island "
+    "forest farm cow dog cat fish sheep wolf bear lion mouse frog snake tower castle church market shop hotel station"
+)
 # Parts of a filler sentence. None of their words is an answer to anything.
 FILLER = (
     ["The man", "The girl", "A boy", "The cook", "My friend", "A nurse", "The old lady", "Our guest", "A child"],
@@ -95,7 +100,7 @@ def _sentences(rng: random.Random) -> Iterator[str]:
 
 
 def _spread(rng: random.Random, count: int) -> list[float | None]:
-    return list(sorted(rng.random() for _ in range(count)))
+    return [*sorted(rng.random() for _ in range(count))]
 
 
 def _needles(rng: random.Random, count: int) -> _Story:
@@ -121,7 +126,7 @@ def _mqar(rng: random.Random) -> _Story:
     pairs = [f"{key}: {rng.randint(10, 99)}" for key in keys]
     asked, answer = pairs[2].split(":")
     question = "\n".join(["Again:", *pairs[:2], f"{asked}:"])
-    places = [rng.random() for _ in range(3)]
+    places: list[float | None] = [rng.random() for _ in range(3)]
     filler = itertools.chain(pairs[3:], _sentences(rng))
     return _Story("All the numbers:", pairs[:3], places, question, answer, filler, "\n")
 

@@ -59,7 +59,7 @@ class RecallSpec:
         tasks: which of `linearize.evaluate.recall.TASKS`.
         multiples: lengths of the prompts with their answers, in windows.
         items: per task, length and depth.
-        twice: the context is given twice before the question (JRT, arXiv 2407.05483); lengths are those of reading once.
+        twice: the context is given twice before the question (JRT, arXiv 2407.05483); lengths are of one reading.
     """
 
     tasks: list[str]
