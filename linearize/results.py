@@ -19,6 +19,8 @@ columns      name -> column, in the order of COLUMNS
     higher_is_better   bool
     chance             score of guessing: 0 where the answer is free text, null where it has no meaning (perplexities)
     prompts            sha256 over every prompt and choice scored: equal in all columns
+    choices            {chosen, gold}: of a multiple-choice task, how often each position was chosen, and how often it
+                       was right, as counts; null elsewhere
     items              score of each item, in order; null for metrics that are no mean over items
   perplexity   absent when the suite has no texts
     value, tokens      perplexity of the suite's first text, and how many tokens were predicted
@@ -26,6 +28,18 @@ columns      name -> column, in the order of COLUMNS
                        number of tokens before it
     texts              every text: {text, length, blocks, value, tokens, by_position, losses}, where
                        losses[block][bucket] is the mean loss of a block in a bucket
+  recall       [{task, length, multiple, depth, value, stderr, n, items}]: share of right answers per generated task,
+               length in tokens (and in windows) and depth (0 at the start of the context, 1 at its end; null where the
+               task has none); items is the score of each. Where nothing could be measured, value, stderr and depth are
+               null, and `skipped` says why
+  behaviour    what the model does beside the source
+    kl                 {value, stderr, tokens, by_position}: KL(source ‖ model) in nats per token; buckets as in perplexity
+    agreement          {mean, median, lengths}: greedy tokens until the first that differs from the source's, per prompt
+    repetition         {rep_2, rep_3, rep_4, distinct_1, distinct_2}: of the greedy continuations, fractions
+    cached             {checked, equal, difference}: steps at which cached and whole forward pick the same token, and the
+                       largest difference of their logits
+    state              [{position, norm, effective_rank}]: of the memory's state, mean over layers and heads; null without
+  speed        [{context, batch, prefill_seconds, token_seconds, low, high, peak_bytes, cache_bytes}]
   seconds      wall time, without loading
 summary      what follows from the columns alone (see linearize/evaluate/statistics.py)
   average      column -> {value, stderr, tasks}: plain mean of the tasks that have a chance level, without MMLU
@@ -157,6 +171,19 @@ def validate(results: Any, where: str = "results") -> None:
                 n=(int,),
                 higher_is_better=(bool,),
             )
+        for i, cell in enumerate(column.get("recall", ())):
+            need(
+                cell,
+                f"{at}.recall.{i}",
+                task=text,
+                length=(int,),
+                multiple=(int,),
+                depth=maybe,
+                value=number if "skipped" not in cell else maybe,
+                stderr=maybe,
+                n=(int,),
+                items=array,
+            )
         if "perplexity" in column:
             need(column["perplexity"], f"{at}.perplexity", value=number, tokens=(int,), by_position=array)
     if problems:
@@ -190,8 +217,9 @@ def table(results: dict[str, Any], columns: list[str] | None = None) -> Table:
         add("average", lambda name: _score(average.get(name)))
     add("kept of the source", lambda name: _percent((recovery.get(name) or {}).get("raw")))
     add("… above chance", lambda name: _percent((recovery.get(name) or {}).get("chance_corrected")))
-    rows += _perplexity_rows(shown)
-    return Table(["", *shown], rows, [*_text_notes(shown), *_notes(summary, shown)])
+    rows += _perplexity_rows(shown) + _recall_rows(shown)
+    notes = [*_text_notes(shown), *_recall_notes(shown), *_choice_notes(shown), *_notes(summary, shown)]
+    return Table(["", *shown], rows, notes)
 
 
 def markdown_table(results: dict[str, Any], columns: list[str] | None = None) -> str:
@@ -249,6 +277,53 @@ def _text_notes(columns: dict[str, Any]) -> list[str]:
         f"perplexity: {first['text']}, {first['blocks']} × {first['length']} tokens; … at a–b: of tokens with a to b "
         f"others before them, {longest['text']}, {longest['blocks']} × {longest['length']} tokens"
     ]
+
+
+def _recall_rows(columns: dict[str, Any]) -> list[list[str]]:
+    """A row per length: the mean over all tasks and depths, of the same items in every column."""
+    cells = {name: [cell for cell in column.get("recall", ()) if cell["n"]] for name, column in columns.items()}
+    rows = []
+    for multiple, length in sorted({(cell["multiple"], cell["length"]) for found in cells.values() for cell in found}):
+        row = [f"recall at {multiple} × window, {length} tokens"]
+        for found in cells.values():
+            values = [cell["value"] for cell in found if cell["length"] == length]
+            row.append(f"{100 * sum(values) / len(values):.1f}" if values else "")
+        rows.append(row)
+    return rows
+
+
+def _recall_notes(columns: dict[str, Any]) -> list[str]:
+    found = next((column["recall"] for column in columns.values() if "recall" in column), [])
+    notes = []
+    if found:
+        tasks = ", ".join(dict.fromkeys(cell["task"] for cell in found))
+        notes.append(f"recall: right answers in per cent, mean over tasks and depths: {tasks}")
+    skipped: dict[str, list[str]] = {}
+    for cell in found:
+        if "skipped" in cell:
+            skipped.setdefault(cell["skipped"], []).append(f"{cell['task']} at {cell['length']} tokens")
+    return notes + [f"recall: not measured: {', '.join(cells)}: {reason}" for reason, cells in skipped.items()]
+
+
+def _choice_notes(columns: dict[str, Any]) -> list[str]:
+    """Answers that do not depend on the question, such as always A."""
+    notes = []
+    for task in _ordered(column["tasks"] for column in columns.values()):
+        for name, column in columns.items():
+            choices = column["tasks"].get(task, {}).get("choices")
+            if choices is None or sum(choices["gold"]) < 20:  # fewer items may fall on one position by chance
+                continue
+            n, positions = sum(choices["gold"]), len(choices["gold"])
+            for i, (chosen, gold) in enumerate(zip(choices["chosen"], choices["gold"], strict=True)):
+                share = max(gold / n, 1 / positions)
+                # Of two choices none can take more than twice its share: there, half of the way to always is the limit.
+                if chosen / n > min(2 * share, (1 + share) / 2):
+                    notes.append(
+                        f"{_label(task, columns)}, {name}: choice {i + 1} of {positions} is taken in "
+                        f"{_percent(chosen / n)} of the items, and right in {_percent(gold / n)}: its answers depend "
+                        "little on the question"
+                    )
+    return notes
 
 
 def _notes(summary: dict[str, Any], columns: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import isclose, isfinite
@@ -58,7 +59,7 @@ def load(specs: list[TaskSpec], include_path: str | Path | None = None, model: s
         specs: what to load; a tag stands for each of its tasks.
         include_path: a folder with task files of the user's own.
         model: folder of the model; tasks that generate their items by length take its tokenizer.
-        seed: of the choice of few-shot examples.
+        seed: of the choice of few-shot examples, and of tasks that generate their items.
 
     Raises:
         InputError: an unknown task (with the nearest names) or metric, or items that cannot be loaded.
@@ -70,7 +71,7 @@ def load(specs: list[TaskSpec], include_path: str | Path | None = None, model: s
         if not Path(include_path).is_dir():
             raise InputError(f"{include_path}: no such folder; --include-path names a folder of lm-eval task files")
         folders.append(include_path)
-    metadata: dict[str, Any] = {"pretrained": model, "tokenizer": model}
+    metadata: dict[str, Any] = {"pretrained": model, "tokenizer": model, "seed": seed}
     manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
     if any(spec.task not in manager.task_index for spec in specs):
         manager = TaskManager(include_path=folders, metadata=metadata)
@@ -205,6 +206,7 @@ def _score(output: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
         "higher_is_better": better,
         "chance": _chance(loaded, metric, samples) if better else None,
         "prompts": _digest(samples),
+        "choices": _choices(loaded, metric, samples),
         "items": [float(item) for item in items] if mean else None,
     }
 
@@ -215,6 +217,31 @@ def _chance(loaded: Loaded, metric: str, samples: list[dict[str, Any]]) -> float
     if kinds != {"multiple_choice"}:
         return None if "loglikelihood_rolling" in kinds else 0.0
     return float(np.mean([1 / len(sample["arguments"]) for sample in samples])) if metric.startswith("acc") else None
+
+
+def _choices(loaded: Loaded, metric: str, samples: list[dict[str, Any]]) -> dict[str, list[int]] | None:
+    """How often each position is chosen, as the metric chooses, and how often it is right.
+
+    None where nothing is chosen, or where an item has no choice or several that are right.
+    """
+    tasks: list[Any] = list(loaded.tasks.values())
+    kinds = {task.OUTPUT_TYPE for task in tasks}
+    if kinds != {"multiple_choice"} or metric not in ("acc", "acc_norm") or any(task.multiple_target for task in tasks):
+        return None
+    task, chosen, gold = tasks[0], Counter(), Counter()
+    for sample in samples:
+        choices = task.doc_to_choice(sample["doc"])
+        # lm-eval divides by the length of a choice without the blank that joins it to the prompt.
+        sizes = [len(choice) if metric == "acc_norm" else 1 for choice in choices]
+        answers = sample["filtered_resps"][: len(choices)]
+        chosen[int(np.argmax([float(answer[0]) / size for answer, size in zip(answers, sizes, strict=True)]))] += 1
+        right = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+        position = choices.index(right) if right in choices else right
+        if not isinstance(position, int) or not 0 <= position < len(choices):
+            return None  # lm-eval itself counts such an item as wrong
+        gold[position] += 1
+    positions = range(max(*chosen, *gold) + 1)
+    return {"chosen": [chosen[i] for i in positions], "gold": [gold[i] for i in positions]}
 
 
 def _digest(samples: list[dict[str, Any]]) -> str:

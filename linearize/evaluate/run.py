@@ -8,7 +8,7 @@ from typing import Any
 from linearize import results as results_file
 from linearize import sources
 from linearize.errors import InputError
-from linearize.evaluate import compare, perplexity
+from linearize.evaluate import compare, perplexity, recall
 from linearize.evaluate import suite as suites
 from linearize.evaluate.columns import Models, fingerprint, read_config, weight_files, window_of, without_branches
 from linearize.evaluate.environment import embedded_sha256, environment
@@ -135,6 +135,9 @@ class _Work:
         self, chosen: suites.Suite, models: Models, settings: dict[str, Any], include_path: str | Path | None, bar: Bar
     ):
         self.models, self.settings, self.bar = models, settings, bar
+        self.recall = chosen.recall
+        if self.recall is not None:
+            recall.check(self.recall)
         context = getattr(models.config, "max_position_embeddings", None)
         for spec in chosen.perplexity:
             if context is not None and spec.length > context:
@@ -156,7 +159,8 @@ class _Work:
         self.data = {**{name: digest for name, (_, digest) in read.items()}, **embedded_sha256(items)}
 
     def complete(self, column: dict[str, Any]) -> bool:
-        return not self._missing(column) and (not self.texts or "perplexity" in column)
+        sections = {"perplexity": self.texts, "recall": self.recall}
+        return not self._missing(column) and all(name in column for name, asked in sections.items() if asked)
 
     def _missing(self, column: dict[str, Any]) -> list[compare.Loaded]:
         return [entry for entry in self.tasks if entry.name not in column["tasks"]]
@@ -176,6 +180,19 @@ class _Work:
                 with stopwatch(column):
                     column["perplexity"] = perplexity.measure(
                         model, self.texts, self.settings["window"], self.bar.advance
+                    )
+                saved.save()
+            if self.recall is not None and "recall" not in column:
+                self.bar.start(f"{name}: recall", total=recall.total(self.recall))
+                with stopwatch(column):
+                    column["recall"] = recall.measure(
+                        model,
+                        self.models.tokenizer,
+                        self.recall,
+                        self.settings["window"],
+                        self.settings["seed"],
+                        self.settings["batch_size"],
+                        self.bar.advance,
                     )
                 saved.save()
             missing = self._missing(column)

@@ -52,6 +52,55 @@ class TextSpec:
 
 
 @dataclass(frozen=True, config=STRICT)
+class RecallSpec:
+    """Generated tasks whose answer lies beyond the window; see `linearize.evaluate.recall`.
+
+    Attributes:
+        tasks: which of `linearize.evaluate.recall.TASKS`.
+        multiples: lengths of the prompts with their answers, in windows.
+        items: per task, length and depth.
+        twice: the context is given twice before the question (JRT, arXiv 2407.05483); lengths are of one reading.
+    """
+
+    tasks: list[str]
+    multiples: list[int]
+    items: int = Field(default=10, ge=1)
+    twice: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class BehaviourSpec:
+    """What the model does beside the source; see `linearize.evaluate.behaviour`.
+
+    Attributes:
+        prompts: how many beginnings of texts it continues.
+        tokens: how many tokens it continues each by.
+        kl_blocks: blocks of the suite's first text on which its distribution is compared with the source's.
+        state: tokens up to which the health of the state is followed; 0 leaves it out.
+    """
+
+    prompts: int = Field(default=50, ge=1)
+    tokens: int = Field(default=256, ge=1)
+    kl_blocks: int = Field(default=4, ge=1)
+    state: int = Field(default=4096, ge=0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class SpeedSpec:
+    """Speed and memory by context length; see `linearize.evaluate.speed`.
+
+    Attributes:
+        contexts: tokens in the cache.
+        batches: rows decoded together.
+        steps: decoded tokens per context and batch.
+    """
+
+    contexts: list[int]
+    batches: list[int] = field(default_factory=lambda: [1])
+    steps: int = Field(default=12, ge=3)
+
+
+@dataclass(frozen=True, config=STRICT)
 class Suite:
     """What a suite file may say.
 
@@ -60,6 +109,7 @@ class Suite:
         description: one line.
         tasks: in the order of the table.
         perplexity: texts; the first one gives the headline perplexity, the one with the longest blocks the buckets.
+        recall, behaviour, speed: what else is measured; None leaves it out.
         columns: which of `linearize.results.COLUMNS` run when the user names none.
         limit: items per task; None means all.
     """
@@ -68,6 +118,9 @@ class Suite:
     description: str = ""
     tasks: list[TaskSpec] = field(default_factory=list)
     perplexity: list[TextSpec] = field(default_factory=list)
+    recall: RecallSpec | None = None
+    behaviour: BehaviourSpec | None = None
+    speed: SpeedSpec | None = None
     columns: list[str] = field(default_factory=lambda: list(COLUMNS))
     limit: int | None = Field(default=None, ge=1)
 
@@ -113,8 +166,10 @@ def load(suite: str | Path | list[str] | Suite) -> Suite:
         ]
         raise InputError("\n".join(problems)) from error
     check_columns(loaded.columns, str(path))
-    if not loaded.tasks and not loaded.perplexity:
-        raise InputError(f"{path}: has neither tasks nor perplexity; add at least one of them")
+    if not any((loaded.tasks, loaded.perplexity, loaded.recall, loaded.behaviour, loaded.speed)):
+        raise InputError(
+            f"{path}: has neither tasks, perplexity, recall, behaviour nor speed; add at least one of them"
+        )
     return loaded
 
 
