@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import save_source, tiny_model, tiny_tokenizer
 from test_evaluate import student_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -47,8 +47,13 @@ def suite(text: str) -> Suite:
 
 
 @pytest.fixture(scope="module")
-def student(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return student_of(llama_folder, tmp_path_factory.mktemp("behaviour") / "student")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_source(tmp_path_factory.mktemp("behaviour") / "source", layers=2)
+
+
+@pytest.fixture(scope="module")
+def student(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return student_of(source, tmp_path_factory.mktemp("behaviour") / "student")
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +95,13 @@ def plain_greedy(model: PreTrainedModel, prompt: torch.Tensor, tokens: int = TOK
 
 
 @torch.no_grad()
-def test_kl_is_that_of_a_plain_loop(entries: dict[str, Any], student: Path, llama_folder: Path, content: str) -> None:
+def test_kl_is_that_of_a_plain_loop(entries: dict[str, Any], student: Path, source: Path, content: str) -> None:
     ids = perplexity.cut(content, tiny_tokenizer(), LENGTH, BLOCKS + 1)[:BLOCKS]
-    source, model = opened(llama_folder), opened(student)
+    origin, model = opened(source), opened(student)
     losses = np.zeros((BLOCKS, LENGTH - 1))
     for i, block in enumerate(ids):
         for t in range(1, LENGTH):
-            p, q = (m(input_ids=block[None, :t], use_cache=False).logits[0, -1].double() for m in (source, model))
+            p, q = (m(input_ids=block[None, :t], use_cache=False).logits[0, -1].double() for m in (origin, model))
             p, q = p.softmax(0), q.softmax(0)
             losses[i, t - 1] = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
     found = entries["student"]["kl"]
@@ -111,12 +116,12 @@ def test_kl_is_that_of_a_plain_loop(entries: dict[str, Any], student: Path, llam
 
 
 def test_agreement_and_repetition_are_those_of_plain_loops(
-    entries: dict[str, Any], student: Path, llama_folder: Path, content: str
+    entries: dict[str, Any], student: Path, source: Path, content: str
 ) -> None:
     prompts = behaviour.beginnings(content, tiny_tokenizer(), PROMPTS, seed=0)
     assert len({len(prompt) for prompt in prompts}) > 1, "rows of one length need no padding"
-    source, model = opened(llama_folder), opened(student)
-    theirs = [plain_greedy(source, prompt) for prompt in prompts]
+    origin, model = opened(source), opened(student)
+    theirs = [plain_greedy(origin, prompt) for prompt in prompts]
     for name, branch in (("student", "all"), ("student/window", "window"), ("student/memory", "memory")):
         with branches(model, branch):
             ours = [plain_greedy(model, prompt) for prompt in prompts]
@@ -219,9 +224,9 @@ def test_every_mixer_says_what_its_state_holds(name: str) -> None:
 # --- what generation must not depend on -------------------------------------------------------------------------------
 
 
-def test_greedy_text_follows_no_settings_of_the_folder(llama_folder: Path, content: str) -> None:
+def test_greedy_text_follows_no_settings_of_the_folder(source: Path, content: str) -> None:
     prompts = behaviour.beginnings(content, tiny_tokenizer(), 2, seed=3)
-    model = opened(llama_folder)
+    model = opened(source)
     expected = [plain_greedy(model, prompt) for prompt in prompts]
     settings = model.generation_config
     settings.repetition_penalty, settings.do_sample, settings.temperature = 5.0, True, 3.0
@@ -232,9 +237,9 @@ def test_greedy_text_follows_no_settings_of_the_folder(llama_folder: Path, conte
     assert model.generation_config is settings and seen == [2] * TOKENS
 
 
-def test_a_cache_that_decodes_something_else_is_noticed(llama_folder: Path, content: str) -> None:
+def test_a_cache_that_decodes_something_else_is_noticed(source: Path, content: str) -> None:
     (prompt,) = behaviour.beginnings(content, tiny_tokenizer(), 1, seed=0)
-    model = opened(llama_folder)
+    model = opened(source)
     tokens, logits = (x[0] for x in behaviour.greedy(model, [prompt], TOKENS, 2, True, lambda count: None))
     logits[3, 5] += 0.5
     tokens[-1] = (tokens[-1] + 1) % 300
@@ -257,9 +262,9 @@ def test_beginnings_are_those_of_lines_and_the_same_for_a_seed(content: str) -> 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_measured_as_a_column_of_its_own_is_the_source(llama_folder: Path, content: str) -> None:
+def test_a_model_measured_as_a_column_of_its_own_is_the_source(source: Path, content: str) -> None:
     work = made(content)
-    model = opened(llama_folder)
+    model = opened(source)
     steps: list[int] = []
     work.refer(model, steps.append)
     assert sum(steps) == work.steps(refers=True)
@@ -352,8 +357,8 @@ def test_what_cannot_be_measured_is_said_at_the_start(content: str) -> None:
     assert made(content, context=None, state=2048).positions == [64, 128, 256, 512, 1024, 2048]
 
 
-def test_numbers_that_are_none_are_refused(llama_folder: Path, content: str, monkeypatch: Any) -> None:
-    model = opened(llama_folder)
+def test_numbers_that_are_none_are_refused(source: Path, content: str, monkeypatch: Any) -> None:
+    model = opened(source)
     work = made(content, state=64, prompts=1)
     work.refer(model)
     linearize_(model, MIXER)
@@ -369,11 +374,11 @@ def test_numbers_that_are_none_are_refused(llama_folder: Path, content: str, mon
         work.measure(model, is_source=True)
 
 
-def test_no_room_for_the_source_is_said(llama_folder: Path, content: str, monkeypatch: Any) -> None:
+def test_no_room_for_the_source_is_said(source: Path, content: str, monkeypatch: Any) -> None:
     full = open("/dev/full", "wb")  # noqa: SIM115 (closed by `work`)
     monkeypatch.setattr(behaviour.tempfile, "TemporaryFile", lambda: full)
     with pytest.raises(InputError, match="logits cannot be kept in .*; set TMPDIR"):
-        made(content).refer(opened(llama_folder))
+        made(content).refer(opened(source))
 
 
 # --- results and table ------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Behaviour:
 
     Columns run one after the other and the source's weights are gone, or hold other mixers, when the others run. So
     `refer` runs the source first and keeps its continuations in memory and its logits in an unnamed temporary file,
-    which the system removes with the process: blocks · (length − 1) · vocabulary · 2 bytes, 0.2 GB for 4 × 512 tokens
+    until `close` or the end of the process: blocks · (length − 1) · vocabulary · 2 bytes, 0.2 GB for 4 × 512 tokens
     of a vocabulary of 49,152. All logits are kept, not the largest few, because the tail is where a damaged model puts
     its probability. They are kept in half precision below their maximum, where the likeliest tokens, near 0, are the
     most exact; what that costs is what the source's own column shows as its KL.
@@ -130,6 +130,11 @@ class Behaviour:
             0 if is_source and not refers else (len(self.prompts) + len(self.prompts[:CHECKED])) * self.spec.tokens
         )
         return self.blocks.numel() + written + (0 if refers or not self.positions else self.positions[-1])
+
+    def close(self) -> None:
+        """Let go of the source's logits."""
+        if self._logits is not None:
+            self._logits.close()
 
     @torch.inference_mode()
     def refer(self, model: PreTrainedModel, advance: Advance = lambda count: None) -> None:

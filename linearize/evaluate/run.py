@@ -1,5 +1,6 @@
 """The run behind `evaluate`: columns one after the other, every finished task on disk."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -67,9 +68,10 @@ def run(
             "suite": chosen.name,
             "environment": environment(models.device, seed, work.data),
         }
-        work.refer(names, saved)
-        for name in names:
-            work.column(name, saved)
+        with contextlib.closing(work):
+            work.refer(names, saved)
+            for name in names:
+                work.column(name, saved)
         return saved.finish(work.complete)
 
 
@@ -175,6 +177,10 @@ class _Work:
         self.tasks = compare.load(chosen.tasks, include_path, model=models.folder, seed=settings["seed"])
         items = [entry.embedded for entry in self.tasks if entry.embedded]
         self.data = {**{name: digest for name, (_, digest) in read.items()}, **embedded_sha256(items)}
+
+    def close(self) -> None:
+        if self.behaviour:
+            self.behaviour.close()
 
     def complete(self, column: dict[str, Any]) -> bool:
         measured = (not self.texts or "perplexity" in column) and (not self.behaviour or "behaviour" in column)
