@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -148,7 +147,7 @@ class Behaviour:
         try:
             for block in self.blocks:
                 for logits, _ in perplexity.predictions(model, block):
-                    _below_maximum(logits).half().cpu().numpy().tofile(self._logits)
+                    self._logits.write(_below_maximum(logits).half().cpu().numpy().tobytes())
                 advance(len(block))
         except OSError as error:
             raise InputError(
@@ -192,7 +191,9 @@ class Behaviour:
         for block in self.blocks:
             row = []
             for logits, _ in perplexity.predictions(model, block):
-                kept = torch.from_numpy(np.fromfile(file, np.float16, logits.numel())).view(logits.shape)
+                kept = torch.frombuffer(bytearray(file.read(2 * logits.numel())), dtype=torch.float16).view(
+                    logits.shape
+                )
                 row.append(kl(kept.to(logits.device).float(), _below_maximum(logits)).cpu())
             rows.append(torch.cat(row))
             advance(len(block))
