@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from linearize import results as results_file
 from linearize.errors import InputError
-from linearize.evaluate import behaviour, evaluate, perplexity
+from linearize.evaluate import behaviour, continuations, evaluate, perplexity
 from linearize.evaluate import suite as suites
 from linearize.evaluate.behaviour import Behaviour
 from linearize.evaluate.suite import BehaviourSpec, Suite, TextSpec
@@ -121,7 +121,7 @@ def test_kl_is_that_of_a_plain_loop(entries: dict[str, Any], student: Path, sour
 def test_agreement_and_repetition_are_those_of_plain_loops(
     entries: dict[str, Any], student: Path, source: Path, content: str
 ) -> None:
-    prompts = behaviour.beginnings(content, tiny_tokenizer(), PROMPTS, seed=0)
+    prompts = continuations.beginnings(content, tiny_tokenizer(), PROMPTS, seed=0)
     assert len({len(prompt) for prompt in prompts}) > 1, "rows of one length need no padding"
     origin, model = opened(source), opened(student)
     theirs = [plain_greedy(origin, prompt) for prompt in prompts]
@@ -207,13 +207,13 @@ def test_effective_rank_by_hand() -> None:
 
 
 def test_repetition_and_agreement_by_hand() -> None:
-    found = behaviour.repetition([[1, 1, 1, 1, 1], [1, 2, 3, 4, 5]])
+    found = continuations.repetition([[1, 1, 1, 1, 1], [1, 2, 3, 4, 5]])
     assert found == pytest.approx(
         {"rep_2": 3 / 8, "rep_3": 1 / 3, "rep_4": 1 / 4, "distinct_1": 5 / 10, "distinct_2": 5 / 8}
     )
-    assert set(behaviour.repetition([[7]]).values()) == {0.0, 1.0}
+    assert set(continuations.repetition([[7]]).values()) == {0.0, 1.0}
     rows = torch.tensor([[1, 2, 3], [9, 2, 3], [1, 9, 3], [1, 2, 9]])
-    assert behaviour.agreement(rows, rows[:1].expand(4, -1)) == [3, 0, 1, 2]
+    assert continuations.agreement(rows, rows[:1].expand(4, -1)) == [3, 0, 1, 2]
 
 
 @pytest.mark.parametrize("name", [name for name, cls in MIXERS.items() if cls.recurrent])
@@ -228,35 +228,35 @@ def test_every_mixer_says_what_its_state_holds(name: str) -> None:
 
 
 def test_greedy_text_follows_no_settings_of_the_folder(source: Path, content: str) -> None:
-    prompts = behaviour.beginnings(content, tiny_tokenizer(), 2, seed=3)
+    prompts = continuations.beginnings(content, tiny_tokenizer(), 2, seed=3)
     model = opened(source)
     expected = [plain_greedy(model, prompt) for prompt in prompts]
     settings = model.generation_config
     settings.repetition_penalty, settings.do_sample, settings.temperature = 5.0, True, 3.0
     settings.eos_token_id = expected[0][0]
     seen: list[int] = []
-    tokens, logits = behaviour.greedy(model, prompts, TOKENS, 2, True, seen.append)
+    tokens, logits = continuations.greedy(model, prompts, TOKENS, 2, True, seen.append)
     assert tokens.tolist() == expected and logits.argmax(-1).tolist() == expected
     assert model.generation_config is settings and seen == [2] * TOKENS
 
 
 def test_a_cache_that_decodes_something_else_is_noticed(source: Path, content: str) -> None:
-    (prompt,) = behaviour.beginnings(content, tiny_tokenizer(), 1, seed=0)
+    (prompt,) = continuations.beginnings(content, tiny_tokenizer(), 1, seed=0)
     model = opened(source)
-    tokens, logits = (x[0] for x in behaviour.greedy(model, [prompt], TOKENS, 2, True, lambda count: None))
+    tokens, logits = (x[0] for x in continuations.greedy(model, [prompt], TOKENS, 2, True, lambda count: None))
     logits[3, 5] += 0.5
     tokens[-1] = (tokens[-1] + 1) % 300
     with torch.no_grad():
-        equal, difference = behaviour.cached_is_whole(model, prompt, tokens, logits)
+        equal, difference = continuations.cached_is_whole(model, prompt, tokens, logits)
     assert equal == TOKENS - 1 and difference == pytest.approx(0.5, abs=1e-4)
 
 
 def test_beginnings_are_those_of_lines_and_the_same_for_a_seed(content: str) -> None:
     tokenizer = tiny_tokenizer()
-    first, again, other = (behaviour.beginnings(content, tokenizer, 8, seed) for seed in (1, 1, 2))
+    first, again, other = (continuations.beginnings(content, tokenizer, 8, seed) for seed in (1, 1, 2))
     assert [x.tolist() for x in first] == [x.tolist() for x in again] != [x.tolist() for x in other]
     for prompt in first:
-        assert behaviour.SHORTEST <= len(prompt) <= behaviour.LONGEST
+        assert continuations.SHORTEST <= len(prompt) <= continuations.LONGEST
         assert f"\n{tokenizer.decode(prompt)[:40]}" in f"\n{content}"
     long = behaviour.document("one two three ", tokenizer, 100)
     assert len(long) == 100 and tokenizer.decode(long).startswith("one two three one two three ")
