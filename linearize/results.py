@@ -33,12 +33,14 @@ columns      name -> column, in the order of COLUMNS
                task has none); items is the score of each. Where nothing could be measured, value, stderr and depth are
                null, and `skipped` says why
   behaviour    what the model does beside the source
-    kl                 {value, stderr, tokens, by_position}: KL(source ‖ model) in nats per token; buckets as in perplexity
+    kl                 {value, stderr, tokens, by_position}: KL(source ‖ model) in nats per token, standard error over
+                       blocks (null for one); by_position is [{start, end, kl, tokens}], buckets as in perplexity
     agreement          {mean, median, lengths}: greedy tokens until the first that differs from the source's, per prompt
     repetition         {rep_2, rep_3, rep_4, distinct_1, distinct_2}: of the greedy continuations, fractions
-    cached             {checked, equal, difference}: steps at which cached and whole forward pick the same token, and the
-                       largest difference of their logits
-    state              [{position, norm, effective_rank}]: of the memory's state, mean over layers and heads; null without
+    cached             {checked, equal, difference}: steps at which cached and whole forward pick the same token, and
+                       the largest difference of their logits
+    state              [{position, norm, effective_rank}]: of the memory's state, mean over layers and heads; null
+                       without a memory; effective_rank is null where the state is a vector per head
   speed        [{context, batch, prefill_seconds, token_seconds, low, high, peak_bytes, cache_bytes}]
   seconds      wall time, without loading
 summary      what follows from the columns alone (see linearize/evaluate/statistics.py)
@@ -186,6 +188,20 @@ def validate(results: Any, where: str = "results") -> None:
             )
         if "perplexity" in column:
             need(column["perplexity"], f"{at}.perplexity", value=number, tokens=(int,), by_position=array)
+        if "behaviour" in column and need(
+            column["behaviour"], f"{at}.behaviour",
+            kl=mapping, agreement=mapping, repetition=mapping, cached=mapping, state=(list, type(None)),
+        ):  # fmt: skip
+            fractions = dict.fromkeys(("rep_2", "rep_3", "rep_4", "distinct_1", "distinct_2"), number)
+            for key, kinds in {
+                "kl": {"value": number, "stderr": maybe, "tokens": (int,), "by_position": array},
+                "agreement": {"mean": number, "median": number, "lengths": array},
+                "repetition": fractions,
+                "cached": {"checked": (int,), "equal": (int,), "difference": number},
+            }.items():
+                need(column["behaviour"].get(key), f"{at}.behaviour.{key}", **kinds)
+            for i, entry in enumerate(column["behaviour"].get("state") or []):
+                need(entry, f"{at}.behaviour.state.{i}", position=(int,), norm=number, effective_rank=maybe)
     if problems:
         raise InputError(f"{where}: does not follow schema {SCHEMA}: {'; '.join(problems)}")
 
@@ -218,8 +234,12 @@ def table(results: dict[str, Any], columns: list[str] | None = None) -> Table:
     add("kept of the source", lambda name: _percent((recovery.get(name) or {}).get("raw")))
     add("… above chance", lambda name: _percent((recovery.get(name) or {}).get("chance_corrected")))
     rows += _perplexity_rows(shown) + _recall_rows(shown)
-    notes = [*_text_notes(shown), *_recall_notes(shown), *_choice_notes(shown), *_notes(summary, shown)]
-    return Table(["", *shown], rows, notes)
+    behaviour = {name: column["behaviour"] for name, column in shown.items() if "behaviour" in column}
+    if behaviour:
+        for label, cell in _BEHAVIOUR.items():
+            rows.append([label, *(cell(behaviour[name]) if name in behaviour else "" for name in shown)])
+    notes = [*_text_notes(shown), *_recall_notes(shown), *_behaviour_notes(behaviour), *_choice_notes(shown)]
+    return Table(["", *shown], rows, [*notes, *_notes(summary, shown)])
 
 
 def markdown_table(results: dict[str, Any], columns: list[str] | None = None) -> str:
@@ -266,6 +286,25 @@ def _perplexity_rows(columns: dict[str, Any]) -> list[list[str]]:
         cells = ["" if entry is None else _number(entry["by_position"][i]["ppl"]) for entry in measured]
         rows.append([f"… at {bucket['start']}–{bucket['end'] - 1}", *cells])
     return rows
+
+
+_BEHAVIOUR: dict[str, Callable[[dict[str, Any]], str]] = {
+    "KL to the source, nats": lambda entry: (
+        f"{entry['kl']['value']:.3f}" + ("" if entry["kl"]["stderr"] is None else f" ± {entry['kl']['stderr']:.3f}")
+    ),
+    "tokens as the source": lambda entry: f"{entry['agreement']['mean']:.1f}",
+    "repeated 4-grams": lambda entry: _percent(entry["repetition"]["rep_4"]),
+}
+
+
+def _behaviour_notes(behaviour: dict[str, Any]) -> list[str]:
+    wrong = [
+        f"{name} at {cached['checked'] - cached['equal']} of {cached['checked']} steps (logits by up to "
+        f"{cached['difference']:.2g})"
+        for name, entry in behaviour.items()
+        if (cached := entry["cached"])["equal"] < cached["checked"]
+    ]
+    return [f"Cached decoding and a whole forward pick different tokens: {', '.join(wrong)}"] if wrong else []
 
 
 def _text_notes(columns: dict[str, Any]) -> list[str]:

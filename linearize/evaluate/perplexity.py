@@ -4,14 +4,17 @@
    `length - 1` where the tokenizer puts a beginning-of-sequence token in front of text; that token then starts each
    block. What is left at the end is dropped.
 2. Of the N pieces, `blocks` are taken, evenly spread: number floor(i N / blocks) for i = 0 … blocks - 1.
-3. A block is one forward pass. The token at position t = 1 … length - 1 is predicted from the t tokens before it; its
-   loss is -log p in nats, from the logits in float32.
+3. A block of up to PIECE tokens is one forward pass; a longer one is read in pieces of PIECE tokens, each continuing
+   the cache of those before it: the logits of a whole document would take more memory than the model. The token at
+   position t = 1 … length - 1 is predicted from the t tokens before it; its loss is -log p in nats, from the logits in
+   float32.
 4. Buckets split the positions at 1, W, 2 W, 4 W, … up to `length`, W being the window. In the first one the window sees
    all that the source sees; the others are beyond it. Perplexity is exp of the mean loss over all tokens of all blocks.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +23,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
+
+PIECE = 2048
+"""Tokens of one forward pass."""
+STRETCH = 512
+"""Predictions whose logits are float32 at the same time."""
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token, where the tokenizer puts one in front of text."""
+    return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
 
 def cut(text: str, tokenizer: Any, length: int, blocks: int) -> Tensor:
@@ -33,8 +46,7 @@ def cut(text: str, tokenizer: Any, length: int, blocks: int) -> Tensor:
     """
     # verbose=False: a text longer than the model's context is no mistake here.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    with_special = tokenizer("a")["input_ids"]
-    first = [tokenizer.bos_token_id] if with_special[:1] == [tokenizer.bos_token_id] else []
+    first = beginning(tokenizer)
     piece = length - len(first)
     count = len(ids) // piece
     if count < blocks:
@@ -56,6 +68,45 @@ def edges(length: int, window: int | None) -> list[int]:
     return [*borders, length]
 
 
+def pieces(model: PreTrainedModel, block: Tensor, ends: list[int], cached: bool) -> Iterator[tuple[Tensor, Any]]:
+    """Read one text piece by piece, each piece continuing the cache of those before it.
+
+    Args:
+        model: a causal LM.
+        block: int64 [tokens].
+        ends: where the pieces end, rising; the last one is the number of tokens.
+        cached: whether a cache is kept; must be where there are several pieces.
+
+    Yields:
+        Logits [n, vocabulary] of a piece, in the model's dtype, and the cache after it (None if none is kept).
+    """
+    past = None
+    for start, end in pairwise([0, *ends]):
+        ids = block[None, start:end].to(model.device)
+        output = model(input_ids=ids, past_key_values=past, use_cache=cached)
+        past = output.past_key_values
+        yield output.logits[0], past
+
+
+def predictions(model: PreTrainedModel, block: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a model predicts in one block, from the first token on, stretch by stretch.
+
+    Args:
+        model: a causal LM.
+        block: int64 [length].
+
+    Yields:
+        fp32 logits [n, vocabulary] and the tokens [n] they predict, on the model's device; length - 1 in all.
+    """
+    ends = [*range(PIECE, len(block), PIECE), len(block)]
+    start = 1
+    for logits, _ in pieces(model, block, ends, cached=len(ends) > 1):
+        tokens = block[start : start + len(logits)].to(logits.device)
+        start += len(logits)
+        for part, target in zip(logits[: len(tokens)].split(STRETCH), tokens.split(STRETCH), strict=True):
+            yield part.float(), target
+
+
 @torch.inference_mode()
 def losses(model: PreTrainedModel, ids: Tensor, advance: Callable[[int], None] = lambda count: None) -> Tensor:
     """Loss of every token but the first of each block.
@@ -73,10 +124,7 @@ def losses(model: PreTrainedModel, ids: Tensor, advance: Callable[[int], None] =
     """
     rows = []
     for block in ids:
-        logits = model(input_ids=block[None].to(model.device), use_cache=False).logits[0, :-1]
-        # In pieces: float32 logits of a long block and a large vocabulary would take more memory than the model.
-        row = [F.cross_entropy(part.float(), target.to(part.device), reduction="none")
-               for part, target in zip(logits.split(512), block[1:].split(512), strict=True)]  # fmt: skip
+        row = [F.cross_entropy(logits, tokens, reduction="none") for logits, tokens in predictions(model, block)]
         rows.append(torch.cat(row).cpu())
         if not rows[-1].isfinite().all():
             position = int((~rows[-1].isfinite()).nonzero()[0]) + 1

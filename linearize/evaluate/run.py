@@ -1,5 +1,6 @@
 """The run behind `evaluate`: columns one after the other, every finished task on disk."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +11,14 @@ from linearize import sources
 from linearize.errors import InputError
 from linearize.evaluate import compare, perplexity, recall
 from linearize.evaluate import suite as suites
+from linearize.evaluate.behaviour import Behaviour
 from linearize.evaluate.columns import Models, fingerprint, read_config, weight_files, window_of, without_branches
 from linearize.evaluate.environment import embedded_sha256, environment
 from linearize.evaluate.progress import Bar, quiet, stopwatch
 from linearize.evaluate.statistics import summarize
 from linearize.results import COLUMNS, SCHEMA
 
+BLOCK = 512  # tokens of a block on which distributions are compared, where the suite has no text of its own
 PROBE = 256  # tokens of the forward pass that looks for broken numbers, where the suite has no text of its own
 
 
@@ -65,8 +68,10 @@ def run(
             "suite": chosen.name,
             "environment": environment(models.device, seed, work.data),
         }
-        for name in names:
-            work.column(name, saved)
+        with contextlib.closing(work):
+            work.refer(names, saved)
+            for name in names:
+                work.column(name, saved)
         return saved.finish(work.complete)
 
 
@@ -146,6 +151,8 @@ class _Work:
                     "shorter blocks"
                 )
         read = {spec.text: suites.read_text(spec.text) for spec in chosen.perplexity}
+        if chosen.behaviour and not read:
+            read[suites.DEFAULT_TEXT] = suites.read_text(suites.DEFAULT_TEXT)
         self.texts = [
             (spec.text, perplexity.cut(read[spec.text][0], models.tokenizer, spec.length, spec.blocks))
             for spec in chosen.perplexity
@@ -154,16 +161,47 @@ class _Work:
         if not self.texts:
             text, _ = suites.read_text(suites.DEFAULT_TEXT)
             self.probe = perplexity.cut(text[: 100 * PROBE], models.tokenizer, min(PROBE, context or PROBE), 1)
+        self.behaviour, self.referring = None, {"seconds": 0.0}
+        if chosen.behaviour:
+            text = next(iter(read.values()))[0]
+            length = min(BLOCK, context or BLOCK)
+            self.behaviour = Behaviour(
+                chosen.behaviour,
+                self.texts[0][1]
+                if self.texts
+                else perplexity.cut(text, models.tokenizer, length, chosen.behaviour.kl_blocks),
+                text,
+                models.tokenizer,
+                window=settings["window"],
+                batch_size=settings["batch_size"],
+                seed=settings["seed"],
+                context=context,
+            )
         self.tasks = compare.load(chosen.tasks, include_path, model=models.folder, seed=settings["seed"])
         items = [entry.embedded for entry in self.tasks if entry.embedded]
         self.data = {**{name: digest for name, (_, digest) in read.items()}, **embedded_sha256(items)}
 
+    def close(self) -> None:
+        if self.behaviour:
+            self.behaviour.close()
+
     def complete(self, column: dict[str, Any]) -> bool:
-        sections = {"perplexity": self.texts, "recall": self.recall}
+        sections = {"perplexity": self.texts, "recall": self.recall, "behaviour": self.behaviour}
         return not self._missing(column) and all(name in column for name, asked in sections.items() if asked)
 
     def _missing(self, column: dict[str, Any]) -> list[compare.Loaded]:
         return [entry for entry in self.tasks if entry.name not in column["tasks"]]
+
+    def refer(self, names: list[str], saved: _Saved) -> None:
+        """See what the source does, if a column is still to be compared with it: first of all, because its weights then
+        get other mixers."""
+        done = saved.results["columns"]
+        if self.behaviour and any("behaviour" not in done.get(name, {}) for name in names):
+            self.bar.start("source: loading")
+            with self.models.column("source") as model:
+                self.bar.start("source: reference", total=self.behaviour.steps(refers=True))
+                with stopwatch(self.referring):
+                    self.behaviour.refer(model, self.bar.advance)
 
     def column(self, name: str, saved: _Saved) -> None:
         """Run what is missing of a column."""
@@ -194,6 +232,14 @@ class _Work:
                         self.settings["batch_size"],
                         self.bar.advance,
                     )
+                saved.save()
+            if self.behaviour and "behaviour" not in column:
+                is_source = name == "source"
+                self.bar.start(f"{name}: behaviour", total=self.behaviour.steps(is_source=is_source))
+                with stopwatch(column):
+                    column["behaviour"] = self.behaviour.measure(model, is_source, self.bar.advance)
+                if is_source:
+                    column["seconds"] += self.referring["seconds"]
                 saved.save()
             missing = self._missing(column)
             if missing:

@@ -175,6 +175,11 @@ class Mixer(nn.Module):
         """The fp32 state of rows that have seen nothing."""
         return ()
 
+    def content(self, state: tuple[Tensor, ...]) -> Tensor:
+        """What a state holds of the text, without the sums of weights beside it: a matrix per head [B, G, ·, V], or a
+        vector [B, G, V]. To look at, not to compute with."""
+        return state[0][..., : self.geometry.value_width]
+
     # --- the hybrid
 
     @cached_property

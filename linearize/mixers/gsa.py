@@ -101,3 +101,6 @@ class Mixer(base.Mixer):
         g, M = self.geometry, self.carry_width
         slots = ops.empty_state(batch, g.kv_heads, g.key_width, g.value_width, M, device)
         return *slots, slots[0].new_zeros(batch, g.kv_heads, 1, M), slots[0].new_zeros(batch, g.kv_heads, 1, 1)
+
+    def content(self, state):
+        return state[1]

@@ -75,3 +75,6 @@ class Mixer(channels.Mixer):
 
     def empty_state(self, batch, device):
         return (torch.zeros(batch, self.geometry.kv_heads, self.geometry.value_width, 2, device=device),)
+
+    def content(self, state):
+        return torch.view_as_complex(state[0])
