@@ -36,8 +36,11 @@ columns      name -> column, in the order of COLUMNS
     cached             {checked, equal, difference}: steps at which cached and whole forward pick the same token, and the
                        largest difference of their logits
     state              [{position, norm, effective_rank}]: of the memory's state, mean over layers and heads; null without
-  speed        [{context, batch, prefill_seconds, token_seconds, low, high, peak_bytes, cache_bytes}]
-  seconds      wall time, without loading
+  speed        [{context, batch, prefill_seconds, token_seconds, low, high, peak_bytes, cache_bytes}]: of source, window
+               and student; seconds per decoded token with quartiles, peak memory while decoding (null where the system
+               does not tell)
+  speed_left_out  [{context, batch, reason}]: what could not be measured; absent when all could
+  seconds      wall time, without loading and speed
 summary      what follows from the columns alone (see linearize/evaluate/statistics.py)
   average      column -> {value, stderr, tasks}: plain mean of the tasks that have a chance level, without MMLU
   recovery     column -> {raw, chance_corrected}: share of the source's average kept, s / t and (s - r) / (t - r) with
@@ -170,6 +173,10 @@ def validate(results: Any, where: str = "results") -> None:
             )
         if "perplexity" in column:
             need(column["perplexity"], f"{at}.perplexity", value=number, tokens=(int,), by_position=array)
+        for i, cell in enumerate(column.get("speed", [])):
+            where_, sizes = f"{at}.speed.{i}", {"context": (int,), "batch": (int,), "cache_bytes": (int,)}
+            times = dict.fromkeys(("prefill_seconds", "token_seconds", "low", "high"), number)
+            need(cell, where_, **sizes, **times, peak_bytes=(int, type(None)))
     if problems:
         raise InputError(f"{where}: does not follow schema {SCHEMA}: {'; '.join(problems)}")
 
@@ -202,7 +209,8 @@ def table(results: dict[str, Any], columns: list[str] | None = None) -> Table:
     add("kept of the source", lambda name: _percent((recovery.get(name) or {}).get("raw")))
     add("… above chance", lambda name: _percent((recovery.get(name) or {}).get("chance_corrected")))
     rows += _perplexity_rows(shown)
-    return Table(["", *shown], rows, [*_text_notes(shown), *_notes(summary, shown)])
+    speed, speed_notes = _speed(shown, results["environment"])
+    return Table(["", *shown], rows + speed, [*_text_notes(shown), *_notes(summary, shown), *speed_notes])
 
 
 def markdown_table(results: dict[str, Any], columns: list[str] | None = None) -> str:
@@ -249,6 +257,37 @@ def _perplexity_rows(columns: dict[str, Any]) -> list[list[str]]:
         cells = ["" if entry is None else _number(entry["by_position"][i]["ppl"]) for entry in measured]
         rows.append([f"… at {bucket['start']}–{bucket['end'] - 1}", *cells])
     return rows
+
+
+def _speed(columns: dict[str, Any], environment: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """Rows for the longest context and smallest batch that any column has, and notes."""
+    reasons = [
+        f"speed: no {name} at {cell['context']} tokens, batch {cell['batch']}: {cell['reason']}"
+        for name, column in columns.items()
+        for cell in column.get("speed_left_out", [])
+    ]
+    keys = {(cell["context"], -cell["batch"]) for column in columns.values() for cell in column.get("speed", [])}
+    if not keys:
+        return [], reasons
+    context, batch = max(keys)
+    rows = []
+    for label, key, scale, digits in (
+        (f"ms per token at {context}", "token_seconds", 1e3, 1),
+        ("… prefill, s", "prefill_seconds", 1, 2),
+        ("… cache, MiB", "cache_bytes", 2**-20, 1),
+        ("… peak memory, MiB", "peak_bytes", 2**-20, 0),
+    ):
+        found = [speed_cell(column, context, -batch) for column in columns.values()]
+        values = [None if cell is None else cell[key] for cell in found]
+        rows.append([label, *("" if value is None else f"{value * scale:.{digits}f}" for value in values)])
+    machine = f"{environment.get('device')} ({environment.get('cpu')}, {environment.get('threads')} threads)"
+    return rows, [f"speed: batch {-batch}, medians, on {machine}; all contexts with `linearize bench`", *reasons]
+
+
+def speed_cell(column: dict[str, Any], context: int, batch: int) -> dict[str, Any] | None:
+    """The entry of a column's `speed` for a context and batch, if it has one."""
+    cells = column.get("speed", [])
+    return next((cell for cell in cells if (cell["context"], cell["batch"]) == (context, batch)), None)
 
 
 def _text_notes(columns: dict[str, Any]) -> list[str]:
