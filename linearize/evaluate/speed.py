@@ -256,7 +256,7 @@ def _models(folder: str, located: Located, dtype: str, seed: int) -> Models:
     return Models(folder, read_config(folder), located, dtype, "cpu", seed)
 
 
-def _peak(models: Models, column: str, context: int, batch: int) -> Cell:
+def process_peak(models: Models, column: str, context: int, batch: int) -> Cell:
     """{peak_bytes} or {failed: reason}; empty on a GPU, which needs no process, and where the system does not tell."""
     if models.device.type != "cpu" or not has_peak():
         return {}
@@ -320,7 +320,7 @@ def _measure(
         if limit is not None and length > limit:
             reasons[name] = f"the model has learned positions for {limit} tokens"
             continue
-        found = _peak(models, name, context, batch)
+        found = process_peak(models, name, context, batch)
         if "failed" in found:
             reasons[name] = found["failed"]
         else:
