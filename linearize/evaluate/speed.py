@@ -48,7 +48,7 @@ PREFILLS = 3
 ENOUGH = 20.0
 TURN = 3
 READ = 2048
-WARM = 64
+WARM = 32
 """Tokens of a first prefill that is not timed: libraries load and compile on first use."""
 
 Cell = dict[str, Any]
