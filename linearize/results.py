@@ -41,8 +41,11 @@ columns      name -> column, in the order of COLUMNS
                        the largest difference of their logits
     state              [{position, norm, effective_rank}]: of the memory's state, mean over layers and heads; null
                        without a memory; effective_rank is null where the state is a vector per head
-  speed        [{context, batch, prefill_seconds, token_seconds, low, high, peak_bytes, cache_bytes}]
-  seconds      wall time, without loading
+  speed        [{context, batch, prefill_seconds, token_seconds, low, high, peak_bytes, cache_bytes}]: of source, window
+               and student; seconds per decoded token with quartiles, peak memory while decoding (null where the system
+               does not tell)
+  speed_left_out  [{context, batch, reason}]: what could not be measured; absent when all could
+  seconds      wall time, without loading and speed
 summary      what follows from the columns alone (see linearize/evaluate/statistics.py)
   average      column -> {value, stderr, tasks}: plain mean of the tasks that have a chance level, without MMLU
   recovery     column -> {raw, chance_corrected}: share of the source's average kept, s / t and (s - r) / (t - r) with
@@ -202,6 +205,10 @@ def validate(results: Any, where: str = "results") -> None:
                 need(column["behaviour"].get(key), f"{at}.behaviour.{key}", **kinds)
             for i, entry in enumerate(column["behaviour"].get("state") or []):
                 need(entry, f"{at}.behaviour.state.{i}", position=(int,), norm=number, effective_rank=maybe)
+        for i, cell in enumerate(column.get("speed", [])):
+            where_, sizes = f"{at}.speed.{i}", {"context": (int,), "batch": (int,), "cache_bytes": (int,)}
+            times = dict.fromkeys(("prefill_seconds", "token_seconds", "low", "high"), number)
+            need(cell, where_, **sizes, **times, peak_bytes=(int, type(None)))
     if problems:
         raise InputError(f"{where}: does not follow schema {SCHEMA}: {'; '.join(problems)}")
 
@@ -238,8 +245,9 @@ def table(results: dict[str, Any], columns: list[str] | None = None) -> Table:
     if behaviour:
         for label, cell in _BEHAVIOUR.items():
             rows.append([label, *(cell(behaviour[name]) if name in behaviour else "" for name in shown)])
+    speed, speed_notes = _speed(shown, results["environment"])
     notes = [*_text_notes(shown), *_recall_notes(shown), *_behaviour_notes(behaviour), *_choice_notes(shown)]
-    return Table(["", *shown], rows, [*notes, *_notes(summary, shown)])
+    return Table(["", *shown], rows + speed, [*notes, *_notes(summary, shown), *speed_notes])
 
 
 def markdown_table(results: dict[str, Any], columns: list[str] | None = None) -> str:
@@ -305,6 +313,37 @@ def _behaviour_notes(behaviour: dict[str, Any]) -> list[str]:
         if (cached := entry["cached"])["equal"] < cached["checked"]
     ]
     return [f"Cached decoding and a whole forward pick different tokens: {', '.join(wrong)}"] if wrong else []
+
+
+def _speed(columns: dict[str, Any], environment: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """Rows for the longest context and smallest batch that any column has, and notes."""
+    reasons = [
+        f"speed: no {name} at {cell['context']} tokens, batch {cell['batch']}: {cell['reason']}"
+        for name, column in columns.items()
+        for cell in column.get("speed_left_out", [])
+    ]
+    keys = {(cell["context"], -cell["batch"]) for column in columns.values() for cell in column.get("speed", [])}
+    if not keys:
+        return [], reasons
+    context, batch = max(keys)
+    rows = []
+    for label, key, scale, digits in (
+        (f"ms per token at {context}", "token_seconds", 1e3, 1),
+        ("… prefill, s", "prefill_seconds", 1, 2),
+        ("… cache, MiB", "cache_bytes", 2**-20, 1),
+        ("… peak memory, MiB", "peak_bytes", 2**-20, 0),
+    ):
+        found = [speed_cell(column, context, -batch) for column in columns.values()]
+        values = [None if cell is None else cell[key] for cell in found]
+        rows.append([label, *("" if value is None else f"{value * scale:.{digits}f}" for value in values)])
+    machine = f"{environment.get('device')} ({environment.get('cpu')}, {environment.get('threads')} threads)"
+    return rows, [f"speed: batch {-batch}, medians, on {machine}; all contexts with `linearize bench`", *reasons]
+
+
+def speed_cell(column: dict[str, Any], context: int, batch: int) -> dict[str, Any] | None:
+    """The entry of a column's `speed` for a context and batch, if it has one."""
+    cells = column.get("speed", [])
+    return next((cell for cell in cells if (cell["context"], cell["batch"]) == (context, batch)), None)
 
 
 def _text_notes(columns: dict[str, Any]) -> list[str]:

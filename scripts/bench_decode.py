@@ -25,23 +25,24 @@ import gzip
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import Cell, forget_peak, numbers, rotated, some, status, summary
+from bench_common import Cell, numbers, some
 from bench_report import KINDS, claims, write
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import linearize.modeling
 from linearize import recipe
-from linearize.cache import LinearizedCacheLayer
+from linearize.evaluate.columns import sharing_copy
 from linearize.evaluate.environment import environment
+from linearize.evaluate.measure import PEAK, in_process, read_task, rotated, status, summary, timed
+from linearize.evaluate.speed import cache_bytes, decode, prefill, resident_peak, stretch
 from linearize.sources import load_source, locate
 
 PARTS = ("decode", "memory", "prefill", "long", "profile")
@@ -60,8 +61,7 @@ def as_kind(source: PreTrainedModel, kind: str, mixer: dict[str, Any]) -> PreTra
         return source
     if kind == "window":
         mixer = {"name": "window", "window": mixer["window"], "sinks": mixer["sinks"]}
-    shared = {id(parameter): parameter for parameter in source.parameters()}
-    return linearize.modeling.linearize_(copy.deepcopy(source, shared), mixer)
+    return linearize.modeling.linearize_(sharing_copy(source), mixer)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, count: int) -> torch.Tensor:
@@ -69,11 +69,6 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, count: int) -> torch.Tensor:
     text = gzip.decompress((recipe.package_folder("eval") / "data" / "wikitext2_valid.txt.gz").read_bytes()).decode()
     ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     return ids.repeat(-(-count // len(ids)))[None, :count]
-
-
-def prefill(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, piece: int) -> None:
-    for part in ids.split(piece, dim=1):
-        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def filled(
@@ -94,37 +89,9 @@ def filled(
         if real > done:
             prefill(model, cache, ids[:, done:real], given.piece)
             done = real
-        caches[context] = copy.deepcopy(cache) if real == context else repeated(cache, context)
+        caches[context] = stretch(copy.deepcopy(cache), context)
         torch.save(caches[context], kept[context])
     return caches
-
-
-def repeated(cache: Cache, context: int) -> DynamicCache:
-    longer = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        times = -(-context // layer.keys.shape[2])
-        keys, values = (x.repeat(1, 1, times, 1)[:, :, :context] for x in (layer.keys, layer.values))
-        longer.update(keys, values, index)
-    return longer
-
-
-def cache_bytes(cache: Cache) -> int:
-    return sum(
-        layer.nbytes() if isinstance(layer, LinearizedCacheLayer) else layer.keys.nbytes + layer.values.nbytes
-        for layer in cache.layers
-    )
-
-
-def decode(model: PreTrainedModel, cache: Cache, token: torch.Tensor, steps: int) -> list[float]:
-    """Seconds of each of `steps` greedy tokens; one more goes before them to warm up."""
-    seconds = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
-        seconds.append(time.perf_counter() - start)
-    if not isinstance(cache.layers[0], LinearizedCacheLayer):
-        cache.crop(-steps - 1)  # every round starts from the same context
-    return seconds[1:]
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
@@ -169,9 +136,8 @@ def part_prefill(folder: str, ids: torch.Tensor, mixer: dict[str, Any], given: a
         for round_ in range(given.prefill_repeats):
             for kind in rotated(list(models), round_):
                 cache = DynamicCache(config=models[kind].config)
-                start = time.perf_counter()
-                prefill(models[kind], cache, ids[:, :context], context)
-                seconds[kind].append(time.perf_counter() - start)
+                read = partial(prefill, models[kind], cache, ids[:, :context], context)
+                seconds[kind].append(timed(read, models[kind].device)[1])
         for kind in models:
             cell = {"part": "prefill", "kind": kind, "dtype": dtype, "batch": 1, "context": context}
             yield cell | summary(seconds[kind])
@@ -183,12 +149,12 @@ def part_memory(folder: str, mixer: dict[str, Any], given: argparse.Namespace) -
             for context in given.contexts:
                 for kind in given.kinds:
                     cell = {"part": "memory", "kind": kind, "dtype": dtype, "batch": batch, "context": context}
-                    yield cell | in_process(cell, folder, mixer, given)
+                    yield cell | measured(cell, folder, mixer, given)
 
 
 def part_long(folder: str, mixer: dict[str, Any], given: argparse.Namespace) -> Iterable[Cell]:
     cell = {"part": "long", "kind": "student", "dtype": given.dtypes[0], "batch": 1, "context": given.long}
-    yield cell | in_process(cell, folder, mixer, given)
+    yield cell | measured(cell, folder, mixer, given)
 
 
 def part_profile(folder: str, ids: torch.Tensor, mixer: dict[str, Any], given: argparse.Namespace) -> Iterable[Cell]:
@@ -215,29 +181,24 @@ def part_profile(folder: str, ids: torch.Tensor, mixer: dict[str, Any], given: a
 # --- memory: one process per cell -------------------------------------------------------------------------------------
 
 
-def in_process(cell: Cell, folder: str, mixer: dict[str, Any], given: argparse.Namespace) -> Cell:
-    task = json.dumps({"cell": cell, "folder": folder, "mixer": mixer, "given": vars(given)})
-    done = subprocess.run([sys.executable, __file__, "--worker", task], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        return {"failed": f"exit code {done.returncode}"}  # killed for memory, most likely: that is a result too
-    return json.loads(done.stdout)
+def measured(cell: Cell, folder: str, mixer: dict[str, Any], given: argparse.Namespace) -> Cell:
+    return in_process([__file__, "--worker"], {"cell": cell, "folder": folder, "mixer": mixer, "given": given})
 
 
-def worker(task: dict[str, Any]) -> Cell:
-    """Peak resident bytes of one cell, and of this process before anything was read."""
-    cell, given = task["cell"], argparse.Namespace(**task["given"])
+def worker(cell: Cell, folder: str, mixer: dict[str, Any], given: argparse.Namespace) -> Cell:
+    """Peak resident bytes of one cell, in a process that holds nothing else."""
     torch.set_num_threads(given.threads)
-    model = open_model(task["folder"], cell["kind"], cell["dtype"], task["mixer"])
-    ids = torch.load(Path(task["folder"]) / "ids.pt")
+    model = open_model(folder, cell["kind"], cell["dtype"], mixer)
+    ids = torch.load(Path(folder) / "ids.pt")
     if cell["part"] == "long":
-        start = time.perf_counter()
-        prefill(model, DynamicCache(config=model.config), ids[:, : cell["context"]], given.piece)
-        return {"peak_bytes": status("VmHWM"), "seconds": time.perf_counter() - start, "piece": given.piece}
-    cache = filled(model, task["folder"], cell["kind"], ids, [cell["context"]], given)[cell["context"]]
-    cache.batch_repeat_interleave(cell["batch"])
-    forget_peak()  # what the prefill needed: the peak from here on is that of decoding
-    decode(model, cache, ids[:, :1].expand(cell["batch"], 1), given.steps)
-    return {"peak_bytes": status("VmHWM"), "cache_bytes": cache_bytes(cache)}
+        cache = DynamicCache(config=model.config)
+        _, seconds = timed(lambda: prefill(model, cache, ids[:, : cell["context"]], given.piece), model.device)
+        return {"peak_bytes": status(PEAK), "seconds": seconds, "piece": given.piece}
+    cache = filled(model, folder, cell["kind"], ids, [cell["context"]], given)[cell["context"]]
+    return {
+        "peak_bytes": resident_peak(model, cache, cell["batch"], given.steps),
+        "cache_bytes": cache_bytes(cache),
+    }
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -265,7 +226,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="of the output (default: the processor's architecture and cores)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "eval" / "results")
-    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -273,7 +234,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     if given.worker:
-        return print(json.dumps(worker(given.worker)))
+        return print(json.dumps(worker(**read_task())))
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
     wanted = recipe.load(given.recipe, given.set)
@@ -299,7 +260,6 @@ def main() -> None:
             "long": lambda: part_long(folder, mixer, given),
             "profile": lambda: part_profile(folder, ids, mixer, given),
         }
-        given.out = str(given.out)  # it travels to the workers as JSON
         for part in given.parts:
             for cell in parts[part]():
                 print(json.dumps(cell), file=sys.stderr)

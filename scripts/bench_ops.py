@@ -16,21 +16,19 @@ Writes eval/results/bench-ops.json after every length, and a table (.md) beside 
 import argparse
 import importlib
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import Cell, claim, claims_table, find, forget_peak, numbers, rotated, some, status, summary
+from bench_common import Cell, claim, claims_table, find, numbers, some
 from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.evaluate.environment import environment
+from linearize.evaluate.measure import PEAK, forget_peak, in_process, read_task, rotated, status, summary, timed
 from linearize.ops import additive
 from linearize.ops.window import window_attention
 
@@ -92,10 +90,12 @@ def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def one_pass(form: Callable[..., Tensor], leaves: list[Tensor]) -> float:
     """Seconds of a forward and a backward pass."""
-    start = time.perf_counter()
-    y = form(*leaves)
-    torch.autograd.grad(y, leaves, torch.ones_like(y))
-    return time.perf_counter() - start
+
+    def both() -> None:
+        y = form(*leaves)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    return timed(both, leaves[0].device)[1]
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
@@ -121,12 +121,10 @@ def part_memory(length: int, given: argparse.Namespace) -> Iterable[Cell]:
     for row in given.rows:
         if row == "naive" and length not in given.naive:
             continue
-        task = json.dumps({"row": row, "length": length, "threads": given.threads})
+        task = {"row": row, "length": length, "threads": given.threads}
         # Every tensor a mapping of its own: the peak then counts what lives, not what malloc keeps for later.
-        live = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-        command = [sys.executable, __file__, "--worker", task]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=live)
-        yield {"part": "memory", "row": row, "length": length} | json.loads(done.stdout)
+        live = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+        yield {"part": "memory", "row": row, "length": length} | in_process([__file__, "--worker"], task, live)
 
 
 def worker(task: dict[str, Any]) -> Cell:
@@ -135,7 +133,7 @@ def worker(task: dict[str, Any]) -> Cell:
     form, leaves = prepare(task["row"], task["length"])
     before = forget_peak()
     one_pass(form, leaves)
-    return {"peak_bytes": status("VmHWM") - before}
+    return {"peak_bytes": status(PEAK) - before}
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -213,14 +211,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--name", default="bench-ops", help="of the output (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "eval" / "results")
-    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     given = arguments()
     if given.worker:
-        return print(json.dumps(worker(given.worker)))
+        return print(json.dumps(worker(read_task())))
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
     target = given.out / f"{given.name}.json"

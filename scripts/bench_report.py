@@ -10,7 +10,10 @@ from typing import Any
 
 from bench_common import Cell, claim, claims_table, find
 
-KINDS = ("source", "window", "student")
+from linearize.errors import InputError
+from linearize.evaluate.speed import COLUMNS as KINDS
+from linearize.plot import Points, draw_speed
+
 SOURCE, WINDOW, STUDENT = ({"kind": kind} for kind in KINDS)
 
 
@@ -86,34 +89,16 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Time per token and cache bytes against the context, a column per dtype and batch; nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("no plot: matplotlib is not installed", file=sys.stderr)
+    """Time per token and cache bytes against the context, a panel per dtype and batch; nothing without matplotlib."""
     cells = [cell for cell in results["cells"] if cell["part"] == "decode"]
-    columns = sorted({(cell["dtype"], cell["batch"]) for cell in cells})
-    if not columns:
-        return
-    figure = Figure(figsize=(4 * len(columns), 6), layout="constrained")
-    axes = figure.subplots(2, len(columns), squeeze=False, sharex=True, sharey="row")
-    for column, (dtype, batch) in enumerate(columns):
-        axes[0][column].set_title(f"{dtype}, batch {batch}")
-        axes[1][column].set_xlabel("context (tokens)")
-        for kind, colour in zip(KINDS, ("#444444", "#d98c21", "#1f6fb4"), strict=True):
-            of = sorted(
-                (cell for cell in cells if (cell["kind"], cell["dtype"], cell["batch"]) == (kind, dtype, batch)),
-                key=lambda cell: cell["context"],
-            )
-            x = [cell["context"] for cell in of]
-            axes[1][column].set_xticks(x, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in x])
-            axes[1][column].xaxis.minorticks_off()
-            axes[0][column].loglog(x, [1e3 * cell["seconds"] for cell in of], "o-", color=colour, label=kind)
-            axes[1][column].loglog(x, [cell["cache_bytes"] / 2**20 for cell in of], "o-", color=colour, label=kind)
-    axes[0][0].set_ylabel("milliseconds per token")
-    axes[1][0].set_ylabel("cache (MiB)")
-    axes[0][0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    panels: dict[str, dict[str, Points]] = {}
+    for cell in sorted(cells, key=lambda cell: (cell["dtype"], cell["batch"], KINDS.index(cell["kind"]))):
+        points = panels.setdefault(f"{cell['dtype']}, batch {cell['batch']}", {}).setdefault(cell["kind"], [])
+        points.append((cell["context"], cell["seconds"], cell["cache_bytes"]))
+    try:
+        draw_speed(panels, path)
+    except InputError as error:
+        print(f"no plot: {error}", file=sys.stderr)
 
 
 def write(results: dict[str, Any], path: Path) -> str:

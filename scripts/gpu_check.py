@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import Cell, numbers, summary
+from bench_common import Cell, numbers
 from torch import Tensor
 from torch.nn import functional as F
 
 from linearize import ops
 from linearize.costs import CONTEXT, context, decoder, make
 from linearize.evaluate.environment import environment
+from linearize.evaluate.measure import summary, timed
 from linearize.mixers import MIXERS, Geometry, Mixer
 from linearize.ops import additive, average, delta, diagonal, dplr, fla_backend, slots
 
@@ -188,14 +189,7 @@ def part_mixer(name: str, given: argparse.Namespace) -> Iterator[Cell]:
 
 def seconds(call: Callable[[], Any], given: argparse.Namespace) -> dict[str, float]:
     """Median and quartiles after one call that compiles and fills caches."""
-    times = []
-    for _ in range(given.repeats + 1):
-        start = time.perf_counter()
-        call()
-        if given.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return summary(times[1:])
+    return summary([timed(call, given.device)[1] for _ in range(given.repeats + 1)][1:])
 
 
 def both_ways(form: Callable[..., Tensor], leaves: list[Tensor]) -> None:

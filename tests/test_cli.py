@@ -60,7 +60,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_verbs() -> None:
-    expected = "archs calibrate check convert eval export generate inspect merge mixers push recipes run train"
+    expected = "archs bench calibrate check convert eval export generate inspect merge mixers push recipes run train"
     assert expected.split() == VERBS
 
 

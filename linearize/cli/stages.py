@@ -216,6 +216,54 @@ def evaluate(
             raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    folder: Folder,
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache.")] = "1024,8192,32768",
+    batches: Annotated[str, typer.Option(help="Rows decoded together.")] = "1",
+    steps: Annotated[int, typer.Option(help="Decoded tokens per context and batch.")] = 12,
+    source: Annotated[str | None, typer.Option(help="Source to compare with.  [default: the recorded one]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results file to write.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as in DIR.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: FILE.png, .svg or .pdf.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed and memory by context length, beside the source and the window control.
+
+    \b
+    Example:
+      linearize bench runs/demo/merged --contexts 1024,8192
+    """
+    from linearize.evaluate import bench as stage
+    from linearize.evaluate import report
+    from linearize.plot import check_target, draw_speed
+
+    if plot is not None:
+        check_target(plot)  # before the measurement, which takes minutes
+    results = stage(
+        folder,
+        contexts=_numbers("--contexts", contexts),
+        batches=_numbers("--batches", batches),
+        steps=steps,
+        source=source,
+        out=out,
+        dtype=dtype,
+    )
+    if plot is not None:
+        note(f"picture: {draw_speed(report.speed_panels(results), plot)}")
+    if as_json:
+        show(results, as_json)
+    else:
+        report.show_speed(results)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} {text}: expected whole numbers separated by commas, such as 1024,8192") from error
+
+
 def _show_results(results: dict[str, Any], as_json: bool) -> None:
     from linearize.evaluate import report
 

@@ -1,5 +1,6 @@
 """Compare a linearized model with its source and with the controls that would embarrass it, under the same settings."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,5 +73,60 @@ def evaluate(
         device=device,
         include_path=include_path,
         resume=resume,
+        progress=progress,
+    )
+
+
+def bench(
+    folder: str | Path,
+    contexts: Sequence[int] = (1024, 8192, 32768),
+    batches: Sequence[int] = (1,),
+    steps: int = 12,
+    source: str | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure speed and memory of a model, its source and the window control: `evaluate` with that section alone.
+
+    Args:
+        folder, source, seed, dtype, device, progress: as of `evaluate`.
+        contexts: tokens in the cache.
+        batches: rows decoded together.
+        steps: decoded tokens per context and batch, at least 3.
+        out: results file; None writes none.
+
+    Returns:
+        Results, see `linearize.results`; their columns hold `speed`.
+
+    Raises:
+        InputError: see the messages; what was finished until then is kept beside `out`.
+
+    Example:
+        >>> bench("runs/demo/merged", contexts=[1024, 8192])["columns"]["student"]["speed"][0]["token_seconds"]
+    """
+    for name, values, least in (("contexts", contexts, 1), ("batches", batches, 1), ("steps", [steps], 3)):
+        if not values or min(values) < least:
+            raise InputError(f"{name}: found {', '.join(map(str, values)) or 'none'}; expected at least {least}")
+    spec = suites.SpeedSpec(contexts=list(contexts), batches=list(batches), steps=steps)
+    chosen = suites.Suite(name="bench", speed=spec, columns=["source", "window", "student"])
+
+    from linearize.evaluate.run import run
+
+    return run(
+        str(folder),
+        chosen,
+        source=source,
+        target=Path(out) if out is not None else None,
+        limit=None,
+        columns=None,
+        batch_size=1,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        include_path=None,
+        resume=False,
         progress=progress,
     )

@@ -1,6 +1,7 @@
 """The models behind the columns: one copy of the source's weights for three, one of the student's for the rest."""
 
 import contextlib
+import copy
 import gc
 import hashlib
 import json
@@ -77,6 +78,11 @@ def weight_files(folder: str | Path) -> list[Path]:
     return sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]) if folder.is_dir() else []
 
 
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model with the same parameters, not copies of them; it can be given other attention."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 class Models:
     """Opens the model of one column after the other, and keeps the weights while the next column can use them.
 
@@ -118,6 +124,26 @@ class Models:
                 yield model
         else:
             yield model
+
+    @contextlib.contextmanager
+    def together(self, names: list[str]) -> Iterator[dict[str, PreTrainedModel]]:
+        """Source, window control and student, as far as named, at once: for what is measured in turns.
+
+        Two sets of weights are held for the three; what `column` had opened is not kept beside them.
+        """
+        student = self._model if self._family == "student" else None
+        self._model = self._family = None
+        gc.collect()
+        found: dict[str, PreTrainedModel] = {}
+        if {"source", "window"} & set(names):
+            found["source"] = self._load("source")
+        if "window" in names:
+            found["window"] = sharing_copy(found["source"])
+            for mixer, layers in self._mixers(control=True):
+                linearize_(found["window"], mixer, layers)
+        if "student" in names:
+            found["student"] = student or self._load("student")
+        yield {name: found[name] for name in names}
 
     def _tokenizer(self) -> Any:
         try:

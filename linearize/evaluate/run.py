@@ -9,7 +9,7 @@ from typing import Any
 from linearize import results as results_file
 from linearize import sources
 from linearize.errors import InputError
-from linearize.evaluate import compare, perplexity, recall
+from linearize.evaluate import compare, perplexity, recall, speed
 from linearize.evaluate import suite as suites
 from linearize.evaluate.behaviour import Behaviour
 from linearize.evaluate.columns import Models, fingerprint, read_config, weight_files, window_of, without_branches
@@ -72,7 +72,10 @@ def run(
             work.refer(names, saved)
             for name in names:
                 work.column(name, saved)
-        return saved.finish(work.complete)
+        if chosen.speed is not None:
+            asked = {name: saved.column(name) for name in names}
+            speed.section(chosen.speed, models, asked, bar, saved.save)
+        return saved.finish(lambda name, column: work.complete(column) and speed.complete(chosen.speed, name, column))
 
 
 def _possible(names: list[str], config: Any, explicit: bool, bar: Bar) -> list[str]:
@@ -112,10 +115,10 @@ class _Saved:
         if self.partial is not None:
             results_file.write(self.results, self.partial)
 
-    def finish(self, complete: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    def finish(self, complete: Callable[[str, dict[str, Any]], bool]) -> dict[str, Any]:
         """Summarise the complete columns and let the file appear. Half a column of an earlier run is dropped."""
         found, settings = self.results["columns"], self.results["settings"]
-        columns = {name: found[name] for name in COLUMNS if name in found and complete(found[name])}
+        columns = {name: found[name] for name in COLUMNS if name in found and complete(name, found[name])}
         self.results = {
             **{key: self.results[key] for key in ("schema", "model", "source", "suite", "settings")},
             "complete": True,
@@ -207,7 +210,8 @@ class _Work:
         """Run what is missing of a column."""
         column = saved.column(name)
         if self.complete(column):
-            self.bar.line(f"{name}: kept from the earlier run")
+            if self.tasks or self.texts or self.recall or self.behaviour:
+                self.bar.line(f"{name}: kept from the earlier run")
             return
         self.bar.start(f"{name}: loading")
         with self.models.column(name) as model:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from linearize.errors import InputError, suggest
@@ -95,8 +95,8 @@ class SpeedSpec:
         steps: decoded tokens per context and batch.
     """
 
-    contexts: list[int]
-    batches: list[int] = field(default_factory=lambda: [1])
+    contexts: list[PositiveInt] = Field(min_length=1)
+    batches: list[PositiveInt] = Field(default_factory=lambda: [1], min_length=1)
     steps: int = Field(default=12, ge=3)
 
 
