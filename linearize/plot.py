@@ -17,6 +17,7 @@ from linearize.errors import InputError
 from linearize.files import format_bytes
 
 STYLE = {
+    "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,

@@ -2,8 +2,8 @@
 
     python scripts/screenshot_report.py runs/demo/report.html --out report
 
-Needs Chromium or Chrome. The page is shown in a frame of the width of the device, because a window of a browser cannot be
-made as narrow as a phone; `open_page` is also what the tests look through.
+Needs Chromium or Chrome. The page is shown in a frame of the width of the device, because a window of a browser cannot
+be made as narrow as a phone; `open_page` is also what the tests look through.
 """
 
 import argparse

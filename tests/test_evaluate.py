@@ -664,6 +664,8 @@ def test_the_run_writes_nothing_without_a_place(
 ) -> None:
     """As for a model on the Hub."""
     monkeypatch.setattr(results_file, "write", lambda *_: pytest.fail("wrote a file"))
-    options = dict(source=None, target=None, limit=None, columns=["student"], batch_size=1, seed=0, dtype="auto")
+    options = dict(
+        source=None, against=None, target=None, limit=None, columns=["student"], batch_size=1, seed=0, dtype="auto"
+    )
     answer = run.run(str(student), text_only, **options, device="cpu", include_path=None, resume=True, progress=False)
     assert answer["complete"]

@@ -129,23 +129,24 @@ def lines(
     return svg(draw, label)
 
 
-def survival(lengths: dict[str, list[int]], colours: Styles, label: str) -> str:
-    """Share of prompts whose greedy continuation still equals the source's after so many tokens."""
+def survival(lengths: dict[str, list[int]], longest: int, colours: Styles, label: str) -> str:
+    """Share of prompts whose greedy continuation still equals the source's after 1, 2, … `longest` tokens."""
+    counts = range(longest + 1)
 
     def draw(axes: Any) -> None:
         for name, found in lengths.items():
-            ordered = np.sort(found)
-            left = 100 * (1 - np.arange(1, len(ordered) + 1) / len(ordered))
+            share = [100 * float(np.mean(np.array(found) >= count)) for count in counts]
             colour, dashes = colours[name]
-            axes.step([0, *ordered], [100, *left], dashes, where="post", color=colour, linewidth=1.8)
+            axes.plot(counts, share, dashes, color=colour, linewidth=1.8)
         axes.set(xlabel="greedy tokens", ylabel="% of prompts still equal", ylim=(-3, 103))
 
     return svg(draw, label)
 
 
-def heat_map(entries: list[dict[str, Any]], label: str) -> str:
-    """Right answers of one column on one recall task: depth downwards, length to the right, per cent in every cell."""
+def heat_map(entries: list[dict[str, Any]], window: float, label: str) -> str:
+    """Right answers of one column on one recall task, in per cent: depth downwards, length to the right."""
     lengths = sorted({entry["length"] for entry in entries})
+    entries = [entry for entry in entries if entry["value"] is not None]
     depths = sorted({entry["depth"] for entry in entries if entry["depth"] is not None}) or [None]
     found = {(entry["depth"], entry["length"]): entry for entry in entries}
     grid = np.array([[100 * found[d, n]["value"] if (d, n) in found else np.nan for n in lengths] for d in depths])
@@ -159,8 +160,7 @@ def heat_map(entries: list[dict[str, Any]], label: str) -> str:
                     place, row, f"{value:.0f}", ha="center", va="center", color="black" if value > 66 else "white"
                 )
         axes.grid(False)
-        multiples = {entry["length"]: entry["multiple"] for entry in entries}
-        axes.set_xticks(range(len(lengths)), [f"{tokens(n)}\n{multiples[n]:g} W" for n in lengths])
+        axes.set_xticks(range(len(lengths)), [f"{tokens(n)}\n{n / window:g} W" for n in lengths])
         axes.set_yticks(range(len(depths)), ["" if depth is None else f"{depth:g}" for depth in depths])
         axes.set(xlabel="tokens of the prompt, and in windows", ylabel="" if depths == [None] else "depth")
 
@@ -227,8 +227,11 @@ def _size(count: float) -> str:
 
 
 def _log_ticks(low: float, high: float, base: int) -> list[float]:
-    """Round values between low and high: steps of 1, 2, 5 within a power of 10, of 1, 8, 64 within one of 1024."""
-    steps = (1, 2, 5) if base == 10 else (1, 4, 16, 64, 256)
+    """Round values between low and high, at most 7; over a wide range only 1, 2 and 5 times a power of 10."""
+    if base == 10:
+        steps = (1, 2, 3, 4, 5, 6, 7, 8, 9) if high < 10 * low else (1, 2, 5)
+    else:
+        steps = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     first, last = math.floor(math.log(low, base)), math.ceil(math.log(high, base))
     ticks = [step * float(base) ** power for power in range(first, last + 1) for step in steps]
     inside = [tick for tick in ticks if low <= tick <= high]

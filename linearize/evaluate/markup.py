@@ -5,7 +5,8 @@ from html import escape
 
 from linearize.evaluate.charts import Styles
 
-_MARKS = {True: ("met", "✓ yes"), False: ("unmet", "✗ no"), None: ("open", "? cannot be told")}
+_MARKS = {True: ("yes", "✓"), False: ("no", "✗"), None: ("open", "?")}
+_WORDS = {True: "yes", False: "no", None: "cannot be told"}
 _DASHES = {
     "-": "",
     "--": ' stroke-dasharray="6 3"',
@@ -32,11 +33,12 @@ def table(header: list[str], rows: list[list[str]], words: bool = False, bold: l
         return "<tr>" + "".join(f"{start}{cell}</{tag}>" for start, cell in zip(marked, cells, strict=True)) + "</tr>"
 
     body = "\n".join(line(row, "td") for row in rows)
-    kind = "words" if words else "num"
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead>{line(header, "th")}</thead>\n<tbody>\n{body}\n</tbody>'
-        "</table></div>"
-    )
+    shape = "words" if words else "num"
+    head = f"<thead>{line(header, 'th')}</thead>"
+    return f'<div class="scroll"><table class="{shape}">{head}
+<tbody>
+{body}
+</tbody></table></div>'
 
 
 def figure(svg: str, caption: str, key: str = "") -> str:
@@ -66,7 +68,21 @@ def colour_key(entries: list[tuple[str, str, str]], bars: bool = True) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def mark(holds: bool | None) -> str:
-    """Whether a check holds, in a word and a colour."""
-    kind, text = _MARKS[holds]
-    return f'<span class="{kind}">{text}</span>'
+def kind(holds: bool | None) -> str:
+    """The class of what holds, does not, or cannot be told: yes, no, open."""
+    return _MARKS[holds][0]
+
+
+def checklist(checks: list[tuple[str, str, bool | None]]) -> str:
+    """A list of (asked, found, whether it holds)."""
+    items = [
+        f'<li class="{kind(holds)}"><span class="mark">{_MARKS[holds][1]}</span><span>{asked}: <b>{_WORDS[holds]}</b>. '
+        f'<span class="dim">{found}</span></span></li>'
+        for asked, found, holds in checks
+    ]
+    return f'<ul class="checks">{"".join(items)}</ul>'
+
+
+def more(summary: str, content: str) -> str:
+    """Content that opens when its summary is chosen."""
+    return f"<details><summary>{summary}</summary>{content}</details>"

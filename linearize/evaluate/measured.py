@@ -7,7 +7,7 @@ from typing import Any
 
 from linearize.evaluate import charts
 from linearize.evaluate.charts import Styles
-from linearize.evaluate.markup import colour_key, figure, figures, legend, section, table
+from linearize.evaluate.markup import colour_key, figure, figures, legend, more, section, table
 from linearize.evaluate.view import View
 from linearize.files import format_bytes
 
@@ -60,6 +60,7 @@ def recall(shown: View) -> str:
     columns = {name: found for name in wanted if (found := shown.columns.get(name, {}).get("recall"))}
     if not columns:
         return ""
+    asked = [entry for found in columns.values() for entry in found]
     # The student without its memory says more than the untrained window; both would only fill the page.
     if "student/window" in columns:
         columns.pop("window", None)
@@ -76,11 +77,14 @@ def recall(shown: View) -> str:
         maps = []
         for name, found in columns.items():
             entries = [entry for entry in found if entry["task"] == task]
-            if entries:
+            if any(entry["value"] is not None for entry in entries):
                 words = ", ".join(_entry_words(entry) for entry in entries)
-                chart = charts.heat_map(entries, f"Recall of {name} in {task}. {words}")
+                window = entries[0]["length"] / entries[0]["multiple"]
+                chart = charts.heat_map(entries, window, f"Recall of {name} in {task}. {words}")
                 maps.append(figure(chart, f"<strong>{escape(name)}</strong>"))
-        parts += [f"<h3>{escape(task)}</h3>", figures(maps)]
+        parts += [f"<h3>{escape(task)}</h3>", figures(maps)] if maps else []
+    reasons = dict.fromkeys(f"{e['task']} at {e['length']} tokens: {e['skipped']}" for e in asked if e.get("skipped"))
+    parts += [f'<p class="dim">Not asked: {escape(reason)}.</p>' for reason in reasons]
     return section("Recall", *parts)
 
 
@@ -89,13 +93,14 @@ def _tasks(columns: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _mean(entries: list[dict[str, Any]], task: str | None = None) -> str:
-    values = [entry["value"] for entry in entries if task in (None, entry["task"])]
+    values = [entry["value"] for entry in entries if task in (None, entry["task"]) and entry["value"] is not None]
     return f"{100 * sum(values) / len(values):.1f}" if values else ""
 
 
 def _entry_words(entry: dict[str, Any]) -> str:
     depth = "" if entry["depth"] is None else f" and depth {entry['depth']:g}"
-    return f"{100 * entry['value']:.0f} % at {entry['length']} tokens{depth}"
+    value = "not asked" if entry["value"] is None else f"{100 * entry['value']:.0f} %"
+    return f"{value} at {entry['length']} tokens{depth}"
 
 
 def behaviour(shown: View) -> str:
@@ -120,9 +125,10 @@ def behaviour(shown: View) -> str:
         if found.get("agreement") and name != "source"
     }
     if lengths:
+        longest = max(n for found in columns.values() for n in found["agreement"]["lengths"])
         words = "; ".join(f"{name}: median {columns[name]['agreement']['median']:g} tokens" for name in lengths)
         caption = "<strong>How long it says what the source says.</strong> Greedy continuations of the same beginnings."
-        chart = charts.survival(lengths, shown.styles, f"Share of prompts still equal to the source. {words}")
+        chart = charts.survival(lengths, longest, shown.styles, f"Share of prompts still equal to the source. {words}")
         drawn.append(figure(chart, caption, legend(lengths, shown.styles)))
     for key, title, ylabel in (
         ("norm", "Norm of the memory's state, by position", "norm"),
@@ -210,7 +216,14 @@ def speed(shown: View) -> str:
             )
     header = ["", "context", "rows", "prefill, s", "ms per token", "low to high", "peak memory", "cache"]
     rows = [[escape(name), *_speed_cells(row)] for name, found in columns.items() for row in found]
-    return section("Speed and memory by context", figures(drawn), table(header, rows))
+    left_out = [
+        f'<p class="dim">Not measured: {escape(name)} at {cell["context"]} tokens, {cell["batch"]} rows: '
+        f"{escape(cell['reason'])}.</p>"
+        for name, column in shown.columns.items()
+        for cell in column.get("speed_left_out", ())
+    ]
+    numbers = more("All times and sizes", table(header, rows))
+    return section("Speed and memory by context", figures(drawn), *left_out, numbers)
 
 
 def _speed_cells(row: dict[str, Any]) -> list[str]:
@@ -237,7 +250,7 @@ def layers(shown: View) -> str:
         )
         counts = [(f"{kind}: {words.count(kind)} of {len(rows)} layers", colours[kind], "-") for kind in kinds]
         chart = charts.layer_map([kinds.index(kind) for kind in words], [colours[kind] for kind in kinds], label)
-        parts.append(figure(chart, f"<strong>{escape(name)}what each layer attends with.</strong>", colour_key(counts)))
+        parts.append(figure(chart, f"<strong>{escape(name)}What each layer attends with.</strong>", colour_key(counts)))
     return section("Layers", figures(parts)) if parts else ""
 
 

@@ -14,13 +14,13 @@ from typing import Any
 from linearize import results as results_file
 from linearize.errors import InputError
 from linearize.evaluate import charts, measured, verdict
-from linearize.evaluate.markup import figure, figures, legend, mark, section, table
+from linearize.evaluate.markup import checklist, figure, kind, legend, section, table
 from linearize.evaluate.view import View, view
 
 CSS = """
 :root { color-scheme: light; --line: #d8d8d8; --soft: #f5f6f8; --ink: #1c1c1c; --dim: #5a5a5a; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: #fff; color: var(--ink);
+body { margin: 0 auto; padding: 1rem; max-width: 66rem; background: #fff; color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
@@ -33,20 +33,24 @@ p { max-width: 46rem; margin: .5rem 0; }
 .scroll { overflow-x: auto; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 7.5rem; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; min-width: 8.5rem; }
 th { border-bottom: 2px solid #999; vertical-align: bottom; }
 table.words td, table.words th { text-align: left; }
 td.bold, th.bold { font-weight: 700; }
 .num td:not(:first-child) { white-space: nowrap; }
-.grid { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
-figure { margin: .5rem 0; max-width: 38rem; min-width: 0; }
-figure svg { display: block; width: 100%; height: auto; }
+.grid { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+figure { margin: .5rem 0; max-width: 34rem; min-width: 0; }
+figure > svg { display: block; width: 100%; height: auto; }
 figcaption strong { color: var(--ink); }
 ul.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .4rem 0;
   padding: 0; font-size: .85rem; }
 ul.legend svg { width: 1.8rem; height: .7rem; margin-right: .35rem; vertical-align: baseline; }
-.met { color: #0a7d4f; } .unmet { color: #b3261e; } .open { color: #7a5b00; }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .2rem 1rem; font-size: .9rem; }
+ul.checks { list-style: none; padding: 0; }
+ul.checks li { display: grid; grid-template-columns: 1.5rem 1fr; margin: .3rem 0; }
+ul.checks .mark { font-weight: 700; }
+.yes .mark { color: #0a7d4f; } .no .mark { color: #b3261e; } .open .mark { color: #7a5b00; }
+summary { cursor: pointer; margin: 1rem 0 .5rem; }
+dl { display: grid; grid-template-columns: fit-content(45%) 1fr; gap: .2rem 1rem; font-size: .9rem; }
 dt { color: var(--dim); } dd { margin: 0; }
 code { font-size: .85em; }
 @media print { h2 { break-after: avoid; } figure { break-inside: avoid; } }
@@ -120,15 +124,11 @@ def _headline(shown: View) -> str:
     ]
     for student, report in zip(shown.students, shown.reports, strict=True):
         found = verdict.checks(report)
-        answer = verdict.answer(found)
-        kind = {"Yes": " yes", "No:": " no", "Not": " no"}.get(answer[:3], "")
+        holds, answer = verdict.answer(found)
         name = f"{escape(student)}: " if len(shown.students) > 1 else ""
-        parts.append(
-            f'<div class="verdict{kind}"><strong>{name}{escape(answer)}.</strong> {escape(verdict.sentences(report))}'
-            "</div>"
-        )
-        rows = [[escape(check.name), escape(check.found), mark(check.holds)] for check in found]
-        parts.append(table(["asked", "found", ""], rows, words=True))
+        words = f"<strong>{name}{escape(answer)}.</strong> {escape(verdict.sentences(report))}"
+        parts.append(f'<div class="verdict {kind(holds)}">{words}</div>')
+        parts.append(checklist([(escape(check.name), escape(check.found), check.holds) for check in found]))
     return "\n".join([*parts, "</header>"])
 
 
@@ -167,7 +167,7 @@ def _numbers(shown: View) -> str:
             name: {**column, "tasks": {task: score for task, score in column["tasks"].items() if wanted(task)}}
             for name, column in shown.columns.items()
         }
-        return {"columns": columns, **others}
+        return {"columns": columns, "environment": shown.reports[0]["environment"], **others}
 
     summary = {**shown.summary, "paired": {}}
     if len(shown.reports) == 1:
@@ -198,42 +198,46 @@ def _paired(shown: View) -> str:
     names = {
         task: score.get("label", task) for column in shown.columns.values() for task, score in column["tasks"].items()
     }
-    rows = []
-    for student, control, pair in shown.pairs:
-        start = [escape(student), escape(control)]
-        entries = [(names.get(task, task), entry, 100, 1, "points") for task, entry in pair["tasks"].items()]
-        if pair.get("average"):
-            entries.append(("average", pair["average"], 100, 1, "points"))
-        if pair.get("loss"):
-            entries.append(("loss", pair["loss"], 1, 4, "nats per token"))
-        for what, entry, scale, digits, unit in entries:
-            values = [f"{scale * entry[key]:+.{digits}f}" for key in ("difference", "low", "high")]
-            clear = "" if entry["low"] <= 0 <= entry["high"] else "yes"
-            rows.append([*start, escape(what), values[0], f"{values[1]} to {values[2]}", unit, clear])
-    if not rows:
-        return ""
     parts = []
     for student in dict.fromkeys(student for student, _, _ in shown.pairs):
-        chosen = {control: pair["tasks"] for name, control, pair in shown.pairs if name == student and pair["tasks"]}
-        chosen = {control: tasks for control, tasks in chosen.items() if control != "student/memory"}
-        if chosen:
-            label = f"Differences of {student} from {', '.join(chosen)} by task; the table below holds every number"
+        chosen = {control: pair for name, control, pair in shown.pairs if name == student and any(pair.values())}
+        if not chosen:
+            continue
+        tasks = {control: pair["tasks"] for control, pair in chosen.items() if pair["tasks"]}
+        if tasks:
+            label = f"Differences of {student} from {', '.join(tasks)} by task; the table below holds every number"
             caption = f"<strong>{escape(student)} minus each control, by task.</strong> Lines: 95 % intervals."
-            parts.append(
-                figure(
-                    charts.differences(chosen, names, shown.styles, label),
-                    caption,
-                    legend(chosen, shown.styles, bars=True),
-                )
-            )
-    header = ["one", "minus", "of", "difference", "95 % interval", "", "clear of 0"]
+            chart = charts.differences(tasks, names, shown.styles, label)
+            parts.append(figure(chart, caption, legend(tasks, shown.styles, bars=True)))
+        parts.append(table([f"{escape(student)} minus", *map(escape, chosen)], _paired_rows(chosen, names)))
+    if not parts:
+        return ""
     return section(
         "Paired differences",
-        '<p class="dim">One column minus another on the same items or the same blocks of text, intervals by bootstrap. '
-        "A loss below zero is better; a score above zero is.</p>",
-        figures(parts),
-        table(header, rows),
+        '<p class="dim">On the same items, or the same blocks of text, with 95 % intervals by bootstrap; bold where 0 '
+        "lies outside. A score above 0 is better, a loss below 0 is.</p>",
+        *parts,
     )
+
+
+def _paired_rows(pairs: dict[str, dict[str, Any]], names: dict[str, str]) -> list[list[str]]:
+    tasks = dict.fromkeys(task for pair in pairs.values() for task in pair["tasks"])
+    rows = [(f"{names[task]}, points", [pair["tasks"].get(task) for pair in pairs.values()], 100, 1) for task in tasks]
+    rows.append(("average, points", [pair.get("average") for pair in pairs.values()], 100, 1))
+    rows.append(("loss, nats per token", [pair.get("loss") for pair in pairs.values()], 1, 4))
+    return [
+        [escape(label), *(_difference(entry, scale, digits) for entry in entries)]
+        for label, entries, scale, digits in rows
+        if any(entries)
+    ]
+
+
+def _difference(entry: dict[str, float] | None, scale: float, digits: int) -> str:
+    if entry is None:
+        return ""
+    difference, low, high = (f"{scale * entry[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+    text = f"{difference}<br><small>{low} to {high}</small>"
+    return text if entry["low"] <= 0 <= entry["high"] else f"<b>{text}</b>"
 
 
 def _settings(shown: View) -> str:
