@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from linearize.errors import InputError
 from linearize.files import format_bytes
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.right": False,

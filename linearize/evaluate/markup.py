@@ -35,10 +35,7 @@ def table(header: list[str], rows: list[list[str]], words: bool = False, bold: l
     body = "\n".join(line(row, "td") for row in rows)
     shape = "words" if words else "num"
     head = f"<thead>{line(header, 'th')}</thead>"
-    return f'<div class="scroll"><table class="{shape}">{head}
-<tbody>
-{body}
-</tbody></table></div>'
+    return f'<div class="scroll"><table class="{shape}">{head}\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def figure(svg: str, caption: str, key: str = "") -> str:
