@@ -152,7 +152,9 @@ def heat_map(entries: list[dict[str, Any]], window: float, label: str) -> str:
     grid = np.array([[100 * found[d, n]["value"] if (d, n) in found else np.nan for n in lengths] for d in depths])
 
     def draw(axes: Any) -> None:
-        axes.imshow(grid, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        places = [np.arange(count) for count in (len(lengths), len(depths))]
+        axes.pcolormesh(*places, grid, cmap="viridis", vmin=0, vmax=100, edgecolors="white", linewidth=1)
+        axes.invert_yaxis()
         for (row, place), value in np.ndenumerate(grid):
             if not np.isnan(value):
                 # viridis is dark below two thirds
