@@ -432,7 +432,8 @@ def test_a_browser_draws_it_on_a_phone_and_asks_nobody(html: str, read: Page, tm
     # The same look at a page that does ask and does complain.
     bad = (
         '<img src="http://example.invalid/a.png"><style>@font-face { font-family: x; src: url(https://b.invalid/x) }'
-        "</style><p style='font-family: x; width: 500px'>text<figure><svg></svg></figure><script>console.error(1)</script>"
+        "</style><p style='font-family: x; width: 500px'>text<figure><svg></svg></figure>"
+        "<script>console.error(1)</script>"
     )
     found, log, addresses = opened(bad, tmp_path)
     assert addresses == {"http://example.invalid/a.png", "https://b.invalid/x"} and "CONSOLE" in log
