@@ -613,12 +613,12 @@ def test_bad_arguments(student: Path, llama_folder: Path, tmp_path: Path) -> Non
 
 
 def test_another_student_is_measured_with_the_same_prompts(
-    student: Path, llama_folder: Path, both: Suite, compared: dict[str, Any], tmp_path: Path
+    student: Path, llama_folder: Path, both: Suite, text_only: Suite, tmp_path: Path
 ) -> None:
     out, against = tmp_path / "results.json", student_of(llama_folder, tmp_path / "other", window=8)
-    options = {"out": out, "limit": LIMIT, "progress": False}
+    options = {"out": out, "limit": 2, "progress": False}
     alone = evaluate(against, both, columns=["student"], **{**options, "out": tmp_path / "alone.json"})
-    evaluate(student, both, columns=["source", "student"], **options)
+    before = evaluate(student, both, columns=["source", "student"], **options)
     # A finished file grows by the new column.
     answer = evaluate(student, both, columns=["student"], against=str(against), resume=True, **options)
     assert list(answer["columns"]) == ["source", "student", "other"] and results_file.read(out) == answer
@@ -627,7 +627,7 @@ def test_another_student_is_measured_with_the_same_prompts(
     assert other["tasks"] == mine["tasks"] and other["perplexity"]["value"] == mine["perplexity"]["value"]
     # Its buckets are the student's, whatever its own window is.
     assert [bucket["end"] for bucket in other["perplexity"]["by_position"]] == [16, 32, 64, 100]
-    assert answer["columns"]["student"]["tasks"] == compared["columns"]["student"]["tasks"]
+    assert answer["columns"]["student"] == before["columns"]["student"]
     pair = answer["summary"]["paired"]["other"]
     values = [math.log(answer["columns"][name]["perplexity"]["value"]) for name in ("student", "other")]
     assert pair["loss"]["difference"] == pytest.approx(values[0] - values[1], abs=1e-6)
@@ -637,10 +637,10 @@ def test_another_student_is_measured_with_the_same_prompts(
     assert again["columns"]["other"] == other, "kept without being named again"
     message = refused(student, both, columns=["student"], against=str(student), resume=True, **options)
     assert "its column other was measured on another model" in message and str(against) in message
-    assert "no other student; name one by --against" in refused(student, both, columns=["other"])
-    assert "is a plain llama" in refused(student, both, against=str(llama_folder))
+    assert "no other student; name one by --against" in refused(student, text_only, columns=["other"])
+    assert "is a plain llama" in refused(student, text_only, against=str(llama_folder))
     larger = student_of(save_source(tmp_path / "larger", vocab_size=400), tmp_path / "wide")
-    assert "--against takes a model of the same source" in refused(student, both, against=str(larger))
+    assert "--against takes a model of the same source" in refused(student, text_only, against=str(larger))
 
 
 def test_a_source_that_does_not_belong_to_the_student(student: Path, text_only: Suite, tmp_path: Path) -> None:

@@ -404,6 +404,10 @@ PROBE = """({
       width: box.width, height: box.height, shapes: svg.querySelectorAll("path, use").length,
       smallest: box.width / svg.viewBox.baseVal.width
         * Math.min(...texts.map(text => parseFloat(getComputedStyle(text).fontSize))),
+      filled: [...svg.querySelectorAll("path")].filter(path => {
+        const shape = path.getBoundingClientRect(), colour = getComputedStyle(path).fill;
+        return shape.width > 4 && shape.height > 4 && !["none", "rgb(255, 255, 255)"].includes(colour);
+      }).length,
       outside: inside.filter(text => text.left < box.left - 6 || text.right > box.right + 6).length,
     };
   }),
@@ -429,6 +433,8 @@ def test_a_browser_draws_it_on_a_phone_and_asks_nobody(html: str, read: Page, tm
     for figure, label in zip(found["figures"], read.figures, strict=True):
         assert figure["width"] >= 340 and figure["height"] >= 40 and figure["shapes"] > 4, label
         assert figure["smallest"] >= 8.5 and not figure["outside"], label
+        if label.startswith("Recall"):
+            assert figure["filled"] == label.count(" % at "), label
     # The same look at a page that does ask and does complain.
     bad = (
         '<img src="http://example.invalid/a.png"><style>@font-face { font-family: x; src: url(https://b.invalid/x) }'

@@ -24,13 +24,16 @@ STYLES = {
     "student/memory": ("#cc79a7", "-."),
     "other": ("#009e73", "-"),
 }
-MORE = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7b5cd6")
+MORE = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#8c564b", "#7b5cd6")
+WINDOWS = ("#d55e00", "#e69f00", "#f2c57c")  # of window controls, where several students have their own
 
 
 def styles(columns: Iterable[str]) -> Styles:
-    """Colour and dashes of each column; names outside `STYLES` get the colours of `MORE` in turn."""
-    others = [name for name in columns if name not in STYLES]
+    """Colour and dashes of each column; names outside `STYLES` get the colours of `WINDOWS` or `MORE` in turn."""
+    controls = [name for name in columns if name.startswith("window of ")]
+    others = [name for name in columns if name not in STYLES and name not in controls]
     found = {name: (MORE[i % len(MORE)], "-" if i < len(MORE) else "--") for i, name in enumerate(others)}
+    found |= {name: (WINDOWS[i % len(WINDOWS)], "--") for i, name in enumerate(controls)}
     return {name: found.get(name) or STYLES[name] for name in columns}
 
 
@@ -110,9 +113,11 @@ def lines(
             if ranges is not None:
                 low, high = zip(*ranges[name], strict=True)
                 axes.vlines(x, low, high, color=colour, linewidth=1)
-        for window in windows:
+        for i, window in enumerate(windows):
             axes.axvline(window, color="#999999", linestyle=":", linewidth=1.2)
-            axes.text(window, 1.0, f" window {window}", transform=axes.get_xaxis_transform(), fontsize=9, va="bottom")
+            axes.text(
+                window, 1 + 0.06 * i, f" window {window}", transform=axes.get_xaxis_transform(), fontsize=9, va="bottom"
+            )
         shown = sorted({x for points in series.values() for x, _ in points})
         first, last = math.floor(math.log2(shown[0])), math.ceil(math.log2(shown[-1]))
         ticks = [2.0**power for power in range(first, last + 1, max(1, round((last - first) / 6)))]
@@ -152,8 +157,8 @@ def heat_map(entries: list[dict[str, Any]], window: float, label: str) -> str:
     grid = np.array([[100 * found[d, n]["value"] if (d, n) in found else np.nan for n in lengths] for d in depths])
 
     def draw(axes: Any) -> None:
-        places = [np.arange(count) for count in (len(lengths), len(depths))]
-        axes.pcolormesh(*places, grid, cmap="viridis", vmin=0, vmax=100, edgecolors="white", linewidth=1)
+        edges = [np.arange(count + 1) - 0.5 for count in (len(lengths), len(depths))]
+        axes.pcolormesh(*edges, grid, cmap="viridis", vmin=0, vmax=100, edgecolors="white", linewidth=1)
         axes.invert_yaxis()
         for (row, place), value in np.ndenumerate(grid):
             if not np.isnan(value):
