@@ -12,7 +12,7 @@ from linearize.errors import InputError, suggest
 
 FORMATS = ("source", "fla")
 # Made for the linearized model; the rest of a folder is the source's.
-_LEFT_BEHIND = {"config.json", files.MANIFEST, "recipe.yaml", "results.json", "README.md", bundle.FILE}
+_LEFT_BEHIND = {"config.json", files.MANIFEST, "recipe.yaml", "results.json", "report.html", "README.md", bundle.FILE}
 
 
 def export(folder: str | Path, to: str, out: str | Path, overwrite: bool = False, link: bool = False) -> Path:

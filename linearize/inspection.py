@@ -50,6 +50,15 @@ def _with_block(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+def mixers_of(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """What each layer of a linearized model attends with: layer, mixer and the mixer's settings."""
+    rows = []
+    for layer in range(config.get_text_config().num_hidden_layers):
+        mixer = dict(config.linearize["layers"].get(str(layer), {"name": "softmax"}))
+        rows.append({"layer": layer, "mixer": mixer.pop("name"), **mixer})
+    return rows
+
+
 def inspect(model: str | Path | Located) -> dict[str, Any]:
     """Describe a model from headers alone.
 
@@ -179,7 +188,7 @@ def _inspect_adapter(file: Path) -> dict[str, Any]:
 
 
 def _layers(config: PreTrainedConfig, tensors: dict[str, weights.Tensor]) -> list[dict[str, Any]]:
-    mixers, cache = config.linearize["layers"], state_bytes(config, 32768)["per_layer"]
+    cache = state_bytes(config, 32768)["per_layer"]
     by_layer: dict[int, list[weights.Tensor]] = {}
     for tensor in tensors.values():
         match = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{tensor.name}")
@@ -187,19 +196,16 @@ def _layers(config: PreTrainedConfig, tensors: dict[str, weights.Tensor]) -> lis
         if match and not re.search("vision|visual|audio", tensor.name):
             by_layer.setdefault(int(match[1]), []).append(tensor)
     rows = []
-    for layer in range(config.get_text_config().num_hidden_layers):
-        mixer = dict(mixers.get(str(layer), {"name": "softmax"}))
-        own = by_layer.get(layer, [])
+    for row in mixers_of(config):
+        own = by_layer.get(row["layer"], [])
         new = [tensor for tensor in own if ".mixer." in tensor.name]
         rows.append(
             {
-                "layer": layer,
-                "mixer": mixer.pop("name"),
-                **mixer,
+                **row,
                 "parameters": _count(own),
                 "new_parameters": _count(new),
                 "bytes": sum(tensor.size for tensor in own),
-                "cache_32k": cache[layer],
+                "cache_32k": cache[row["layer"]],
             }
         )
     return rows

@@ -1,10 +1,17 @@
-"""Pictures of what `inspect` and `bench` found.
+"""Pictures of what `inspect` and `bench` found, and the charts of a report as SVG. All of matplotlib is here."""
 
-All of matplotlib is here; it is an extra, `pip install linearize[plot]`.
-"""
-
+import hashlib
+import html
+import io
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from linearize.errors import InputError
 from linearize.files import format_bytes
@@ -12,6 +19,17 @@ from linearize.files import format_bytes
 Points = list[tuple[int, float, int]]
 """Of one model: context, seconds per token and bytes of the cache."""
 COLOURS = {"source": "#444444", "window": "#d98c21", "student": "#1f6fb4"}
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 11,
+    "grid.color": "#e2e2e2",
+    "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
+    "svg.hashsalt": "linearize",  # the same file from the same numbers
+    "text.parse_math": False,  # a name may hold a dollar
+}
 
 
 def draw(found: dict[str, Any], target: Path) -> Path:
@@ -25,7 +43,7 @@ def draw(found: dict[str, Any], target: Path) -> Path:
         `target`.
 
     Raises:
-        InputError: matplotlib is not installed, the suffix names no format, or the file cannot be written.
+        InputError: the suffix names no format, or the file cannot be written.
     """
     figure = _figure(target, 11, 4.5)
     origin = found["source"]
@@ -74,20 +92,13 @@ def check_target(target: Path) -> None:
     """Refuse a picture that cannot be made, before long work on what it shows.
 
     Raises:
-        InputError: matplotlib is not installed, or the suffix names no format.
+        InputError: the suffix names no format.
     """
     _figure(target, 1, 1)
 
 
 def _figure(target: Path, width: float, height: float) -> Any:
     """An empty figure that can be saved as `target`."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            f"--plot {target}: needs matplotlib, which is not installed; run `pip install linearize[plot]`"
-        ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
     if target.suffix.lstrip(".").lower() not in formats:
@@ -101,6 +112,34 @@ def _save(figure: Any, target: Path) -> Path:
     except OSError as error:
         raise InputError(f"--plot {target}: cannot be written ({error.strerror}); choose another place") from error
     return target
+
+
+def svg(plot: Callable[[Any], None], label: str, height: float = 3.0) -> str:
+    """A chart as an `<svg>` element that stands in HTML and scales to the width it is given, from 360 px on.
+
+    Args:
+        plot: draws on the axes that it is called with.
+        label: what the chart shows, for those who cannot see it.
+        height: in inches, of 5 inches of width.
+    """
+    with rc_context(STYLE), warnings.catch_warnings():
+        # Letters that matplotlib's own font lacks: the browser, which draws the text, has others.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure = Figure(figsize=(5, height), layout="constrained")
+        plot(figure.subplots())
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = written.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
+    # Several charts share a page, and so its names.
+    prefix = hashlib.sha256(f"{label}{text}".encode()).hexdigest()[:8]
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    head = f'<svg {box[0]} role="img" aria-label="{html.escape(label)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return re.sub(r"<svg[^>]*>", lambda match: head, text, count=1).strip()
 
 
 def _draw_layers(axes: Any, rows: list[dict[str, Any]]) -> None:

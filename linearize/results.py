@@ -6,6 +6,7 @@ Schema 1. Scores are fractions, not per cent; losses are in nats per token.
 schema       1
 complete     false while columns are still missing (an interrupted run), else true
 model        what was evaluated: folder or Hub id
+layers       [{layer, mixer, and the mixer's settings}], softmax for layers left as they were
 source       where the student's weights came from: Hub id, or name of a folder or file
 suite        name of the suite
 settings     what two results must share to be comparable: suite, limit, seed, batch_size, dtype, device, window, sinks,
@@ -46,6 +47,7 @@ columns      name -> column, in the order of COLUMNS
                does not tell)
   speed_left_out  [{context, batch, reason}]: what could not be measured; absent when all could
   seconds      wall time, without loading and speed
+  model, weights  of the column other: folder or Hub id, and as in settings
 summary      what follows from the columns alone (see linearize/evaluate/statistics.py)
   average      column -> {value, stderr, tasks}: plain mean of the tasks that have a chance level, without MMLU
   recovery     column -> {raw, chance_corrected}: share of the source's average kept, s / t and (s - r) / (t - r) with
@@ -78,6 +80,7 @@ COLUMNS = {
     "student": "the evaluated model",
     "student/window": "the student with its memory off",
     "student/memory": "the student with its window off",
+    "other": "another student, given by --against",
 }
 
 
@@ -258,7 +261,7 @@ def markdown_table(results: dict[str, Any], columns: list[str] | None = None) ->
     return "\n".join([text, "", *(f"- {note}" for note in content.notes)]).rstrip() + "\n"
 
 
-def _ordered(groups: Any) -> list[str]:
+def _ordered(groups: Any) -> list[Any]:
     return list(dict.fromkeys(key for group in groups for key in group))
 
 
@@ -285,14 +288,15 @@ def _number(value: float) -> str:
 
 def _perplexity_rows(columns: dict[str, Any]) -> list[list[str]]:
     measured = [column.get("perplexity") for column in columns.values()]
-    first = next((entry for entry in measured if entry), None)
-    if first is None:
+    if not any(measured):
         return []
     cells = ["" if entry is None else _number(entry["value"]) for entry in measured]
     rows = [["perplexity", *cells]]
-    for i, bucket in enumerate(first["by_position"]):
-        cells = ["" if entry is None else _number(entry["by_position"][i]["ppl"]) for entry in measured]
-        rows.append([f"… at {bucket['start']}–{bucket['end'] - 1}", *cells])
+    # Results with other windows, side by side in a report, have other buckets.
+    found = [{(b["start"], b["end"]): b["ppl"] for b in (entry or {}).get("by_position", ())} for entry in measured]
+    for start, end in _ordered(found):
+        cells = ["" if (start, end) not in buckets else _number(buckets[start, end]) for buckets in found]
+        rows.append([f"… at {start}–{end - 1}", *cells])
     return rows
 
 

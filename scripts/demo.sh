@@ -5,5 +5,5 @@ set -euo pipefail
 . "$(dirname "$0")/env.sh"
 linearize run smollm2-135m --out runs/demo "$@"
 echo
-echo "The comparison is in runs/demo/results.json, the model in runs/demo/merged. It answers:"
+echo "The comparison is in runs/demo/results.json and report.html, the model in runs/demo/merged. It answers:"
 linearize generate runs/demo/merged --prompt "Name three things that live in a river." --max-new-tokens 60 --temperature 0

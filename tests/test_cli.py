@@ -60,7 +60,9 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_verbs() -> None:
-    expected = "archs bench calibrate check convert eval export generate inspect merge mixers push recipes run train"
+    expected = (
+        "archs bench calibrate check convert eval export generate inspect merge mixers push recipes report run train"
+    )
     assert expected.split() == VERBS
 
 
@@ -181,6 +183,9 @@ def test_convert_refuses(run, llama_folder: Path, tmp_path: Path, case: str) -> 
         (["merge", "{llama}", "--out", "{tmp}/x"], ["{llama}"]),
         (["eval", "{llama}"], ["{llama}"]),
         (["eval", "{tmp}/absent"], ["absent"]),
+        (["eval", "{llama}", "--fail-under", "recal=1"], ["--fail-under recal=1", "'recall'"]),
+        (["report", "{tmp}/absent"], ["absent: no such file"]),
+        (["report", "a.json", "b.json"], ["2 files", "--out"]),
         (["generate", "{tmp}/absent", "--prompt", "x"], ["absent"]),
         (["generate", "{llama}", "--json"], ["needs --prompt"]),
         (["generate", "{llama}", "--prompt", ""], ["prompt"]),
@@ -233,9 +238,21 @@ def test_verb_by_verb(run, llama_folder: Path, suite: Path, tmp_path: Path) -> N
     results = json.loads(ended.out)
     assert set(results["columns"]) == {"source", "window", "converted", "student"}
     assert json.loads((merged / "results.json").read_text()) == results
-    assert run("eval", merged, "--suite", suite, "--resume", "--fail-under", "2").code == 1
-    table = run("eval", merged, "--suite", suite, "--resume")
+    assert f"report: {merged / 'report.html'}" in ended.err and (merged / "report.html").is_file()
+    short = ["--fail-under", "perplexity_ratio=0.1", "--fail-under", "recall=0.5"]
+    ended = run("eval", merged, "--suite", suite, "--resume", *short)
+    assert ended.code == 1 and "fell short: perplexity_ratio" in ended.err
+    assert "expected at most 0.1\n" in ended.err and "recall (average over all" in ended.err
+    table = run("eval", merged, "--suite", suite, "--resume", "--fail-under", "perplexity_ratio=1000")
     assert table.code == 0 and "ARC-e" in table.out
+
+    both = run("eval", merged, "--suite", suite, "--resume", "--against", converted, "--json")
+    other = json.loads(both.out)["columns"]["other"]
+    assert other["model"] == str(converted) and other["tasks"] == results["columns"]["converted"]["tasks"]
+    page = run("report", merged / "results.json", merged / "results.json", "--out", tmp_path / "pages" / "both.html")
+    assert page.code == 0 and Path(page.out.strip()).read_text().startswith("<!DOCTYPE html>")
+    (merged / "report.html").unlink()
+    assert run("report", merged / "results.json").out.strip() == str(merged / "report.html")
 
     streamed = run("generate", merged, "--prompt", "The river", "--max-new-tokens", "5", "--temperature", "0")
     assert streamed.code == 0 and "tokens/s" in streamed.err
@@ -247,7 +264,7 @@ def test_verb_by_verb(run, llama_folder: Path, suite: Path, tmp_path: Path) -> N
     card = run("push", merged, "--repo", "org/name", "--dry-run")
     assert card.code == 0 and "README.md" in card.out
     files = json.loads(run("push", merged, "--repo", "org/name", "--dry-run", "--json").out)["files"]
-    assert {"README.md", "model.safetensors", "recipe.yaml", "results.json"} <= set(files)
+    assert {"README.md", "model.safetensors", "recipe.yaml", "results.json", "report.html"} <= set(files)
 
 
 def test_chat_reads_lines(run, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,14 +287,15 @@ def test_run_a_whole_recipe_and_go_on(run, llama_folder: Path, suite: Path, tmp_
     assert first.code == 0, first.err
     results = json.loads(first.out)
     assert results["columns"]["student"]["tasks"]
-    assert {path.name for path in out.iterdir()} == {"0-converted", "1-one", "2-two", "merged", "results.json"}
+    written = {"0-converted", "1-one", "2-two", "merged", "results.json", "report.html"}
+    assert {path.name for path in out.iterdir()} == written
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     again = run("run", file, "--out", out, "--json")
     assert again.code == 0 and again.err.count("finished earlier, kept") == 4
     assert json.loads(again.out)["columns"] == results["columns"]
     after = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert {path.name for path in after if after[path] != before.get(path)} <= {"results.json"}
+    assert {path.name for path in after if after[path] != before.get(path)} <= {"results.json", "report.html"}
 
     changed = ["--set", "train.two.lr=1e-3"]
     refused(run("run", file, "--out", out, *changed), "2-two", "train.1.lr", "--overwrite")

@@ -187,7 +187,7 @@ def test_each_column_is_the_model_that_it_says(
 
     trained = AutoModelForCausalLM.from_pretrained(student).eval()
     found = {name: column["perplexity"]["value"] for name, column in compared["columns"].items()}
-    assert list(found) == list(results_file.COLUMNS)
+    assert list(found) == [name for name in results_file.COLUMNS if name != "other"]
     assert found["source"] == pytest.approx(value_of(source(), text), rel=1e-5)
     window = linearize_(source(), {"name": "window", "window": W, "sinks": S})
     assert found["window"] == pytest.approx(value_of(window, text), rel=1e-5)
@@ -614,6 +614,37 @@ def test_bad_arguments(student: Path, llama_folder: Path, tmp_path: Path) -> Non
     assert not (student / "results.json").exists()
 
 
+def test_another_student_is_measured_with_the_same_prompts(
+    student: Path, llama_folder: Path, both: Suite, text_only: Suite, tmp_path: Path
+) -> None:
+    out, against = tmp_path / "results.json", student_of(llama_folder, tmp_path / "other", window=8)
+    options = {"out": out, "limit": 2, "progress": False}
+    alone = evaluate(against, both, columns=["student"], **{**options, "out": tmp_path / "alone.json"})
+    before = evaluate(student, both, columns=["source", "student"], **options)
+    # A finished file grows by the new column.
+    answer = evaluate(student, both, columns=["student"], against=str(against), resume=True, **options)
+    assert list(answer["columns"]) == ["source", "student", "other"] and results_file.read(out) == answer
+    other, mine = answer["columns"]["other"], alone["columns"]["student"]
+    assert other["model"] == str(against) and other["weights"] == alone["settings"]["weights"]
+    assert other["tasks"] == mine["tasks"] and other["perplexity"]["value"] == mine["perplexity"]["value"]
+    # Its buckets are the student's, whatever its own window is.
+    assert [bucket["end"] for bucket in other["perplexity"]["by_position"]] == [16, 32, 64, 100]
+    assert answer["columns"]["student"] == before["columns"]["student"]
+    pair = answer["summary"]["paired"]["other"]
+    values = [math.log(answer["columns"][name]["perplexity"]["value"]) for name in ("student", "other")]
+    assert pair["loss"]["difference"] == pytest.approx(values[0] - values[1], abs=1e-6)
+    assert set(pair["tasks"]) == {"embedded_arc_easy"}
+
+    again = evaluate(student, both, columns=["student"], resume=True, **options)
+    assert again["columns"]["other"] == other, "kept without being named again"
+    message = refused(student, both, columns=["student"], against=str(student), resume=True, **options)
+    assert "its column other was measured on another model" in message and str(against) in message
+    assert "no other student; name one by --against" in refused(student, text_only, columns=["other"])
+    assert "is a plain llama" in refused(student, text_only, against=str(llama_folder))
+    larger = student_of(save_source(tmp_path / "larger", vocab_size=400), tmp_path / "wide")
+    assert "--against takes a model of the same source" in refused(student, text_only, against=str(larger))
+
+
 def test_a_source_that_does_not_belong_to_the_student(student: Path, text_only: Suite, tmp_path: Path) -> None:
     larger = save_source(tmp_path / "larger", vocab_size=400)
     assert "has 400 tokens and the student 384" in refused(student, text_only, source=str(larger))
@@ -666,6 +697,8 @@ def test_the_run_writes_nothing_without_a_place(
 ) -> None:
     """As for a model on the Hub."""
     monkeypatch.setattr(results_file, "write", lambda *_: pytest.fail("wrote a file"))
-    options = dict(source=None, target=None, limit=None, columns=["student"], batch_size=1, seed=0, dtype="auto")
+    options = dict(
+        source=None, against=None, target=None, limit=None, columns=["student"], batch_size=1, seed=0, dtype="auto"
+    )
     answer = run.run(str(student), text_only, **options, device="cpu", include_path=None, resume=True, progress=False)
     assert answer["complete"]

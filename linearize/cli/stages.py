@@ -160,8 +160,9 @@ def run(
     from linearize import run as runs
 
     resolved = recipes.resolve(model, set_ or ())
-    results = runs.run(resolved, out or recipes.run_folder(resolved), overwrite=overwrite, flags=flags or (), note=note)
-    _show_results(results, as_json)
+    out = out or recipes.run_folder(resolved)
+    results = runs.run(resolved, out, overwrite=overwrite, flags=flags or (), note=note)
+    _show_results(results, as_json, out / "results.json")
 
 
 @app.command("eval")
@@ -169,6 +170,7 @@ def evaluate(
     folder: Folder,
     suite: Annotated[str, typer.Option(help="Name or file of a suite, or lm-eval tasks: arc_easy,piqa.")] = "smoke",
     source: Annotated[str | None, typer.Option(help="Source to compare with.  [default: the recorded one]")] = None,
+    against: Annotated[str | None, typer.Option(help="Another student of it, for a column `other`.")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write.  [default: DIR/results.json]")] = None,
     columns: Annotated[
         str | None,
@@ -181,23 +183,30 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run has finished.")] = False,
     fail_under: Annotated[
-        float | None,
-        typer.Option(help="Exit with 1 if DIR keeps less than this share (0 to 1) of the source's average."),
+        list[str] | None,
+        typer.Option(
+            metavar="METRIC=VALUE",
+            help="Exit with 1 if worse: at least, of recovery, memory_gain, recall; at most, of perplexity_ratio, kl. "
+            "May be repeated.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a model with its source and with untrained controls.
+    """Compare a model with its source and with untrained controls: results.json, and beside it report.html.
 
     \b
     Example:
       linearize eval runs/demo/merged --suite smoke
     """
     from linearize.evaluate import evaluate as stage
+    from linearize.evaluate import verdict
 
+    limits = verdict.parse_limits(fail_under or [])  # before the work
     results = stage(
         folder,
         suite=suite,
         source=source,
+        against=against,
         out=out,
         limit=limit,
         columns=columns.split(",") if columns else None,
@@ -207,13 +216,12 @@ def evaluate(
         include_path=include_path,
         resume=resume,
     )
-    _show_results(results, as_json)
-    if fail_under is not None:
-        kept = results["summary"]["recovery"].get("student", {}).get("raw")
-        if kept is None or kept < fail_under:
-            found = "cannot be told" if kept is None else f"is {kept:.3f}"
-            note(f"fell short: the share of the source's average {found}; expected at least {fail_under}")
-            raise typer.Exit(1)
+    _show_results(results, as_json, out or (folder / "results.json" if folder.is_dir() else None))
+    short = verdict.shortfalls(results, limits)
+    for line in short:
+        note(line)
+    if short:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -257,6 +265,27 @@ def bench(
         report.show_speed(results)
 
 
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Results of one model, or of several.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write.  [default: report.html beside FILE]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write results as one HTML page, or compare several models of the same source.
+
+    \b
+    Example:
+      linearize report runs/demo/results.json --out report.html
+    """
+    from linearize import results as results_file
+    from linearize.evaluate import page
+
+    if out is None and len(files) > 1:
+        raise InputError(f"report: {len(files)} files make one page; say by --out where to write it")
+    written = page.write([results_file.read(file) for file in files], out or page.beside(files[0]))
+    show({"out": str(written)}, as_json, str(written))
+
+
 def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -264,9 +293,12 @@ def _numbers(option: str, text: str) -> list[int]:
         raise InputError(f"{option} {text}: expected whole numbers separated by commas, such as 1024,8192") from error
 
 
-def _show_results(results: dict[str, Any], as_json: bool) -> None:
-    from linearize.evaluate import report
+def _show_results(results: dict[str, Any], as_json: bool, file: Path | None) -> None:
+    """Print results; where they lie in a file, write the page beside it and say where."""
+    from linearize.evaluate import page, report
 
+    if file is not None:
+        note(f"report: {page.write([results], page.beside(file))}")
     if as_json:
         show(results, as_json)
     else:

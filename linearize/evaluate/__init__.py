@@ -12,6 +12,7 @@ def evaluate(
     folder: str | Path,
     suite: str | Path | list[str] | suites.Suite = "smoke",
     source: str | None = None,
+    against: str | Path | None = None,
     out: str | Path | None = None,
     limit: int | None = None,
     columns: list[str] | None = None,
@@ -31,6 +32,7 @@ def evaluate(
         folder: linearized folder, adapter folder, or Hub id.
         suite: name of a suite, a suite file, or lm-eval task names (a list, or separated by commas).
         source: the model that was converted; None finds it through the folder's configuration.
+        against: another student of the same source, for the column `other`: folder or Hub id.
         out: results file; None writes `results.json` into a local `folder`.
         limit: items per task, in place of the suite's.
         columns: which of `linearize.results.COLUMNS`, in place of the suite's.
@@ -64,6 +66,7 @@ def evaluate(
         str(folder),
         chosen,
         source=source,
+        against=str(against) if against is not None else None,
         target=target,
         limit=limit or chosen.limit,
         columns=columns,

@@ -1,4 +1,4 @@
-"""The models behind the columns: one copy of the source's weights for three, one of the student's for the rest."""
+"""The models behind the columns: one copy of the source's weights for three, one of the student's, one of another's."""
 
 import contextlib
 import copy
@@ -39,6 +39,16 @@ def read_config(folder: str | Path) -> Any:
             "convert`"
         )
     return config
+
+
+def _tokenizer(folder: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder}: has no usable tokenizer ({' '.join(str(error).split())}); copy the source's tokenizer files "
+            "into it"
+        ) from error
 
 
 def _base(folder: str | Path) -> str | Path:
@@ -90,25 +100,38 @@ class Models:
         folder: the student: folder or Hub id.
         config: its configuration, see `read_config`.
         located: its source.
+        against: another student, of the column `other`; folder or Hub id.
         dtype: torch dtype or its name, for both; `auto` is the student's own.
         device: None for the GPU if there is one.
         seed: of new weights that an untrained conversion may have.
     """
 
-    def __init__(self, folder: str | Path, config: Any, located: Any, dtype: str, device: str | None, seed: int):
-        self.folder, self.config, self.located, self.seed = str(folder), config, located, seed
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Any,
+        located: Any,
+        dtype: str,
+        device: str | None,
+        seed: int,
+        against: str | None = None,
+    ):
+        self.folder, self.config, self.located, self.seed, self.against = str(folder), config, located, seed, against
         self.dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype, None)
         if not isinstance(self.dtype, torch.dtype):
             raise InputError(f"dtype: {dtype!r} is none; expected auto, float32, bfloat16 or float16")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.tokenizer = self._tokenizer()
+        self.tokenizer = _tokenizer(self.folder)
+        if against is not None:
+            advice = "--against takes a model of the same source"
+            self._check_same_text(against, read_config(against), _tokenizer(against), advice)
         self._family: str | None = None
         self._model: PreTrainedModel | None = None
 
     @contextlib.contextmanager
     def column(self, name: str) -> Iterator[PreTrainedModel]:
         """The model of a column, in evaluation mode. Columns come in the order of `linearize.results.COLUMNS`."""
-        family = "student" if name in BRANCHES else "source"
+        family = "student" if name in BRANCHES else "other" if name == "other" else "source"
         if self._family != family:
             self._model = None
             gc.collect()  # modules hold each other in cycles: free the last family before the next one is loaded
@@ -145,43 +168,36 @@ class Models:
             found["student"] = student or self._load("student")
         yield {name: found[name] for name in names}
 
-    def _tokenizer(self) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self.folder}: has no usable tokenizer ({' '.join(str(error).split())}); copy the source's tokenizer "
-                "files into it"
-            ) from error
-
     def _load(self, family: str) -> PreTrainedModel:
         if family == "source":
             model, tokenizer = sources.load_source(self.located, dtype=self.dtype)
-            self._check_source(model.config, tokenizer)
+            advice = "name the model that was converted by --source"
+            self._check_same_text(self.located.id, model.config, tokenizer, advice)
         else:
+            folder = self.folder if family == "student" else self.against
+            assert folder is not None
             try:
-                model = AutoModelForCausalLM.from_pretrained(_base(self.folder), dtype=self.dtype)
-                if adapters.is_adapter(Path(self.folder)):
-                    model.load_adapter(self.folder)
+                model = AutoModelForCausalLM.from_pretrained(_base(folder), dtype=self.dtype)
+                if adapters.is_adapter(Path(folder)):
+                    model.load_adapter(folder)
             except (OSError, ValueError) as error:
-                raise InputError(
-                    f"{self.folder}: cannot be opened as a model ({' '.join(str(error).split())})"
-                ) from error
+                raise InputError(f"{folder}: cannot be opened as a model ({' '.join(str(error).split())})") from error
         return model.to(self.device).eval()  # pyright: ignore[reportArgumentType] (typed too narrowly in transformers)
 
-    def _check_source(self, config: Any, tokenizer: Any) -> None:
+    def _check_same_text(self, name: str, config: Any, tokenizer: Any, advice: str) -> None:
+        """Refuse a model that would read other tokens than the student."""
         ours, theirs = self.config.vocab_size, config.vocab_size
         if ours != theirs:
             raise InputError(
-                f"{self.located.id}: this source has {theirs} tokens and the student {ours}: their scores cannot be "
-                "compared; name the model that was converted by --source"
+                f"{name}: this model has {theirs} tokens and the student {ours}: their scores cannot be compared; "
+                f"{advice}"
             )
         vocabularies = self.tokenizer.get_vocab(), tokenizer.get_vocab()
         if vocabularies[0] != vocabularies[1]:
             differing = sorted(set(vocabularies[0].items()) ^ set(vocabularies[1].items()))[:3]
             raise InputError(
-                f"{self.located.id}: source and student have tokenizers that differ (for instance in {differing}), so "
-                "they would read different prompts; name the model that was converted by --source"
+                f"{name}: this model and the student have tokenizers that differ (for instance in {differing}), so "
+                f"they would read different prompts; {advice}"
             )
 
     def _mixers(self, control: bool) -> list[tuple[dict[str, Any], list[int]]]:

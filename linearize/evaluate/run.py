@@ -16,6 +16,7 @@ from linearize.evaluate.columns import Models, fingerprint, read_config, weight_
 from linearize.evaluate.environment import embedded_sha256, environment
 from linearize.evaluate.progress import Bar, quiet, stopwatch
 from linearize.evaluate.statistics import summarize
+from linearize.inspection import mixers_of
 from linearize.results import COLUMNS, SCHEMA
 
 BLOCK = 512  # tokens of a block on which distributions are compared, where the suite has no text of its own
@@ -27,6 +28,7 @@ def run(
     chosen: suites.Suite,
     *,
     source: str | None,
+    against: str | None,
     target: Path | None,
     limit: int | None,
     columns: list[str] | None,
@@ -41,10 +43,12 @@ def run(
     """See `linearize.evaluate.evaluate`."""
     with quiet(), Bar(progress) as bar:
         config = read_config(folder)
-        names = _possible(columns or chosen.columns, config, explicit=columns is not None, bar=bar)
+        names = _possible(columns or chosen.columns, config, against, explicit=columns is not None, bar=bar)
         located = sources.locate(source) if source else sources.relocate(config.linearize["source"])
-        models = Models(folder, config, located, dtype, device, seed)
-        bar.start("reading weights", total=sum(path.stat().st_size for path in weight_files(folder)))
+        models = Models(folder, config, located, dtype, device, seed, against)
+        folders = [folder, against] if against else [folder]
+        size = sum(path.stat().st_size for each in folders for path in weight_files(each))
+        bar.start("reading weights", total=size)
         window = window_of(config)
         settings = {
             "suite": asdict(chosen),
@@ -59,12 +63,14 @@ def run(
             # Without its path, which would only say where this machine keeps it.
             "source": {key: value for key, value in located.to_dict().items() if key != "path"},
         }
-        saved = _Saved(target, settings, resume)
+        other = {"model": against, "weights": fingerprint(against, bar.advance)} if against else {}
+        saved = _Saved(target, settings, other, resume)
         bar.start("reading tasks")
         work = _Work(chosen, models, settings, include_path, bar)
         saved.results |= {
             "model": folder,
             "source": located.id,
+            "layers": mixers_of(config),
             "suite": chosen.name,
             "environment": environment(models.device, seed, work.data),
         }
@@ -78,9 +84,11 @@ def run(
         return saved.finish(lambda name, column: work.complete(column) and speed.complete(chosen.speed, name, column))
 
 
-def _possible(names: list[str], config: Any, explicit: bool, bar: Bar) -> list[str]:
+def _possible(names: list[str], config: Any, against: str | None, explicit: bool, bar: Bar) -> list[str]:
     """Columns in the order that needs each set of weights once, without those that a model cannot have."""
-    names = [name for name in COLUMNS if name in names]
+    if explicit and "other" in names and against is None:
+        raise InputError("columns: other: there is no other student; name one by --against, or leave this column out")
+    names = [name for name in COLUMNS if (against is not None if name == "other" else name in names)]
     reason = without_branches(config)
     dropped = [name for name in names if "/" in name] if reason else []
     if dropped and explicit:
@@ -91,9 +99,16 @@ def _possible(names: list[str], config: Any, explicit: bool, bar: Bar) -> list[s
 
 
 class _Saved:
-    """The results so far, in a hidden file beside the target after every finished task."""
+    """The results so far, in a hidden file beside the target after every finished task.
 
-    def __init__(self, target: Path | None, settings: dict[str, Any], resume: bool):
+    Args:
+        target: the file to come; None keeps nothing.
+        settings: see `linearize.results`.
+        other: model and weights of the column `other`; empty without one.
+        resume: take over what an earlier run left.
+    """
+
+    def __init__(self, target: Path | None, settings: dict[str, Any], other: dict[str, Any], resume: bool):
         self.results = {"schema": SCHEMA, "complete": False, "settings": settings, "columns": {}}
         self.target = target
         self.partial = None if target is None else target.with_name(f".{target.name}.partial")
@@ -106,10 +121,18 @@ class _Saved:
                     f"{found}: was made with other settings ({', '.join(differing)}), so its numbers cannot be taken "
                     "over; leave out --resume, or choose another --out"
                 )
+            measured = earlier["columns"].get("other")
+            if measured and other and measured.get("weights") != other["weights"]:
+                raise InputError(
+                    f"{found}: its column other was measured on another model, {measured.get('model')}; leave out "
+                    "--resume, or choose another --out"
+                )
             self.results["columns"] = earlier["columns"]
+        self.other = other
 
     def column(self, name: str) -> dict[str, Any]:
-        return self.results["columns"].setdefault(name, {"tasks": {}, "seconds": 0.0})
+        facts = self.other if name == "other" else {}
+        return self.results["columns"].setdefault(name, {**facts, "tasks": {}, "seconds": 0.0})
 
     def save(self) -> None:
         if self.partial is not None:
@@ -120,7 +143,7 @@ class _Saved:
         found, settings = self.results["columns"], self.results["settings"]
         columns = {name: found[name] for name in COLUMNS if name in found and complete(name, found[name])}
         self.results = {
-            **{key: self.results[key] for key in ("schema", "model", "source", "suite", "settings")},
+            **{key: self.results[key] for key in ("schema", "model", "source", "layers", "suite", "settings")},
             "complete": True,
             "columns": columns,
             "summary": summarize(columns, settings["window"], settings["seed"]),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
-CONTROLS = ("source", "window", "converted", "student/window", "student/memory")
+CONTROLS = ("source", "window", "converted", "student/window", "student/memory", "other")
 
 
 def summarize(columns: dict[str, Any], window: int | None, seed: int = 0) -> dict[str, Any]:
