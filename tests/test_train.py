@@ -178,9 +178,9 @@ def test_bf16_keeps_fp32_masters(converted, text, tmp_path, monkeypatch):
     kept = {}
     save = adapters.save
 
-    def look(model, folder):
+    def look(model, *rest):
         kept.update({name: weight.dtype for name, weight in model.named_parameters()})
-        save(model, folder)
+        save(model, *rest)
 
     monkeypatch.setattr(adapters, "save", look)
     train(converted, recipe_for(text, lm=1.0), None, tmp_path / "fp32")
@@ -409,7 +409,6 @@ def test_bad_input_is_one_paragraph_and_nothing_is_written(converted, text, tmp_
     fails("there is no training stage distill. Did you mean 'distil'", stage="distill")
     fails("holds 2 tokens, one block needs 32", wanted=recipe_for(short))
     fails("holds no text", wanted=recipe_for(empty))
-    fails("unknown method 'lorra'. Did you mean 'lora'", wanted=recipe_for(text, peft={"method": "lorra"}))
 
 
 def test_an_adapter_that_targets_nothing_is_refused(converted, text, tmp_path, monkeypatch):
