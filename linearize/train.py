@@ -176,11 +176,14 @@ class Loop:
             enable({"use_reentrant": False})
         self.plain.train()
         set_seed(stage.seed, device_specific=True)  # dropout differs between processes; the new weights above must not
+        # Counted here: what is divided over processes is seen in part only.
+        self.size = sum(weight.numel() for weight in self.plain.parameters() if weight.requires_grad)
+        self.total = self.plain.num_parameters()
         optimizer, scheduler = optim.build(self.plain, stage, steps)
         self.model, self.optimizer, self.scheduler = accelerator.prepare(self.plain, optimizer, scheduler)
         self.trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
-        if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            # Where weights are divided over processes, accelerate writes and reads all of them in its own way.
+        self.divided = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if not self.divided:  # else accelerate writes and reads all weights, the frozen ones too
             accelerator.register_save_state_pre_hook(self._save_trained)
             accelerator.register_load_state_pre_hook(self._load_trained)
 
@@ -262,16 +265,16 @@ class Loop:
 
     def bytes(self) -> int:
         """Disk space for checkpoints, one more while it is written, and the result: weights and two moments, fp32."""
-        return (3 * (KEPT + 1) + 1) * 4 * sum(weight.numel() for weight in self.trained.values())
+        frozen = (KEPT + 1) * 4 * (self.total - self.size) if self.divided else 0
+        return (3 * (KEPT + 1) + 1) * 4 * self.size + frozen
 
     def about(self) -> str:
         """The run in one line."""
         stage, accelerator = self.stage, self.accelerator
-        trained = sum(weight.numel() for weight in self.trained.values())
         where = f"{accelerator.num_processes} x {accelerator.device.type}, {stage.dtype}"
         passes = ", ".join(f"{epochs:.2f}" for epochs in self.data.epochs)
         return (
-            f"{stage.name}: {trained:,} of {self.plain.num_parameters():,} weights on {where}; {self.steps} steps of "
+            f"{stage.name}: {self.size:,} of {self.total:,} weights on {where}; {self.steps} steps of "
             f"{stage.batch} x {stage.seq_len} tokens; passes over the data: {passes}"
         )
 
