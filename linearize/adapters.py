@@ -130,6 +130,15 @@ def attach(model: PreTrainedModel, settings: Peft, trained: Path | None = None) 
     return wrapped
 
 
+def put_on(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """A model with the adapters in a folder; without peft's wrapper it is `get_base_model()` of the result.
+
+    The `load_adapter` of transformers 5.23 does not find DoRA's magnitudes, and goes on with new ones.
+    """
+    with _quiet():
+        return peft.PeftModel.from_pretrained(model, str(folder))
+
+
 def _mixers(model: nn.Module) -> list[str]:
     """Full names of the mixers that have weights of their own."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, LinearizedAttention)}
@@ -227,8 +236,7 @@ def merge(adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path
             f"{adapter}: there are no adapters here (no adapter_config.json); give the folder of a LoRA stage"
         )
     with output_folder(out, overwrite) as folder:
-        with _quiet():
-            wrapped = peft.PeftModel.from_pretrained(open_model(adapter), str(adapter))
+        wrapped = put_on(open_model(adapter), adapter)
         for module in wrapped.modules():
             if isinstance(module, BaseTunerLayer):
                 base: Any = module.get_base_layer()

@@ -37,6 +37,9 @@ from linearize.recipe import Recipe, Stage
 
 __all__ = ["main", "merge", "train"]
 
+DIVIDED = {DistributedType.FSDP: ("adamw", "muon"), DistributedType.DEEPSPEED: ("adamw",)}
+"""Ways to divide the weights over processes -> optimisers that work on parts. Adafactor's sums cross them; ZeRO-3 hands
+its optimiser flat pieces, of which Muon cannot see the matrices."""
 KEPT = 2  # checkpoints: the last one, and the one before in case the disk fails
 TRAINED = "trained.safetensors"
 FREE = {"save_every", "micro_batch", "gradient_checkpointing"}
@@ -90,6 +93,12 @@ def train(
             "train_micro_batch_size_per_gpu": chosen.micro_batch,
             "gradient_clipping": chosen.max_grad_norm,
         }
+    working = DIVIDED.get(accelerator.distributed_type, recipes.OPTIMIZERS)
+    if chosen.optimizer not in working:
+        raise InputError(
+            f"train.{chosen.name}.optimizer: found {chosen.optimizer}; with weights divided by "
+            f"{accelerator.distributed_type.value} allowed: {', '.join(working)}"
+        )
     share = chosen.micro_batch * accelerator.num_processes
     if chosen.batch % share:
         raise InputError(
@@ -182,7 +191,7 @@ class Loop:
         optimizer, scheduler = optim.build(self.plain, stage, steps)
         self.model, self.optimizer, self.scheduler = accelerator.prepare(self.plain, optimizer, scheduler)
         self.trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
-        self.divided = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.divided = accelerator.distributed_type in DIVIDED
         if not self.divided:  # else accelerate writes and reads all weights, the frozen ones too
             accelerator.register_save_state_pre_hook(self._save_trained)
             accelerator.register_load_state_pre_hook(self._load_trained)
@@ -315,8 +324,8 @@ def _check_stage(stage: Stage, folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give one that `linearize convert` has written")
     if adapters.is_adapter(folder):
-        if stage.peft is None:
-            raise InputError(f"{folder}: holds adapters, and train.{stage.name} trains all weights; merge first")
+        if not adapters.keeps_source(stage.peft):
+            raise InputError(f"{folder}: holds adapters, and train.{stage.name} trains weights; merge first")
     elif stage.kl and (folder / LOG).is_file():
         raise InputError(
             f"{folder}: its weights have been trained, so they are no longer the source's, which train.{stage.name}.kl "

@@ -96,9 +96,10 @@ def test_every_way_to_train_learns_resumes_to_the_same_bits_and_merges(
     assert moved == (projections | MIXERS if method else set(start))
     if adapters.is_adapter(out):
         expected = logits(opened(tmp_path / "merged"))
-        loaded = opened(converted)
-        loaded.load_adapter(str(out))  # as the comparison opens it
-        for student in (opened(out), loaded, peft.PeftModel.from_pretrained(opened(converted), str(out))):
+        students = [peft.PeftModel.from_pretrained(opened(converted), str(out)).get_base_model()]
+        if method != "dora":  # transformers 5.23 does not find its magnitudes, so nothing here opens them that way
+            students.append(opened(out))
+        for student in students:
             # fp32: x W + (x A) B against x (W + A B); logits are about 10.
             torch.testing.assert_close(logits(student), expected, rtol=0, atol=2e-5)
 
@@ -127,8 +128,8 @@ def test_full_keeps_fp32_masters_of_what_it_trains_and_the_rest_as_it_was(text, 
     before, after = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "out"))
     assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
     assert all(torch.equal(before[name], after[name]) == ("q_proj" not in name) for name in before)
+    lora = train(folder, recipe_for(text, steps=1), None, tmp_path / "lora")
     with pytest.raises(InputError, match="merge first"):
-        lora = train(folder, recipe_for(text, steps=1), None, tmp_path / "lora")
         train(lora, recipe_for(text, peft=settings), None, tmp_path / "no")
 
 
@@ -239,6 +240,13 @@ def test_schedules(name: str, expected: list[float]):
 
 
 # --- many processes ---
+
+
+@pytest.mark.parametrize(("way", "optimizer"), [("FSDP", "adafactor"), ("DEEPSPEED", "muon")])
+def test_optimisers_that_cannot_work_on_parts_of_weights(converted, text, tmp_path, monkeypatch, way, optimizer):
+    monkeypatch.setattr(training.Accelerator, "distributed_type", training.DistributedType(way))
+    with pytest.raises(InputError, match=f"optimizer: found {optimizer}; with weights divided by {way} allowed: adamw"):
+        train(converted, recipe_for(text, optimizer=optimizer), None, tmp_path / "out")
 
 
 def test_sharded_processes_give_the_weights_of_one(converted, text, tmp_path):

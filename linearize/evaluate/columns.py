@@ -136,7 +136,7 @@ class Models:
             try:
                 model = AutoModelForCausalLM.from_pretrained(_base(self.folder), dtype=self.dtype)
                 if adapters.is_adapter(Path(self.folder)):
-                    model.load_adapter(self.folder)
+                    model: Any = adapters.put_on(model, Path(self.folder)).get_base_model()
             except (OSError, ValueError) as error:
                 raise InputError(
                     f"{self.folder}: cannot be opened as a model ({' '.join(str(error).split())})"
