@@ -269,7 +269,7 @@ class Loop:
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights, whole, on the main process; all processes must ask for them together."""
-        state = self.accelerator.get_state_dict(self.model)
+        state: Any = self.accelerator.get_state_dict(self.model)
         return {name: state[name] for name in self.trained if name in state}
 
     def bytes(self) -> int:

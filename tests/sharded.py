@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 
 from linearize import train as training
 
-begin, step = AcceleratorState.__init__, training.Loop.step
+begin, one_step = AcceleratorState.__init__, training.Loop.step
 
 
 def shard(self, *arguments, fsdp_plugin=None, **keywords) -> None:
@@ -20,10 +20,10 @@ def shard(self, *arguments, fsdp_plugin=None, **keywords) -> None:
         self.fsdp_plugin = fsdp_plugin
 
 
-def stop(loop, number, checkpoint):
-    if number == 4:
+def stop(self, step: int, checkpoint):
+    if step == 4:
         raise KeyboardInterrupt
-    return step(loop, number, checkpoint)
+    return one_step(self, step, checkpoint)
 
 
 if __name__ == "__main__":
@@ -33,6 +33,6 @@ if __name__ == "__main__":
         training.main(sys.argv[1:])
     except SystemExit as interrupted:
         assert interrupted.code == 130
-    training.Loop.step = step
+    training.Loop.step = one_step
     AcceleratorState._reset_state()
     training.main([*sys.argv[1:], "--resume"])
