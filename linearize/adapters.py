@@ -1,4 +1,8 @@
-"""Adapters on a converted model: put on, opened again, switched off for the source, folded in. All of peft is here."""
+"""What is trained of a model: put on, opened again, switched off for the source, folded in. All of peft is here.
+
+Adapters stand beside the source's weights. The mixers' own weights are what peft calls modules_to_save: their trained
+copies lie in the adapters' file, so that plain peft puts them back, and the base keeps those it was converted with.
+"""
 
 import json
 import shutil
@@ -12,18 +16,21 @@ import peft
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import linearize
 from linearize.archs import role_modules
-from linearize.errors import InputError, suggest
+from linearize.errors import InputError
 from linearize.files import MANIFEST, output_folder, write_manifest
-from linearize.modeling import branches, linearized_modules
+from linearize.modeling import LinearizedAttention, branches, linearized_modules
 from linearize.recipe import Peft
 
-METHODS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}}
+SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
+"""What a stage that goes on with adapters must share with the one that made them."""
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 OWN = {"config.json", "adapter_config.json", MANIFEST, "README.md"}
 """Files that each stage writes anew, or that do not describe what it has made."""
@@ -66,40 +73,94 @@ def base_folder(adapter: Path) -> Path:
     )
 
 
-def attach(model: PreTrainedModel, settings: Peft, trained: Path | None = None) -> peft.PeftModel:
-    """Freeze a model and put trainable fp32 adapters on the modules that play the given roles.
+def keeps_source(settings: Peft | None) -> bool:
+    """Whether the source's weights stay as they are, so that the model with adapters off is the source."""
+    return settings is not None and settings.method != "full"
+
+
+def attach(model: PreTrainedModel, settings: Peft, trained: Path | None = None) -> Any:
+    """Freeze a model but for what the settings name, which is fp32: adapters, or weights, and the mixers' own weights.
 
     Args:
         model: a linearized model.
-        settings: method, size and roles.
-        trained: a folder with adapters of the same settings to go on with; None: new ones, which change nothing yet.
+        settings: method, size, roles, and whether the mixers are trained.
+        trained: a folder with adapters of the same settings to go on with, on the same roles or fewer; None: new ones,
+            which change nothing yet.
+
+    Returns:
+        The model in peft's wrapper; with the method `full`, the same object.
 
     Raises:
-        InputError: unknown method or role, a role that no module plays, or adapters of other settings in ``trained``.
+        InputError: a role that no module plays or that the method cannot adapt, nothing to train, or adapters of other
+            settings in ``trained``.
     """
-    if settings.method not in METHODS:
-        raise InputError(f"peft.method: unknown method {settings.method!r}. {suggest(settings.method, METHODS)}")
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=role_modules(model, settings.roles),
-        **METHODS[settings.method],
-    )
-    with _quiet():
-        wrapped = peft.get_peft_model(model, config)
+    targets = role_modules(model, settings.roles)
+    mixers = _mixers(model) if settings.mixer else []
+    if not targets and not mixers:
+        raise InputError(
+            "peft.roles: found none, and the mixers of this model have no weights of their own, so nothing is trained; "
+            "name a role, or give the mixers a gate first: linearize calibrate"
+        )
+    if settings.method == "full":
+        model.requires_grad_(False)
+        for name in targets + mixers:
+            model.get_submodule(name).float().requires_grad_(True)
+        return model
+    config = _config(settings, targets, mixers)
+    try:
+        with _quiet():
+            wrapped = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"peft.method {settings.method!r}: {' '.join(str(error).split())}") from error
+    for weight in wrapped.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
     if trained is not None:
-        weights = peft.load_peft_weights(str(trained))
+        weights = peft.load_peft_weights(str(trained), device="cpu")
         found = json.loads((trained / "adapter_config.json").read_text())
-        same = all(found[key] == getattr(config, key) for key in ("r", "lora_alpha", "use_rslora"))
-        if not same or weights.keys() != peft.get_peft_model_state_dict(wrapped).keys():
+        new = peft.get_peft_model_state_dict(wrapped)
+        alone = found["target_modules"] == DUMMY_TARGET_MODULES  # adapters on nothing have no settings
+        same = alone or all(found.get(key) == getattr(config, key, None) for key in SETTINGS)
+        if not same or not weights.keys() <= new.keys():
             raise InputError(
                 f"{trained}: its adapters have other settings than this stage's peft block; "
                 "give the stage the settings of the one before, or merge first"
             )
-        peft.set_peft_model_state_dict(wrapped, weights)
+        peft.set_peft_model_state_dict(wrapped, new | weights)
     return wrapped
+
+
+def put_on(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """A model with the adapters in a folder; without peft's wrapper it is `get_base_model()` of the result.
+
+    The `load_adapter` of transformers 5.23 does not find DoRA's magnitudes, and goes on with new ones.
+    """
+    with _quiet():
+        return peft.PeftModel.from_pretrained(model, str(folder))
+
+
+def _mixers(model: nn.Module) -> list[str]:
+    """Full names of the mixers that have weights of their own."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, LinearizedAttention)}
+    return [f"{name}.mixer" for name, module in modules.items() if next(module.mixer.parameters(), None) is not None]
+
+
+def _config(settings: Peft, targets: list[str], mixers: list[str]) -> peft.PeftConfig:
+    shared: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "r": settings.r,
+        "target_modules": targets or DUMMY_TARGET_MODULES,
+        "modules_to_save": mixers or None,
+    }
+    if settings.method == "miss":
+        return peft.MissConfig(miss_dropout=settings.dropout, **shared)
+    return peft.LoraConfig(
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.method == "rslora",
+        use_dora=settings.method == "dora",
+        **shared,
+    )
 
 
 @contextmanager
@@ -125,13 +186,22 @@ def as_source(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def save(model: Any, folder: Path) -> None:
-    """Write what was trained: the adapters, or the whole model if it has none."""
+def save(model: Any, weights: dict[str, Tensor], base: Path, folder: Path) -> None:
+    """Write what was trained: the adapters, or the whole model if it has none.
+
+    Args:
+        model: what was trained.
+        weights: its trained weights, whole, by their names in it.
+        base: the folder it was opened from; what was not trained is written as it is there.
+        folder: to write into.
+    """
     if isinstance(model, peft.PeftModel):
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
         (folder / "README.md").unlink()  # peft's form to fill in; `linearize push` writes a card with facts
     else:
-        model.save_pretrained(folder)
+        plain = open_model(base)
+        plain.load_state_dict(weights, strict=False)
+        plain.save_pretrained(folder)
 
 
 def carry(source: Path, folder: Path) -> None:
@@ -166,8 +236,7 @@ def merge(adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path
             f"{adapter}: there are no adapters here (no adapter_config.json); give the folder of a LoRA stage"
         )
     with output_folder(out, overwrite) as folder:
-        with _quiet():
-            wrapped = peft.PeftModel.from_pretrained(open_model(adapter), str(adapter))
+        wrapped = put_on(open_model(adapter), adapter)
         for module in wrapped.modules():
             if isinstance(module, BaseTunerLayer):
                 base: Any = module.get_base_layer()
@@ -175,6 +244,10 @@ def merge(adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path
                 base.float()
                 module.merge()
                 base.to(dtype)
+        for module in linearized_modules(wrapped):
+            if isinstance(module.mixer, ModulesToSaveWrapper):
+                before = next(module.mixer.original_module.parameters())
+                module.mixer = module.mixer.modules_to_save["default"].to(before.dtype)
         plain: Any = wrapped.base_model.unload()  # type: ignore[operator]
         plain.save_pretrained(folder)
         carry(adapter, folder)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-import linearize.modeling  # noqa: F401 (registers the model type "linearized" with transformers)
+from linearize import adapters
 from linearize.errors import InputError
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
@@ -61,7 +61,10 @@ def load(
             f"{name}: no such folder; expected one written by linearize, or the Hub id of a model (org/name)"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        if adapters.is_adapter(Path(name)):
+            model: Any = adapters.put_on(adapters.open_model(Path(name), dtype), Path(name)).get_base_model()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be opened as a language model: {' '.join(str(error).split())}") from error
     try:

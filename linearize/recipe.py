@@ -6,13 +6,13 @@ file are reported at once. Importing this module does not import torch; checking
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
@@ -21,6 +21,12 @@ from linearize.errors import InputError, suggest
 STRICT = ConfigDict(extra="forbid")
 SUFFIXES = (".yaml", ".yml")
 DEFAULT_MIXER = {"name": "gla", "combine": "memory", "window": 64, "sinks": 4}
+METHODS = ("lora", "rslora", "dora", "miss", "full")
+OPTIMIZERS = ("adamw", "adafactor", "muon")
+SCHEDULES = (
+    *("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"),
+    *("warmup_stable_decay", "infinite"),
+)
 
 
 def parse_layers(value: Any) -> Any:
@@ -59,6 +65,15 @@ def _numbers(value: Any) -> list[int]:
     return sorted(numbers)
 
 
+def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(suggest(name, names))
+        return name
+
+    return check
+
+
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -94,18 +109,43 @@ class Data:
 
 @dataclass(frozen=True, config=STRICT)
 class Peft:
-    """Which weights are trained: a method of peft on projections named by role."""
+    """Which weights are trained: projections named by role, and the mixers' own weights.
 
-    method: str = "lora"
+    Attributes:
+        method: lora (arXiv 2106.09685), rslora (2312.03732), dora (2402.09353) and miss (2409.15371) leave the source's
+            weights as they are and train adapters beside them; full trains the weights themselves.
+        r: rank of the adapters. alpha: their scale, of lora, rslora and dora. dropout: in front of them.
+        roles: which projections of the linearized layers; with an empty list only the memory is trained.
+        mixer: whether the mixers' own weights (a calibrated gate, feature maps, …) are trained too.
+    """
+
+    method: Annotated[str, AfterValidator(_one_of(METHODS))] = "lora"
     r: Positive = 8
     alpha: Positive = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     roles: tuple[Literal["q", "k", "v", "o", "mlp"], ...] = ("q", "k", "v", "o")
+    mixer: bool = True
+
+    @model_validator(mode="after")
+    def _trains(self) -> "Peft":
+        if not self.roles and not self.mixer:
+            raise ValueError("roles is empty and mixer is false, so nothing is trained; name a role or set mixer: true")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
 class Stage:
-    """One stage of training: the losses, the budget, the optimiser. ``batch`` counts sequences over all processes."""
+    """One stage of training: the losses, the budget, the optimiser. ``batch`` counts sequences over all processes.
+
+    Attributes:
+        peft: which weights are trained; None: all.
+        lr: peak learning rate. mixer_lr: that of the mixers' own weights; None: the same.
+        warmup: share of the steps in which the rates rise to their peak.
+        decay: share of the steps in which warmup_stable_decay falls to zero at the end, or infinite falls to its
+            constant after the warmup; the other schedules need none.
+        weight_decay: of matrices; vectors and scalars have none.
+        betas: of AdamW, also where muon leaves a weight to it.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = "distil"
     lm: NotNegative = 0.0
@@ -117,9 +157,11 @@ class Stage:
     batch: Positive = 8
     micro_batch: Positive = 1
     lr: Annotated[float, Field(gt=0)] = 5e-4
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"] = "cosine"
+    mixer_lr: Annotated[float, Field(gt=0)] | None = None
+    schedule: Annotated[str, AfterValidator(_one_of(SCHEDULES))] = "cosine"
     warmup: Fraction = 0.1
-    optimizer: Literal["adamw"] = "adamw"
+    decay: Fraction = 0.2
+    optimizer: Annotated[str, AfterValidator(_one_of(OPTIMIZERS))] = "adamw"
     weight_decay: NotNegative = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -139,6 +181,8 @@ class Stage:
             )
         if not self.lm and not self.kl:
             problems.append("lm and kl are both 0, so there is nothing to learn from; set one of them above 0")
+        if self.schedule in ("warmup_stable_decay", "infinite") and self.warmup + self.decay > 1:
+            problems.append(f"warmup {self.warmup} and decay {self.decay} are together more than all steps")
         if problems:
             raise ValueError("; ".join(problems))
         return self

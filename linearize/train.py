@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoTokenizer, get_scheduler
+from transformers import AutoTokenizer
 
-from linearize import adapters
+from linearize import adapters, optim
 from linearize import recipe as recipes
 from linearize.adapters import merge
 from linearize.data import Blocks, blocks
@@ -38,6 +37,9 @@ from linearize.recipe import Recipe, Stage
 
 __all__ = ["main", "merge", "train"]
 
+DIVIDED = {DistributedType.FSDP: ("adamw", "muon"), DistributedType.DEEPSPEED: ("adamw",)}
+"""Ways to divide the weights over processes -> optimisers that work on parts. Adafactor's sums cross them; ZeRO-3 hands
+its optimiser flat pieces, of which Muon cannot see the matrices."""
 KEPT = 2  # checkpoints: the last one, and the one before in case the disk fails
 TRAINED = "trained.safetensors"
 FREE = {"save_every", "micro_batch", "gradient_checkpointing"}
@@ -83,7 +85,20 @@ def train(
         mixed_precision="no",  # accelerate's autocast returns fp32 logits, twice the memory; Loop has its own
         step_scheduler_with_optimizer=False,  # a step is a step, however many processes there are
         cpu=not torch.accelerator.is_available(),
+        # Blocks that end inside the window give the memory no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if deepspeed := accelerator.state.deepspeed_plugin:  # what it would otherwise read from a data loader
+        deepspeed.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": chosen.micro_batch,
+            "gradient_clipping": chosen.max_grad_norm,
+        }
+    working = DIVIDED.get(accelerator.distributed_type, recipes.OPTIMIZERS)
+    if chosen.optimizer not in working:
+        raise InputError(
+            f"train.{chosen.name}.optimizer: found {chosen.optimizer}; with weights divided by "
+            f"{accelerator.distributed_type.value} allowed: {', '.join(working)}"
+        )
     share = chosen.micro_batch * accelerator.num_processes
     if chosen.batch % share:
         raise InputError(
@@ -116,10 +131,11 @@ def train(
     finally:
         if monitor:
             monitor.close()
+    weights = loop.weights()
     if accelerator.is_main_process:
         with output_folder(out, overwrite) as result:
             adapters.carry(folder, result)
-            loop.write(result)
+            adapters.save(loop.plain, weights, folder, result)
             (result / "recipe.yaml").write_text(recipes.to_yaml(wanted))
             shutil.copyfile(work / LOG, result / LOG)
             shutil.copytree(work / BOARD, result / BOARD)
@@ -152,11 +168,15 @@ class Loop:
         set_seed(stage.seed)
         # Frozen weights are stored in the compute dtype. What is trained is fp32 always: a small step added to a bf16
         # weight is rounded away.
-        model = adapters.open_model(folder, compute if stage.peft else torch.float32)
+        shared = adapters.keeps_source(stage.peft)
+        model = adapters.open_model(folder, compute if shared else torch.float32)
         before = folder if adapters.is_adapter(folder) else None
         self.plain: Any = adapters.attach(model, stage.peft, before) if stage.peft else model
         self.teacher: Any = self.plain
-        if stage.kl and not stage.peft:
+        for weight in self.plain.parameters():
+            if not weight.requires_grad:
+                weight.data = weight.data.to(compute)
+        if stage.kl and not shared:
             self.teacher = adapters.open_model(folder, compute).requires_grad_(False).to(accelerator.device)
         if stage.gradient_checkpointing:
             # transformers has renamed it and warns at the old name, the only one that earlier releases know.
@@ -165,18 +185,16 @@ class Loop:
             enable({"use_reentrant": False})
         self.plain.train()
         set_seed(stage.seed, device_specific=True)  # dropout differs between processes; the new weights above must not
-        self.trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
-        optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay
-        )
-        warmup = round(stage.warmup * steps)
-        schedule: Any = get_scheduler(stage.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps + 1)
-        factor = schedule.lr_lambdas[0]
-        # Counted from one: a first step at rate zero would be wasted, and short runs have few.
-        scheduler = LambdaLR(optimizer, lambda done: factor(done + 1))
+        # Counted here: what is divided over processes is seen in part only.
+        self.size = sum(weight.numel() for weight in self.plain.parameters() if weight.requires_grad)
+        self.total = self.plain.num_parameters()
+        optimizer, scheduler = optim.build(self.plain, stage, steps)
         self.model, self.optimizer, self.scheduler = accelerator.prepare(self.plain, optimizer, scheduler)
-        accelerator.register_save_state_pre_hook(self._save_trained)
-        accelerator.register_load_state_pre_hook(self._load_trained)
+        self.trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
+        self.divided = accelerator.distributed_type in DIVIDED
+        if not self.divided:  # else accelerate writes and reads all weights, the frozen ones too
+            accelerator.register_save_state_pre_hook(self._save_trained)
+            accelerator.register_load_state_pre_hook(self._load_trained)
 
     def step(self, step: int, checkpoint: Path | None) -> dict[str, Any]:
         """Run optimiser step number ``step`` (from 1) and return its record for the log.
@@ -190,8 +208,14 @@ class Loop:
         sums = torch.zeros(2, device=self.accelerator.device)
         for ids in batches:
             last = ids is batches[-1]
+            self.accelerator.sync_gradients = last  # DeepSpeed takes its optimiser step inside `backward`
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 losses = self.losses(ids)
+                if not losses.total.requires_grad:
+                    raise InputError(
+                        f"train.{self.stage.name}.seq_len: blocks of {self.stage.seq_len} tokens reach nothing that is "
+                        "trained: the memory begins behind window and sinks; use longer blocks, or name roles in peft"
+                    )
                 sums += torch.stack([losses.lm, losses.kl])
                 # Processes average their gradients, so each brings its part of the mean times their number.
                 self.accelerator.backward(losses.total * (self.accelerator.num_processes / targets))
@@ -243,25 +267,23 @@ class Loop:
         self.accelerator.load_state(str(checkpoint))
         return int(checkpoint.name.removeprefix("step-"))
 
-    def write(self, folder: Path) -> None:
-        """Write the result of the stage: adapters, or all weights in the dtype that the stage found them in."""
-        if self.stage.peft is None:
-            stored = json.loads((self.folder / "config.json").read_text())["dtype"]
-            self.plain.to(getattr(torch, stored))
-        adapters.save(self.plain, folder)
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights, whole, on the main process; all processes must ask for them together."""
+        state: Any = self.accelerator.get_state_dict(self.model)
+        return {name: state[name] for name in self.trained if name in state}
 
     def bytes(self) -> int:
         """Disk space for checkpoints, one more while it is written, and the result: weights and two moments, fp32."""
-        return (3 * (KEPT + 1) + 1) * 4 * sum(weight.numel() for weight in self.trained.values())
+        frozen = (KEPT + 1) * 4 * (self.total - self.size) if self.divided else 0
+        return (3 * (KEPT + 1) + 1) * 4 * self.size + frozen
 
     def about(self) -> str:
         """The run in one line."""
         stage, accelerator = self.stage, self.accelerator
-        trained = sum(weight.numel() for weight in self.trained.values())
         where = f"{accelerator.num_processes} x {accelerator.device.type}, {stage.dtype}"
         passes = ", ".join(f"{epochs:.2f}" for epochs in self.data.epochs)
         return (
-            f"{stage.name}: {trained:,} of {self.plain.num_parameters():,} weights on {where}; {self.steps} steps of "
+            f"{stage.name}: {self.size:,} of {self.total:,} weights on {where}; {self.steps} steps of "
             f"{stage.batch} x {stage.seq_len} tokens; passes over the data: {passes}"
         )
 
@@ -302,8 +324,8 @@ def _check_stage(stage: Stage, folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give one that `linearize convert` has written")
     if adapters.is_adapter(folder):
-        if stage.peft is None:
-            raise InputError(f"{folder}: holds adapters, and train.{stage.name} trains all weights; merge first")
+        if not adapters.keeps_source(stage.peft):
+            raise InputError(f"{folder}: holds adapters, and train.{stage.name} trains weights; merge first")
     elif stage.kl and (folder / LOG).is_file():
         raise InputError(
             f"{folder}: its weights have been trained, so they are no longer the source's, which train.{stage.name}.kl "

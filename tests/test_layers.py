@@ -19,7 +19,7 @@ ROWS = [
     {"__init__"},
     {"weights", "bundle"},
     {"sources"},
-    {"inspection", "probe", "plot", "card", "data", "losses", "monitor", "adapters"},
+    {"inspection", "probe", "plot", "card", "data", "losses", "monitor", "adapters", "optim"},
     {"convert", "calibrate", "train", "evaluate", "hub", "generate", "export"},
     {"run", "costs"},
     {"cli"},

@@ -152,6 +152,27 @@ def test_wrong_shapes(values: dict, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("peft.method", "lorra", "found 'lorra'; did you mean 'lora'"),
+        ("optimizer", "adamm", "found 'adamm'; did you mean 'adamw'"),
+        ("schedule", "infinit", "found 'infinit'; did you mean 'infinite'"),
+        ("peft", {"roles": [], "mixer": False}, "nothing is trained"),
+        ("mixer_lr", 0, "found 0; input should be greater than 0"),
+        ("decay", 2, "found 2; input should be less than or equal to 1"),
+    ],
+)
+def test_wrong_ways_to_train(key: str, value, expected: str) -> None:
+    (line,) = problems(MINIMAL, {f"train.distil.{key}": value})
+    assert line.startswith(f"mine.yaml: train.0.{key}: ") and expected in line
+
+
+def test_phases_of_a_schedule_must_fit() -> None:
+    (line,) = problems(MINIMAL, {"train.0.schedule": "infinite", "train.0.warmup": 0.5, "train.0.decay": 0.6})
+    assert "together more than all steps" in line
+
+
+@pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("train.foo.lr=1", "there is no entry 'foo'. Available: 0, distil"),
@@ -201,16 +222,18 @@ def test_stage_by_name() -> None:
         replace(found, train=()).stage()
 
 
-def test_accelerate_config_is_understood() -> None:
+@pytest.mark.parametrize(("name", "block"), [("fsdp2", "fsdp_config"), ("deepspeed_zero3", "deepspeed_config")])
+def test_accelerate_config_is_understood(name: str, block: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    file = recipe.package_folder("recipes") / "accelerate" / "fsdp2.yaml"
+    file = recipe.package_folder("recipes") / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(file))
-    assert config.num_processes == 8 and config.fsdp_config["fsdp_version"] == 2
+    assert config.num_processes == 8 and config.mixed_precision == "no"
+    assert config.fsdp_config.get("fsdp_version") == 2 or config.deepspeed_config["zero_stage"] == 3
     known = vars(launch_command_parser().parse_args(["-m", "linearize.train"]))
-    # accelerate passes unknown keys of fsdp_config over in silence: a misspelt one would change nothing.
-    assert set(yaml.safe_load(file.read_text())["fsdp_config"]) <= set(known)
+    # accelerate passes unknown keys of these blocks over in silence: a misspelt one would change nothing.
+    assert set(yaml.safe_load(file.read_text())[block]) <= set(known)
 
 
 def test_suggestions() -> None:

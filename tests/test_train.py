@@ -23,6 +23,7 @@ from linearize.train import merge, train
 
 T = 32
 MIXER = {"name": "gla", "combine": "memory", "window": 8, "sinks": 2}
+GATES = [f"model.layers.{layer}.self_attn.mixer.gate" for layer in (0, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +149,12 @@ def test_how_a_step_is_computed_does_not_change_it(converted, text, tmp_path, ch
     torch.testing.assert_close(losses(tmp_path / "changed"), losses(tmp_path / "plain"), rtol=0, atol=1e-5)
 
 
-def test_two_processes_give_the_losses_of_one(converted, text, tmp_path):
+def test_two_processes_give_the_losses_of_one(text, tmp_path):
+    model = linearize_(tiny_model(layers=2), {**MIXER, "calibrated": True})
+    # A window as wide as the blocks: the gate of layer 1 gets no gradient.
+    linearize_(model, {**MIXER, "calibrated": True, "window": T}, [1]).save_pretrained(tmp_path / "converted")
+    tiny_tokenizer().save_pretrained(tmp_path / "converted")
+    converted = tmp_path / "converted"
     wanted = recipe_for(text, steps=6, lm=1.0, micro_batch=1)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(wanted))
     arguments = ("--recipe", tmp_path / "recipe.yaml", "--model", converted, "--out", tmp_path / "two")
@@ -172,15 +178,17 @@ def test_two_processes_give_the_losses_of_one(converted, text, tmp_path):
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-4)
     for name, weight in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=0, atol=1e-4)
+    moved = [bool(weights(tmp_path / "two")[f"base_model.model.{name}"].any()) for name in GATES]
+    assert moved == [True, False]
 
 
 def test_bf16_keeps_fp32_masters(converted, text, tmp_path, monkeypatch):
     kept = {}
     save = adapters.save
 
-    def look(model, folder):
+    def look(model, *rest):
         kept.update({name: weight.dtype for name, weight in model.named_parameters()})
-        save(model, folder)
+        save(model, *rest)
 
     monkeypatch.setattr(adapters, "save", look)
     train(converted, recipe_for(text, lm=1.0), None, tmp_path / "fp32")
@@ -409,7 +417,6 @@ def test_bad_input_is_one_paragraph_and_nothing_is_written(converted, text, tmp_
     fails("there is no training stage distill. Did you mean 'distil'", stage="distill")
     fails("holds 2 tokens, one block needs 32", wanted=recipe_for(short))
     fails("holds no text", wanted=recipe_for(empty))
-    fails("unknown method 'lorra'. Did you mean 'lora'", wanted=recipe_for(text, peft={"method": "lorra"}))
 
 
 def test_an_adapter_that_targets_nothing_is_refused(converted, text, tmp_path, monkeypatch):

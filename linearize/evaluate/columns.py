@@ -177,9 +177,9 @@ class Models:
             folder = self.folder if family == "student" else self.against
             assert folder is not None
             try:
-                model = AutoModelForCausalLM.from_pretrained(_base(folder), dtype=self.dtype)
+                model: Any = AutoModelForCausalLM.from_pretrained(_base(folder), dtype=self.dtype)
                 if adapters.is_adapter(Path(folder)):
-                    model.load_adapter(folder)
+                    model = adapters.put_on(model, Path(folder)).get_base_model()
             except (OSError, ValueError) as error:
                 raise InputError(f"{folder}: cannot be opened as a model ({' '.join(str(error).split())})") from error
         return model.to(self.device).eval()  # pyright: ignore[reportArgumentType] (typed too narrowly in transformers)
