@@ -93,6 +93,20 @@ class Data:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Calibrate:
+    """How much text the memory is fitted to in closed form, before any training; ``seq_len`` tokens at a time."""
+
+    tokens: Positive = 16_384
+    seq_len: Annotated[int, Field(ge=2)] = 1024
+
+    @model_validator(mode="after")
+    def _fills_a_block(self) -> "Calibrate":
+        if self.tokens < self.seq_len:
+            raise ValueError(f"{self.tokens} tokens do not fill one block of {self.seq_len} (seq_len)")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
 class Peft:
     """Which weights are trained: a method of peft on projections named by role."""
 
@@ -105,11 +119,21 @@ class Peft:
 
 @dataclass(frozen=True, config=STRICT)
 class Stage:
-    """One stage of training: the losses, the budget, the optimiser. ``batch`` counts sequences over all processes."""
+    """One stage of training: the losses, the budget, the optimiser. ``batch`` counts sequences over all processes.
+
+    Losses: ``lm`` next token, ``kl`` the source's distribution, ``transfer`` the output of each attention layer of the
+    source. ``beyond`` weighs what is predicted from where the memory can be seen, in ``lm`` and ``kl``.
+    ``window_dropout``: probability that a micro batch sees a shorter window, and that it sees fewer sinks. Every
+    ``watch`` steps (0: never), what the memory adds is measured on text held back; ``keep`` says which of these moments
+    becomes the result.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = "distil"
     lm: NotNegative = 0.0
     kl: NotNegative = 1.0
+    transfer: NotNegative = 0.0
+    beyond: Annotated[float, Field(ge=1)] = 1.0
+    window_dropout: Fraction = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     peft: Peft | None = Field(default_factory=Peft)
     tokens: Positive = 1_000_000
@@ -127,6 +151,8 @@ class Stage:
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
     save_every: Positive = 100
+    watch: Annotated[int, Field(ge=0)] = 0
+    keep: Literal["last", "memory", "loss"] = "last"
 
     @model_validator(mode="after")
     def _agrees(self) -> "Stage":
@@ -137,8 +163,10 @@ class Stage:
             problems.append(
                 f"tokens {self.tokens} is less than one step, batch x seq_len = {self.batch * self.seq_len}"
             )
-        if not self.lm and not self.kl:
-            problems.append("lm and kl are both 0, so there is nothing to learn from; set one of them above 0")
+        if not self.lm and not self.kl and not self.transfer:
+            problems.append("lm, kl and transfer are all 0, so there is nothing to learn from; set one of them above 0")
+        if self.keep != "last" and not self.watch:
+            problems.append(f"keep: {self.keep} needs what watch measures; set watch above 0")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -161,6 +189,7 @@ class Recipe:
     status: Literal["run", "not yet run at full size"] = "not yet run at full size"
     convert: Convert = Field(default_factory=Convert)
     data: tuple[Data, ...] = Field(default_factory=lambda: (Data(),))
+    calibrate: Calibrate | None = None
     train: tuple[Stage, ...] = Field(default_factory=lambda: (Stage(),))
     eval: Eval = Field(default_factory=Eval)
 
@@ -169,7 +198,7 @@ class Recipe:
         names = [stage.name for stage in self.train]
         if len(set(names)) < len(names):
             raise ValueError(f"train: two stages share a name ({', '.join(names)}); each stage needs its own")
-        if self.train and not self.data:
+        if (self.train or self.calibrate) and not self.data:
             raise ValueError("data: found no entry; training needs at least one")
         return self
 
@@ -186,6 +215,14 @@ class Recipe:
             f"recipe {self.name or self.source.id}: there is no training stage {name or 'at all'}. "
             f"{suggest(name or '', [stage.name for stage in self.train])}"
         )
+
+
+STAGES = {
+    "transfer": Stage(name="transfer", transfer=1.0, kl=0.0),
+    "distil": Stage(name="distil"),
+    "long": Stage(name="long", seq_len=4096),
+}
+"""Stages that have a verb of their own, as they are where a recipe says nothing about them."""
 
 
 def package_folder(name: str) -> Path:
@@ -273,6 +310,12 @@ def resolve(model: str, overrides: Mapping[str, Any] | Iterable[str] = (), recip
 def run_folder(recipe: Recipe) -> Path:
     """Where the stages of a recipe go when the user names no folder."""
     return Path("runs") / (recipe.name or Path(recipe.source.id).stem)
+
+
+def with_stage(recipe: Recipe, name: str) -> Recipe:
+    """The same recipe; behind its own stages one of `STAGES`, where it has none of that name."""
+    known = any(stage.name == name for stage in recipe.train)
+    return recipe if known else replace(recipe, train=(*recipe.train, STAGES[name]))
 
 
 def switch_mixer(recipe: Recipe, name: str) -> Recipe:
@@ -372,7 +415,8 @@ def _explain(problem: Any) -> str:
 
 def _fields(location: list[str]) -> list[str]:
     """Keys that are allowed at a place of the recipe."""
-    kinds = {"source": Source, "convert": Convert, "data": Data, "train": Stage, "eval": Eval, "peft": Peft}
+    kinds: dict[str, Any] = {"source": Source, "convert": Convert, "data": Data, "calibrate": Calibrate}
+    kinds |= {"train": Stage, "eval": Eval, "peft": Peft}
     parts = [part for part in location if part in kinds]
     return [field.name for field in fields(kinds[parts[-1]] if parts else Recipe)]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,8 +33,11 @@ from linearize.data import Blocks, blocks
 from linearize.errors import InputError
 from linearize.files import MANIFEST, check_output, check_space, output_folder, write_manifest
 from linearize.losses import Losses, count_targets, token_losses
-from linearize.monitor import BOARD, LOG, Monitor, first_not_finite
+from linearize.memory import Watch, check_length, drop_windows, position_weights
+from linearize.modeling import linearized_modules
+from linearize.monitor import BOARD, LOG, SHOWN, Monitor, first_not_finite
 from linearize.recipe import Recipe, Stage
+from linearize.transfer import transfer
 
 __all__ = ["main", "merge", "train"]
 
@@ -84,6 +87,11 @@ def train(
         step_scheduler_with_optimizer=False,  # a step is a step, however many processes there are
         cpu=not torch.accelerator.is_available(),
     )
+    if chosen.transfer and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise InputError(
+            f"train.{chosen.name}.transfer: its gradients are made layer by layer, which is not possible where weights "
+            "are divided among processes; run this stage without FSDP and DeepSpeed, it needs the least memory of all"
+        )
     share = chosen.micro_batch * accelerator.num_processes
     if chosen.batch % share:
         raise InputError(
@@ -94,7 +102,9 @@ def train(
     checkpoint = _interrupted(work, made, resume, overwrite)
     steps = chosen.tokens // (chosen.batch * chosen.seq_len)
     with accelerator.local_main_process_first():  # one process tokenises, the others find it done
-        data = blocks(wanted.data, _tokenizer(folder), chosen.seq_len, steps * chosen.batch, chosen.seed)
+        data = blocks(
+            wanted.data, _tokenizer(folder), chosen.seq_len, steps * chosen.batch, chosen.seed, hold=chosen.watch > 0
+        )
     loop = Loop(accelerator, chosen, folder, data, steps)
     check_space(work, loop.bytes())
     accelerator.wait_for_everyone()
@@ -105,10 +115,14 @@ def train(
         (work / "checkpoints").mkdir(parents=True, exist_ok=True)
         (work / MANIFEST).write_text(json.dumps({"training": made}, indent=2))
     done = loop.load(checkpoint) if checkpoint else 0
+    watch = Watch(loop.plain, loop.trained, data.held, chosen.keep, work)
     monitor = Monitor(work, steps, done, loop.about()) if accelerator.is_main_process else None
     try:
         for step in range(done + 1, steps + 1):
             record = loop.step(step, checkpoint)
+            if chosen.watch and (step % chosen.watch == 0 or step == steps):
+                with loop.autocast():
+                    record |= watch.step(step, accelerator.is_main_process)
             if monitor:
                 monitor.step(record)
             if step % chosen.save_every == 0 or step == steps:  # the last: writing the result may still fail
@@ -119,12 +133,14 @@ def train(
     if accelerator.is_main_process:
         with output_folder(out, overwrite) as result:
             adapters.carry(folder, result)
+            kept = watch.restore() if chosen.keep != "last" else steps
             loop.write(result)
             (result / "recipe.yaml").write_text(recipes.to_yaml(wanted))
             shutil.copyfile(work / LOG, result / LOG)
             shutil.copytree(work / BOARD, result / BOARD)
             source = loop.plain.config.linearize["source"]
-            write_manifest(result, {"source": source, "training": made, "versions": adapters.versions()}, {})
+            facts = {"source": source, "training": made | {"step": kept}, "versions": adapters.versions()}
+            write_manifest(result, facts, {})
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
     return out
@@ -143,7 +159,9 @@ class Loop:
     Attributes:
         model: as it is called, wrapped for the processes it runs on.
         plain: the same model unwrapped.
-        teacher: what is turned into the source for the distillation loss: ``plain``, unless all of it is trained.
+        teacher: what is turned into the source, to learn from it: ``plain``, unless all of it is trained.
+        layers: layer index -> its place among the losses of transfer.
+        weights: of positions in the losses of tokens, [T].
     """
 
     def __init__(self, accelerator: Accelerator, stage: Stage, folder: Path, data: Blocks, steps: int):
@@ -156,7 +174,7 @@ class Loop:
         before = folder if adapters.is_adapter(folder) else None
         self.plain: Any = adapters.attach(model, stage.peft, before) if stage.peft else model
         self.teacher: Any = self.plain
-        if stage.kl and not stage.peft:
+        if (stage.kl or stage.transfer) and not stage.peft:
             self.teacher = adapters.open_model(folder, compute).requires_grad_(False).to(accelerator.device)
         if stage.gradient_checkpointing:
             # transformers has renamed it and warns at the old name, the only one that earlier releases know.
@@ -164,6 +182,10 @@ class Loop:
             enable = getattr(self.plain, old.replace("gradient", "activation"), None) or getattr(self.plain, old)
             enable({"use_reentrant": False})
         self.plain.train()
+        if stage.watch or stage.beyond > 1:
+            check_length(self.plain, stage.seq_len, f"train.{stage.name}")
+        self.weights = position_weights(self.plain, stage.seq_len, stage.beyond).to(accelerator.device)
+        self.layers = {m.layer_idx: place for place, m in enumerate(linearized_modules(self.plain))}
         set_seed(stage.seed, device_specific=True)  # dropout differs between processes; the new weights above must not
         self.trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
         optimizer = torch.optim.AdamW(
@@ -186,44 +208,75 @@ class Loop:
         """
         started = time.perf_counter()
         batches = self._batches(step)
-        (targets,) = self._sum([sum(map(count_targets, batches))])
-        sums = torch.zeros(2, device=self.accelerator.device)
-        for ids in batches:
-            last = ids is batches[-1]
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self.losses(ids)
-                sums += torch.stack([losses.lm, losses.kl])
-                # Processes average their gradients, so each brings its part of the mean times their number.
-                self.accelerator.backward(losses.total * (self.accelerator.num_processes / targets))
-        lm, kl = (total / targets for total in self._sum(sums))
+        (targets,) = self._sum([sum(count_targets(ids, self.weights) for ids in batches)])
+        processes, stage = self.accelerator.num_processes, self.stage
+        sums = torch.zeros(2 + len(self.layers), device=self.accelerator.device)
+        for place, ids in enumerate(batches):
+            alone = place < len(batches) - 1 or stage.transfer
+            draw = stage.seed, step, place * processes + self.accelerator.process_index
+            # Around the backward pass too: gradient checkpointing runs the forward once more in it.
+            with (
+                self.accelerator.no_sync(self.model) if alone else nullcontext(),
+                drop_windows(self.plain, stage.window_dropout, draw),
+            ):
+                losses = self.losses(ids, sums)
+                if losses:
+                    # Processes average their gradients, so each brings its part of the mean times their number.
+                    self.accelerator.backward(losses.total * (processes / targets))
+        if stage.transfer:
+            self._average_gradients()
+        lm, kl, *errors = self._sum(sums)
+        found = {"lm": lm / targets, "kl": kl / targets} if stage.lm or stage.kl else {}
+        if stage.transfer:
+            found["transfer"] = sum(errors) / stage.batch
         weights = list(self.trained.values())
         norm = float(torch.as_tensor(self.accelerator.clip_grad_norm_(weights, self.stage.max_grad_norm)))
         record = {
             "step": step,
             "tokens": step * self.stage.batch * self.stage.seq_len,
-            "lm": lm,
-            "kl": kl,
+            **found,
             "lr": self.scheduler.get_last_lr()[0],
             "grad_norm": norm,
         }
-        if not all(map(math.isfinite, (lm, kl, norm))):
-            self._stop(record, batches, checkpoint)
+        if not all(map(math.isfinite, (*found.values(), norm))):
+            bad = [f"transfer of layer {i}" for i, place in self.layers.items() if not math.isfinite(errors[place])]
+            self._stop(record, batches, checkpoint, bad)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
         return {**record, "tokens_per_second": self.stage.batch * self.stage.seq_len / seconds}
 
-    def losses(self, ids: Tensor) -> Losses:
-        """Sums over one micro batch ``ids`` [B, T]."""
+    def losses(self, ids: Tensor, sums: Tensor) -> Losses | None:
+        """Losses of the tokens of one micro batch ``ids`` [B, T], if the stage has any.
+
+        The gradients of transfer are made on the way. All is added to ``sums``: lm, kl, and transfer of each layer.
+        """
         stage, source = self.stage, None
-        autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=stage.dtype == "bfloat16")
-        with autocast:
-            if stage.kl:
-                with adapters.as_source(self.teacher):
-                    source = self.teacher(input_ids=ids, use_cache=False).logits
+
+        def learn(error: Tensor) -> None:
+            self.accelerator.backward(error * (stage.transfer * self.accelerator.num_processes / stage.batch))
+
+        if stage.kl or stage.transfer:
+            keep = {} if stage.kl else {"logits_to_keep": 1}
+            hooks = transfer(self.teacher, self.plain, learn) if stage.transfer else nullcontext({})
+            with hooks as errors, self.autocast(), adapters.as_source(self.teacher):
+                source = self.teacher(input_ids=ids, use_cache=False, **keep).logits
+            for index, error in errors.items():
+                sums[2 + self.layers[index]] += error
+        if not stage.lm and not stage.kl:
+            return None
+        with self.autocast():
             logits = self.model(input_ids=ids, use_cache=False).logits
-        return token_losses(logits, ids, source, lm=stage.lm, kl=stage.kl, temperature=stage.temperature)
+        losses = token_losses(
+            logits, ids, source if stage.kl else None, lm=stage.lm, kl=stage.kl, temperature=stage.temperature,
+            weights=self.weights,
+        )  # fmt: skip
+        sums[:2] += torch.stack([losses.lm, losses.kl])
+        return losses
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.stage.dtype == "bfloat16")
 
     def save(self, work: Path, step: int) -> Path:
         """Write a checkpoint that is either complete or not there, and forget the oldest."""
@@ -251,8 +304,8 @@ class Loop:
         adapters.save(self.plain, folder)
 
     def bytes(self) -> int:
-        """Disk space for checkpoints, one more while it is written, and the result: weights and two moments, fp32."""
-        return (3 * (KEPT + 1) + 1) * 4 * sum(weight.numel() for weight in self.trained.values())
+        """Disk space for checkpoints (fp32 weights and two moments), one more while it is written, best and result."""
+        return (3 * (KEPT + 1) + 2) * 4 * sum(weight.numel() for weight in self.trained.values())
 
     def about(self) -> str:
         """The run in one line."""
@@ -277,6 +330,12 @@ class Loop:
         mine = torch.as_tensor(values, dtype=torch.float32, device=self.accelerator.device)
         return torch.as_tensor(self.accelerator.reduce(mine, "sum")).tolist()
 
+    def _average_gradients(self) -> None:
+        """Over all processes, as the wrapper of the model does it for a backward pass through the whole model only."""
+        for weight in self.trained.values():
+            if self.accelerator.num_processes > 1 and weight.grad is not None:
+                weight.grad = self.accelerator.reduce(weight.grad, "mean")
+
     def _save_trained(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
         weights.clear()  # the frozen weights are in the model's folder already
         if self.accelerator.is_main_process:
@@ -288,10 +347,11 @@ class Loop:
             for name, value in load_file(f"{folder}/{TRAINED}").items():
                 self.trained[name].copy_(value)
 
-    def _stop(self, record: dict[str, Any], batches: list[Tensor], checkpoint: Path | None) -> None:
-        place = first_not_finite(self.plain, lambda: [self.losses(ids) for ids in batches])
+    def _stop(self, record: dict[str, Any], batches: list[Tensor], checkpoint: Path | None, bad: list[str]) -> None:
+        sums = torch.zeros(2 + len(self.layers), device=self.accelerator.device)
+        place = ", ".join(bad + [first_not_finite(self.plain, lambda: [self.losses(ids, sums) for ids in batches])])
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        found = ", ".join(f"{name} {record[name]:g}" for name in ("lm", "kl", "grad_norm"))
+        found = ", ".join(f"{name} {record[name]:g}" for name in (*SHOWN, "grad_norm") if name in record)
         raise InputError(
             f"train.{self.stage.name}: step {record['step']} of {self.steps}: {found} (lr {record['lr']:g}); the first "
             f"value that is not finite: {place}; {kept}. Lower lr or max_grad_norm, and train again"
@@ -304,10 +364,10 @@ def _check_stage(stage: Stage, folder: Path) -> None:
     if adapters.is_adapter(folder):
         if stage.peft is None:
             raise InputError(f"{folder}: holds adapters, and train.{stage.name} trains all weights; merge first")
-    elif stage.kl and (folder / LOG).is_file():
+    elif (stage.kl or stage.transfer) and (folder / LOG).is_file():
         raise InputError(
-            f"{folder}: its weights have been trained, so they are no longer the source's, which train.{stage.name}.kl "
-            "learns from; start from the converted folder or from adapters on it, or set kl to 0"
+            f"{folder}: its weights have been trained, so they are no longer the source's, which kl and transfer of "
+            f"train.{stage.name} learn from; start from the converted folder or from adapters on it, or set both to 0"
         )
 
 
@@ -339,7 +399,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of settings that differ between two runs and matter for the result."""
     now = json.loads(json.dumps(now))
     stages = before["stage"], now["stage"]
-    keys = sorted(key for key in {*stages[0], *stages[1]} - FREE if stages[0].get(key) != stages[1].get(key))
+    # A draw belongs to a micro batch.
+    free = FREE - {"micro_batch"} if now["stage"]["window_dropout"] else FREE
+    keys = sorted(key for key in {*stages[0], *stages[1]} - free if stages[0].get(key) != stages[1].get(key))
     return [key for key in ("model", "data") if before[key] != now[key]] + keys
 
 

@@ -60,8 +60,10 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_verbs() -> None:
-    expected = "archs calibrate check convert eval export generate inspect merge mixers push recipes run train"
-    assert expected.split() == VERBS
+    expected = (
+        "archs calibrate check convert distil eval export generate inspect long merge mixers push recipes run train"
+    )
+    assert sorted([*expected.split(), "transfer"]) == VERBS
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -20,6 +20,7 @@ ROWS = [
     {"weights", "bundle"},
     {"sources"},
     {"inspection", "probe", "plot", "card", "data", "losses", "monitor", "adapters"},
+    {"transfer", "memory"},
     {"convert", "calibrate", "train", "evaluate", "hub", "generate", "export"},
     {"run", "costs"},
     {"cli"},
