@@ -123,7 +123,7 @@ def calibrate(
         model_dir: a converted folder.
         wanted: the recipe that names the data.
         out: folder to appear.
-        tokens, seq_len: how much text to read, in blocks of so many tokens. None: as the recipe's `calibrate` block says.
+        tokens, seq_len: how much text to read, in blocks of how many tokens. None: as the recipe's `calibrate` says.
         overwrite: replace a model folder in the place of `out`.
 
     Returns:
