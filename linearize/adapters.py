@@ -186,6 +186,26 @@ def as_source(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+@contextmanager
+def as_student(module: nn.Module) -> Iterator[None]:
+    """Within `as_source`: one attention module is the student's again, with its mixer, its adapters and gradients."""
+    attention: Any = module
+    off = [m for m in module.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper) and m.disable_adapters]
+    branch, training = attention.branch, module.training
+    for layer in off:
+        layer.enable_adapters(True)
+    attention.branch = "all"
+    module.train()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        attention.branch = branch
+        module.train(training)
+        for layer in off:
+            layer.enable_adapters(False)
+
+
 def save(model: Any, weights: dict[str, Tensor], base: Path, folder: Path) -> None:
     """Write what was trained: the adapters, or the whole model if it has none.
 

@@ -113,8 +113,8 @@ def calibrate(
     wanted: recipe.Recipe,
     out: str | Path,
     *,
-    tokens: int = 16384,
-    seq_len: int = 1024,
+    tokens: int | None = None,
+    seq_len: int | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Fit the memory of a converted folder to its source, on the recipe's data.
@@ -123,7 +123,7 @@ def calibrate(
         model_dir: a converted folder.
         wanted: the recipe that names the data.
         out: folder to appear.
-        tokens: how much text to read, in blocks of `seq_len`.
+        tokens, seq_len: how much text to read, in blocks of how many tokens. None: as the recipe's `calibrate` says.
         overwrite: replace a model folder in the place of `out`.
 
     Returns:
@@ -137,6 +137,8 @@ def calibrate(
     """
     folder, out = Path(model_dir), Path(out)
     check_output(out, overwrite)
+    before = wanted.calibrate or recipe.Calibrate()
+    tokens, seq_len = tokens or before.tokens, seq_len or before.seq_len
     if tokens < seq_len:
         raise InputError(f"calibrate: {tokens} tokens do not fill one block of {seq_len}; ask for at least one block")
     if adapters.is_adapter(folder):
@@ -149,8 +151,10 @@ def calibrate(
             fit(model, ids[:], lambda: progress.advance(task))
         model.save_pretrained(work)
         adapters.carry(folder, work)
-        before = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
+        values = replace(wanted, calibrate=recipe.Calibrate(tokens, seq_len))
+        (work / "recipe.yaml").write_text(recipe.to_yaml(values))
+        origin = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
         made = {"tokens": tokens, "seq_len": seq_len, "data": recipe.to_dict(wanted)["data"]}
-        facts = {"source": before.get("source"), "calibration": made, "versions": adapters.versions()}
+        facts = {"source": origin.get("source"), "calibration": made, "versions": adapters.versions()}
         write_manifest(work, facts, {})
     return out

@@ -54,12 +54,22 @@ class Blocks(Sequence):
         seq_len: tokens in a block.
         count: blocks in the run.
         seed: changes the order and nothing else.
+        hold: keep the last block of the data set with the largest share out of the run.
 
     Attributes:
         epochs: how often the run goes through each data set.
+        held: token ids int64 ``[seq_len]`` of the block that is kept out, or None.
     """
 
-    def __init__(self, rows: Sequence[np.ndarray], weights: Sequence[float], seq_len: int, count: int, seed: int = 0):
+    def __init__(
+        self, rows: Sequence[np.ndarray], weights: Sequence[float], seq_len: int, count: int, seed: int = 0,
+        hold: bool = False,
+    ):  # fmt: skip
+        self.held: torch.Tensor | None = None
+        if hold:
+            largest = int(np.argmax(weights))
+            self.held = torch.from_numpy(rows[largest][-seq_len:].astype(np.int64))
+            rows = [row[:-seq_len] if which == largest else row for which, row in enumerate(rows)]
         self.rows, self.seq_len = rows, seq_len
         sizes = [len(row) // seq_len for row in rows]
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
@@ -91,7 +101,9 @@ class Blocks(Sequence):
         return torch.from_numpy(self.rows[which][start : start + self.seq_len].astype(np.int64))
 
 
-def blocks(sources: Sequence[Source], tokenizer: Any, seq_len: int, count: int, seed: int = 0) -> Blocks:
+def blocks(
+    sources: Sequence[Source], tokenizer: Any, seq_len: int, count: int, seed: int = 0, hold: bool = False
+) -> Blocks:
     """Tokenise a mixture of data sets and lay out the blocks of a run.
 
     Args:
@@ -100,6 +112,7 @@ def blocks(sources: Sequence[Source], tokenizer: Any, seq_len: int, count: int, 
         seq_len: tokens in a block.
         count: blocks in the run.
         seed: of the order.
+        hold: as in :class:`Blocks`.
 
     Raises:
         InputError: a data set cannot be read, lacks the column, is empty, or is smaller than one block.
@@ -107,13 +120,15 @@ def blocks(sources: Sequence[Source], tokenizer: Any, seq_len: int, count: int, 
     rows = []
     for source in sources:
         row = tokens(source, tokenizer)
-        if len(row) < seq_len:
+        needed = seq_len * (1 + hold)
+        if len(row) < needed:
+            each = f"one block needs {seq_len}" + f", one more is held back, so {needed} are needed" * hold
             raise InputError(
-                f"data: {source.path!r} holds {len(row)} tokens, one block needs {seq_len} (train.seq_len); "
-                "give it more text or lower seq_len"
+                f"data: {source.path!r} holds {len(row)} tokens, {each} (train.seq_len); give it more text or lower "
+                "seq_len"
             )
         rows.append(row)
-    return Blocks(rows, [source.weight for source in sources], seq_len, count, seed)
+    return Blocks(rows, [source.weight for source in sources], seq_len, count, seed, hold)
 
 
 def tokens(source: Source, tokenizer: Any) -> np.ndarray:

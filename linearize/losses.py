@@ -33,9 +33,13 @@ class Losses(NamedTuple):
     kl: Tensor
 
 
-def count_targets(labels: Tensor) -> int:
-    """Number of tokens of ``labels`` [B, T] that something is learned from; nothing predicts the first of a row."""
-    return int((labels[:, 1:] != IGNORE).sum())
+def count_targets(labels: Tensor, weights: Tensor | None = None) -> float:
+    """What sums over the targets of ``labels`` [B, T] are to be divided by: their number, or the sum of their weights.
+
+    Nothing predicts the first token of a row. ``weights`` [T] are as in :func:`token_losses`.
+    """
+    targets = labels[:, 1:] != IGNORE
+    return float(targets.sum() if weights is None else (targets * weights[:-1]).sum())
 
 
 def token_losses(
@@ -46,6 +50,7 @@ def token_losses(
     lm: float = 1.0,
     kl: float = 0.0,
     temperature: float = 1.0,
+    weights: Tensor | None = None,
 ) -> Losses:
     """Next-token and distillation losses of one micro batch, in fp32 whatever the dtype of the logits.
 
@@ -59,6 +64,7 @@ def token_losses(
         lm: weight of the next-token loss.
         kl: weight of the distillation loss.
         temperature: τ.
+        weights: of the positions that predict, [T], ≥ 0: every sum is a weighted one. None: 1 each.
 
     Raises:
         ValueError: ``kl`` without ``source_logits``.
@@ -69,17 +75,21 @@ def token_losses(
     """
     if kl and source_logits is None:
         raise ValueError("kl needs source_logits")
-    return Losses(*_TokenLosses.apply(logits, labels, source_logits, lm, kl, temperature))  # type: ignore[misc]
+    return Losses(*_TokenLosses.apply(logits, labels, source_logits, weights, lm, kl, temperature))  # type: ignore[misc]
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, source: Tensor | None, lm: float, kl: float, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, logits: Tensor, labels: Tensor, source: Tensor | None, weights: Tensor | None,
+        lm: float, kl: float, temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         V = logits.shape[-1]
         dtype = torch.promote_types(logits.dtype, torch.float32)
         student, targets = logits.reshape(-1, V), F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+        counts = (targets != IGNORE).to(dtype)
+        if weights is not None:
+            counts = counts * weights.to(counts).repeat(len(labels))
         teacher = None if source is None else source.reshape(-1, V)
         reuse = teacher is not None and teacher.dtype == student.dtype
         gradient = None
@@ -89,11 +99,11 @@ class _TokenLosses(torch.autograd.Function):
         step = max(1, CHUNK // V)
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
-            is_target = (targets[part] != IGNORE).to(dtype)
+            count = counts[part]
             target = targets[part].clamp(min=0).unsqueeze(-1)
             s = student[part].to(dtype)
             log_q = s.log_softmax(-1)
-            lm_sum -= (log_q.gather(-1, target).squeeze(-1) * is_target).sum()
+            lm_sum -= (log_q.gather(-1, target).squeeze(-1) * count).sum()
             slope = 0.0
             if lm and gradient is not None:
                 slope = lm * log_q.exp()
@@ -104,16 +114,16 @@ class _TokenLosses(torch.autograd.Function):
                     log_q, t = (s / temperature).log_softmax(-1), t / temperature
                 log_p = t.log_softmax(-1)
                 p = log_p.exp()
-                kl_sum += temperature**2 * (torch.linalg.vecdot(p, log_p - log_q) * is_target).sum()
+                kl_sum += temperature**2 * (torch.linalg.vecdot(p, log_p - log_q) * count).sum()
                 if gradient is not None:
                     slope = slope + kl * temperature * log_q.exp_().sub_(p)
             if gradient is not None:
-                gradient[part] = (slope * is_target.unsqueeze(-1)).to(gradient.dtype)
+                gradient[part] = (slope * count.unsqueeze(-1)).to(gradient.dtype)
         ctx.gradient = None if gradient is None else gradient.view_as(logits)
         ctx.mark_non_differentiable(lm_sum, kl_sum)
         return lm * lm_sum + kl * kl_sum, lm_sum, kl_sum
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradient, ctx.gradient = ctx.gradient, None  # scaled in place below: a second backward must fail, not lie
-        return gradient.mul_(outputs[0].to(gradient.dtype)), None, None, None, None, None
+        return gradient.mul_(outputs[0].to(gradient.dtype)), *[None] * 6

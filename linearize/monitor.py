@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 LOG = "train_log.jsonl"
 BOARD = "tb"
+SHOWN = ("lm", "kl", "transfer")
 SECONDS_BETWEEN_LINES = 10
 
 
@@ -35,7 +36,7 @@ class Monitor:
         log.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.log = log.open("a")
         self.board = SummaryWriter(str(folder / BOARD), purge_step=done + 1 if done else None, flush_secs=10)
-        self.first = done
+        self.first, self.gain = done, ""
         console = Console(stderr=True)
         console.print(about, highlight=False, soft_wrap=True)
         columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
@@ -44,14 +45,16 @@ class Monitor:
         self.bar.start()
 
     def step(self, record: dict[str, Any]) -> None:
-        """Report one step: ``step``, ``lm``, ``kl``, ``tokens_per_second`` and whatever else was measured."""
+        """Report one step: ``step``, ``tokens_per_second``, some of `SHOWN`, and whatever else was measured."""
         self.log.write(json.dumps(record) + "\n")
         self.log.flush()
         for name, value in record.items():
             if name != "step":
                 self.board.add_scalar(f"train/{name}", value, record["step"])
-        losses = "  ".join(f"{name} {record[name]:.4f}" for name in ("lm", "kl"))
-        text = f"{losses}  {record['tokens_per_second']:,.0f} tokens/s"
+        if "memory_gain" in record:
+            self.gain = f"  memory gain {record['memory_gain']:.4f}"
+        losses = "  ".join(f"{name} {record[name]:.4f}" for name in SHOWN if name in record)
+        text = f"{losses}{self.gain}  {record['tokens_per_second']:,.0f} tokens/s"
         self.bar.update(self.task, completed=record["step"], description=text)
         now = time.monotonic()
         if self.bar.disable and (now - self.printed > SECONDS_BETWEEN_LINES or record["step"] == self.steps):

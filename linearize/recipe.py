@@ -108,6 +108,20 @@ class Data:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Calibrate:
+    """How much text the memory is fitted to in closed form, before any training; ``seq_len`` tokens at a time."""
+
+    tokens: Positive = 16_384
+    seq_len: Annotated[int, Field(ge=2)] = 1024
+
+    @model_validator(mode="after")
+    def _fills_a_block(self) -> "Calibrate":
+        if self.tokens < self.seq_len:
+            raise ValueError(f"{self.tokens} tokens do not fill one block of {self.seq_len} (seq_len)")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
 class Peft:
     """Which weights are trained: projections named by role, and the mixers' own weights.
 
@@ -138,6 +152,12 @@ class Stage:
     """One stage of training: the losses, the budget, the optimiser. ``batch`` counts sequences over all processes.
 
     Attributes:
+        lm, kl, transfer: weights of the losses: next token, the source's distribution, the output of each attention
+            layer of the source.
+        beyond: weighs what is predicted from where the memory can be seen, in lm and kl.
+        window_dropout: probability that a micro batch sees a shorter window, and that it sees fewer sinks.
+        watch: steps between measurements of what the memory adds, on text held back; 0: never. keep: which of these
+            moments becomes the result.
         peft: which weights are trained; None: all.
         lr: peak learning rate. mixer_lr: that of the mixers' own weights; None: the same.
         warmup: share of the steps in which the rates rise to their peak.
@@ -150,6 +170,9 @@ class Stage:
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = "distil"
     lm: NotNegative = 0.0
     kl: NotNegative = 1.0
+    transfer: NotNegative = 0.0
+    beyond: Annotated[float, Field(ge=1)] = 1.0
+    window_dropout: Fraction = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     peft: Peft | None = Field(default_factory=Peft)
     tokens: Positive = 1_000_000
@@ -169,6 +192,8 @@ class Stage:
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
     save_every: Positive = 100
+    watch: Annotated[int, Field(ge=0)] = 0
+    keep: Literal["last", "memory", "loss"] = "last"
 
     @model_validator(mode="after")
     def _agrees(self) -> "Stage":
@@ -179,8 +204,10 @@ class Stage:
             problems.append(
                 f"tokens {self.tokens} is less than one step, batch x seq_len = {self.batch * self.seq_len}"
             )
-        if not self.lm and not self.kl:
-            problems.append("lm and kl are both 0, so there is nothing to learn from; set one of them above 0")
+        if not self.lm and not self.kl and not self.transfer:
+            problems.append("lm, kl and transfer are all 0, so there is nothing to learn from; set one of them above 0")
+        if self.keep != "last" and not self.watch:
+            problems.append(f"keep: {self.keep} needs what watch measures; set watch above 0")
         if self.schedule in ("warmup_stable_decay", "infinite") and self.warmup + self.decay > 1:
             problems.append(f"warmup {self.warmup} and decay {self.decay} are together more than all steps")
         if problems:
@@ -205,6 +232,7 @@ class Recipe:
     status: Literal["run", "not yet run at full size"] = "not yet run at full size"
     convert: Convert = Field(default_factory=Convert)
     data: tuple[Data, ...] = Field(default_factory=lambda: (Data(),))
+    calibrate: Calibrate | None = None
     train: tuple[Stage, ...] = Field(default_factory=lambda: (Stage(),))
     eval: Eval = Field(default_factory=Eval)
 
@@ -213,7 +241,7 @@ class Recipe:
         names = [stage.name for stage in self.train]
         if len(set(names)) < len(names):
             raise ValueError(f"train: two stages share a name ({', '.join(names)}); each stage needs its own")
-        if self.train and not self.data:
+        if (self.train or self.calibrate) and not self.data:
             raise ValueError("data: found no entry; training needs at least one")
         return self
 
@@ -230,6 +258,14 @@ class Recipe:
             f"recipe {self.name or self.source.id}: there is no training stage {name or 'at all'}. "
             f"{suggest(name or '', [stage.name for stage in self.train])}"
         )
+
+
+STAGES = {
+    "transfer": Stage(name="transfer", transfer=1.0, kl=0.0),
+    "distil": Stage(name="distil"),
+    "long": Stage(name="long", seq_len=4096),
+}
+"""Stages that have a verb of their own, as they are where a recipe says nothing about them."""
 
 
 def package_folder(name: str) -> Path:
@@ -317,6 +353,12 @@ def resolve(model: str, overrides: Mapping[str, Any] | Iterable[str] = (), recip
 def run_folder(recipe: Recipe) -> Path:
     """Where the stages of a recipe go when the user names no folder."""
     return Path("runs") / (recipe.name or Path(recipe.source.id).stem)
+
+
+def with_stage(recipe: Recipe, name: str) -> Recipe:
+    """The same recipe; behind its own stages one of `STAGES`, where it has none of that name."""
+    known = any(stage.name == name for stage in recipe.train)
+    return recipe if known else replace(recipe, train=(*recipe.train, STAGES[name]))
 
 
 def switch_mixer(recipe: Recipe, name: str) -> Recipe:
@@ -416,7 +458,8 @@ def _explain(problem: Any) -> str:
 
 def _fields(location: list[str]) -> list[str]:
     """Keys that are allowed at a place of the recipe."""
-    kinds = {"source": Source, "convert": Convert, "data": Data, "train": Stage, "eval": Eval, "peft": Peft}
+    kinds: dict[str, Any] = {"source": Source, "convert": Convert, "data": Data, "calibrate": Calibrate}
+    kinds |= {"train": Stage, "eval": Eval, "peft": Peft}
     parts = [part for part in location if part in kinds]
     return [field.name for field in fields(kinds[parts[-1]] if parts else Recipe)]
 

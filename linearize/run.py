@@ -1,6 +1,6 @@
 """A whole recipe as one resumable chain of folders, and one training stage with or without a launcher.
 
-    OUT/0-converted -> OUT/1-<stage> -> OUT/2-<stage> ... -> OUT/merged -> OUT/results.json
+    OUT/0-converted [-> OUT/0-calibrated] -> OUT/1-<stage> -> OUT/2-<stage> ... -> OUT/merged -> OUT/results.json
 
 A folder appears by one rename when it is complete and holds the recipe that made it; so a stage is finished when its
 folder is there and the parts of the recipe it depends on are unchanged.
@@ -27,7 +27,7 @@ def run(
     flags: Sequence[str] = (),
     note: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Convert, train, merge and evaluate.
+    """Convert, calibrate if the recipe says so, train, merge and evaluate.
 
     Args:
         wanted: the resolved recipe.
@@ -45,16 +45,18 @@ def run(
     Example:
         >>> run(recipe.load("smollm2-135m"), "runs/demo")["summary"]["recovery"]["student"]
     """
+    from linearize.calibrate import calibrate
     from linearize.convert import convert, plan
     from linearize.evaluate import evaluate
     from linearize.sources import locate
     from linearize.train import merge
 
     out = Path(out)
-    converted, merged = out / "0-converted", out / "merged"
+    converted, calibrated, merged = out / "0-converted", out / "0-calibrated", out / "merged"
     trained = [out / f"{number}-{stage.name}" for number, stage in enumerate(wanted.train, 1)]
     # All of them before any work, so that a changed recipe is not found out after an hour of training.
-    stages = {converted: 0, **{folder: number for number, folder in enumerate(trained, 1)}, merged: len(trained)}
+    stages: dict[Path, int | None] = {converted: None} | ({calibrated: 0} if wanted.calibrate else {})
+    stages |= {**{folder: number for number, folder in enumerate(trained, 1)}, merged: len(trained)}
     finished = {folder for folder, number in stages.items() if _finished(folder, wanted, number, overwrite)}
     for folder in stages:
         if folder in finished:
@@ -65,6 +67,10 @@ def run(
         note(plan(located, wanted).text())
         convert(located, wanted, converted, overwrite=overwrite)
     folder = converted
+    if wanted.calibrate:
+        if calibrated not in finished:
+            calibrate(converted, wanted, calibrated, overwrite=overwrite)
+        folder = calibrated
     for stage, after in zip(wanted.train, trained, strict=True):
         if after not in finished:
             train_stage(folder, wanted, stage.name, after, resume=True, overwrite=overwrite, flags=flags)
@@ -139,7 +145,7 @@ def recipe_of(folder: Path, name: str | None, overrides: Iterable[str] = ()) -> 
     return replace(recipe.load(name, overrides), source=made.source, convert=made.convert)
 
 
-def _finished(folder: Path, wanted: Recipe, stages: int, overwrite: bool) -> bool:
+def _finished(folder: Path, wanted: Recipe, stages: int | None, overwrite: bool) -> bool:
     """Whether a folder is there, made by the same recipe as far as it depends on it.
 
     Raises:
@@ -158,12 +164,15 @@ def _finished(folder: Path, wanted: Recipe, stages: int, overwrite: bool) -> boo
     return not different
 
 
-def _decides(made: Recipe, stages: int) -> dict[str, str]:
-    """The parts of a recipe that decide the folder after so many training stages: dotted keys and their values."""
+def _decides(made: Recipe, stages: int | None) -> dict[str, str]:
+    """The parts of a recipe that decide the folder after so many training stages: dotted keys and their values.
+
+    None means the conversion alone, 0 what is calibrated.
+    """
     values = recipe.to_dict(made)
     parts = {"source": values["source"], "convert": values["convert"]}
-    if stages:
-        parts |= {"data": values["data"], "train": values["train"][:stages]}
+    if stages is not None:
+        parts |= {key: values[key] for key in ("data", "calibrate")} | {"train": values["train"][:stages]}
     return dict(_leaves(parts))
 
 

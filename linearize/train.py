@@ -32,8 +32,12 @@ from linearize.data import Blocks, blocks
 from linearize.errors import InputError
 from linearize.files import MANIFEST, check_output, check_space, output_folder, write_manifest
 from linearize.losses import Losses, count_targets, token_losses
-from linearize.monitor import BOARD, LOG, Monitor, first_not_finite
+from linearize.memory import Watch, check_length, drop_windows, position_weights
+from linearize.modeling import linearized_modules
+from linearize.monitor import BOARD, LOG, SHOWN, Monitor, first_not_finite
 from linearize.recipe import Recipe, Stage
+from linearize.resume import checkpoints, differences, interrupted, made_with
+from linearize.transfer import transfer
 
 __all__ = ["main", "merge", "train"]
 
@@ -42,8 +46,6 @@ DIVIDED = {DistributedType.FSDP: ("adamw", "muon"), DistributedType.DEEPSPEED: (
 its optimiser flat pieces, of which Muon cannot see the matrices."""
 KEPT = 2  # checkpoints: the last one, and the one before in case the disk fails
 TRAINED = "trained.safetensors"
-FREE = {"save_every", "micro_batch", "gradient_checkpointing"}
-"""Settings of a stage that decide no result, so an interrupted run may go on with other ones."""
 
 
 def train(
@@ -77,7 +79,7 @@ def train(
     wanted = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     chosen = wanted.stage(stage)
     made = {"model": str(folder.resolve()), "stage": asdict(chosen), "data": recipes.to_dict(wanted)["data"]}
-    if resume and not overwrite and (finished := _made(out / MANIFEST)) and not _differences(finished, made):
+    if resume and not overwrite and (finished := made_with(out / MANIFEST)) and not differences(finished, made):
         return out
     check_output(out, overwrite)
     _check_stage(chosen, folder)
@@ -99,6 +101,11 @@ def train(
             f"train.{chosen.name}.optimizer: found {chosen.optimizer}; with weights divided by "
             f"{accelerator.distributed_type.value} allowed: {', '.join(working)}"
         )
+    if (chosen.transfer or chosen.keep != "last") and accelerator.distributed_type in DIVIDED:
+        raise InputError(
+            f"train.{chosen.name}: transfer makes its gradients layer by layer, and keep writes weights on the way; "
+            "neither is possible where weights are divided among processes: run this stage without FSDP and DeepSpeed"
+        )
     share = chosen.micro_batch * accelerator.num_processes
     if chosen.batch % share:
         raise InputError(
@@ -106,10 +113,12 @@ def train(
             f"{chosen.micro_batch} sequences each (micro_batch) it must be a multiple of {share}"
         )
     work = out.with_name(f"{out.name}.training")
-    checkpoint = _interrupted(work, made, resume, overwrite)
+    checkpoint = interrupted(work, made, resume, overwrite)
     steps = chosen.tokens // (chosen.batch * chosen.seq_len)
     with accelerator.local_main_process_first():  # one process tokenises, the others find it done
-        data = blocks(wanted.data, _tokenizer(folder), chosen.seq_len, steps * chosen.batch, chosen.seed)
+        data = blocks(
+            wanted.data, _tokenizer(folder), chosen.seq_len, steps * chosen.batch, chosen.seed, hold=chosen.watch > 0
+        )
     loop = Loop(accelerator, chosen, folder, data, steps)
     check_space(work, loop.bytes())
     accelerator.wait_for_everyone()
@@ -120,10 +129,14 @@ def train(
         (work / "checkpoints").mkdir(parents=True, exist_ok=True)
         (work / MANIFEST).write_text(json.dumps({"training": made}, indent=2))
     done = loop.load(checkpoint) if checkpoint else 0
+    watch = Watch(loop.plain, loop.trained, data.held, chosen.keep, work)
     monitor = Monitor(work, steps, done, loop.about()) if accelerator.is_main_process else None
     try:
         for step in range(done + 1, steps + 1):
             record = loop.step(step, checkpoint)
+            if chosen.watch and (step % chosen.watch == 0 or step == steps):
+                with loop.autocast():
+                    record |= watch.step(step, accelerator.is_main_process)
             if monitor:
                 monitor.step(record)
             if step % chosen.save_every == 0 or step == steps:  # the last: writing the result may still fail
@@ -131,6 +144,7 @@ def train(
     finally:
         if monitor:
             monitor.close()
+    kept = watch.restore() if chosen.keep != "last" else steps
     weights = loop.weights()
     if accelerator.is_main_process:
         with output_folder(out, overwrite) as result:
@@ -140,7 +154,8 @@ def train(
             shutil.copyfile(work / LOG, result / LOG)
             shutil.copytree(work / BOARD, result / BOARD)
             source = loop.plain.config.linearize["source"]
-            write_manifest(result, {"source": source, "training": made, "versions": adapters.versions()}, {})
+            facts = {"source": source, "training": made | {"step": kept}, "versions": adapters.versions()}
+            write_manifest(result, facts, {})
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
     return out
@@ -159,7 +174,9 @@ class Loop:
     Attributes:
         model: as it is called, wrapped for the processes it runs on.
         plain: the same model unwrapped.
-        teacher: what is turned into the source for the distillation loss: ``plain``, unless all of it is trained.
+        teacher: what is turned into the source, to learn from it: ``plain``, unless all of it is trained.
+        layers: layer index -> its place among the losses of transfer.
+        by_position: weights of positions in the losses of tokens, [T].
     """
 
     def __init__(self, accelerator: Accelerator, stage: Stage, folder: Path, data: Blocks, steps: int):
@@ -176,7 +193,7 @@ class Loop:
         for weight in self.plain.parameters():
             if not weight.requires_grad:
                 weight.data = weight.data.to(compute)
-        if stage.kl and not shared:
+        if (stage.kl or stage.transfer) and not shared:
             self.teacher = adapters.open_model(folder, compute).requires_grad_(False).to(accelerator.device)
         if stage.gradient_checkpointing:
             # transformers has renamed it and warns at the old name, the only one that earlier releases know.
@@ -184,6 +201,10 @@ class Loop:
             enable = getattr(self.plain, old.replace("gradient", "activation"), None) or getattr(self.plain, old)
             enable({"use_reentrant": False})
         self.plain.train()
+        if stage.watch or stage.beyond > 1:
+            check_length(self.plain, stage.seq_len, f"train.{stage.name}")
+        self.by_position = position_weights(self.plain, stage.seq_len, stage.beyond).to(accelerator.device)
+        self.layers = {m.layer_idx: place for place, m in enumerate(linearized_modules(self.plain))}
         set_seed(stage.seed, device_specific=True)  # dropout differs between processes; the new weights above must not
         # Counted here: what is divided over processes is seen in part only.
         self.size = sum(weight.numel() for weight in self.plain.parameters() if weight.requires_grad)
@@ -204,50 +225,77 @@ class Loop:
         """
         started = time.perf_counter()
         batches = self._batches(step)
-        (targets,) = self._sum([sum(map(count_targets, batches))])
-        sums = torch.zeros(2, device=self.accelerator.device)
-        for ids in batches:
-            last = ids is batches[-1]
-            self.accelerator.sync_gradients = last  # DeepSpeed takes its optimiser step inside `backward`
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self.losses(ids)
-                if not losses.total.requires_grad:
-                    raise InputError(
-                        f"train.{self.stage.name}.seq_len: blocks of {self.stage.seq_len} tokens reach nothing that is "
-                        "trained: the memory begins behind window and sinks; use longer blocks, or name roles in peft"
-                    )
-                sums += torch.stack([losses.lm, losses.kl])
-                # Processes average their gradients, so each brings its part of the mean times their number.
-                self.accelerator.backward(losses.total * (self.accelerator.num_processes / targets))
-        lm, kl = (total / targets for total in self._sum(sums))
+        (targets,) = self._sum([sum(count_targets(ids, self.by_position) for ids in batches)])
+        processes, stage = self.accelerator.num_processes, self.stage
+        sums = torch.zeros(2 + len(self.layers), device=self.accelerator.device)
+        for place, ids in enumerate(batches):
+            alone = place < len(batches) - 1 or stage.transfer
+            draw = stage.seed, step, place * processes + self.accelerator.process_index
+            # Around the backward pass too: gradient checkpointing runs the forward once more in it.
+            self.accelerator.sync_gradients = place == len(batches) - 1  # DeepSpeed steps inside `backward`
+            with (
+                self.accelerator.no_sync(self.model) if alone else nullcontext(),
+                drop_windows(self.plain, stage.window_dropout, draw),
+            ):
+                losses = self.losses(ids, sums)
+                if losses:
+                    self._check_reach(losses)
+                    # Processes average their gradients, so each brings its part of the mean times their number.
+                    self.accelerator.backward(losses.total * (processes / targets))
+        if stage.transfer:
+            self._average_gradients()
+        lm, kl, *errors = self._sum(sums)
+        found = {"lm": lm / targets, "kl": kl / targets} if stage.lm or stage.kl else {}
+        if stage.transfer:
+            found["transfer"] = sum(errors) / stage.batch
         weights = list(self.trained.values())
         norm = float(torch.as_tensor(self.accelerator.clip_grad_norm_(weights, self.stage.max_grad_norm)))
         record = {
             "step": step,
             "tokens": step * self.stage.batch * self.stage.seq_len,
-            "lm": lm,
-            "kl": kl,
+            **found,
             "lr": self.scheduler.get_last_lr()[0],
             "grad_norm": norm,
         }
-        if not all(map(math.isfinite, (lm, kl, norm))):
-            self._stop(record, batches, checkpoint)
+        if not all(map(math.isfinite, (*found.values(), norm))):
+            bad = [f"transfer of layer {i}" for i, place in self.layers.items() if not math.isfinite(errors[place])]
+            self._stop(record, batches, checkpoint, bad)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
         return {**record, "tokens_per_second": self.stage.batch * self.stage.seq_len / seconds}
 
-    def losses(self, ids: Tensor) -> Losses:
-        """Sums over one micro batch ``ids`` [B, T]."""
+    def losses(self, ids: Tensor, sums: Tensor) -> Losses | None:
+        """Losses of the tokens of one micro batch ``ids`` [B, T], if the stage has any.
+
+        The gradients of transfer are made on the way. All is added to ``sums``: lm, kl, and transfer of each layer.
+        """
         stage, source = self.stage, None
-        autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=stage.dtype == "bfloat16")
-        with autocast:
-            if stage.kl:
-                with adapters.as_source(self.teacher):
-                    source = self.teacher(input_ids=ids, use_cache=False).logits
+
+        def learn(error: Tensor) -> None:
+            self.accelerator.backward(error * (stage.transfer * self.accelerator.num_processes / stage.batch))
+
+        if stage.kl or stage.transfer:
+            keep = {} if stage.kl else {"logits_to_keep": 1}
+            hooks = transfer(self.teacher, self.plain, learn) if stage.transfer else nullcontext({})
+            with hooks as errors, self.autocast(), adapters.as_source(self.teacher):
+                source = self.teacher(input_ids=ids, use_cache=False, **keep).logits
+            for index, error in errors.items():
+                sums[2 + self.layers[index]] += error
+        if not stage.lm and not stage.kl:
+            return None
+        with self.autocast():
             logits = self.model(input_ids=ids, use_cache=False).logits
-        return token_losses(logits, ids, source, lm=stage.lm, kl=stage.kl, temperature=stage.temperature)
+        losses = token_losses(
+            logits, ids, source if stage.kl else None, lm=stage.lm, kl=stage.kl, temperature=stage.temperature,
+            weights=self.by_position,
+        )  # fmt: skip
+        sums[:2] += torch.stack([losses.lm, losses.kl])
+        return losses
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.stage.dtype == "bfloat16")
 
     def save(self, work: Path, step: int) -> Path:
         """Write a checkpoint that is either complete or not there, and forget the oldest."""
@@ -257,7 +305,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             unfinished.rename(checkpoint)
-            for old in _checkpoints(work)[:-KEPT]:
+            for old in checkpoints(work)[:-KEPT]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
         return checkpoint
@@ -273,9 +321,9 @@ class Loop:
         return {name: state[name] for name in self.trained if name in state}
 
     def bytes(self) -> int:
-        """Disk space for checkpoints, one more while it is written, and the result: weights and two moments, fp32."""
+        """Disk space for checkpoints (fp32 weights and two moments), one more while it is written, best and result."""
         frozen = (KEPT + 1) * 4 * (self.total - self.size) if self.divided else 0
-        return (3 * (KEPT + 1) + 1) * 4 * self.size + frozen
+        return (3 * (KEPT + 1) + 2) * 4 * self.size + frozen
 
     def about(self) -> str:
         """The run in one line."""
@@ -286,6 +334,13 @@ class Loop:
             f"{stage.name}: {self.size:,} of {self.total:,} weights on {where}; {self.steps} steps of "
             f"{stage.batch} x {stage.seq_len} tokens; passes over the data: {passes}"
         )
+
+    def _check_reach(self, losses: Losses) -> None:
+        if not losses.total.requires_grad:
+            raise InputError(
+                f"train.{self.stage.name}.seq_len: blocks of {self.stage.seq_len} tokens reach nothing that is "
+                "trained: the memory begins behind window and sinks; use longer blocks, or name roles in peft"
+            )
 
     def _batches(self, step: int) -> list[Tensor]:
         """This process's micro batches of a step: which blocks the step has does not depend on how it is divided."""
@@ -299,6 +354,12 @@ class Loop:
         mine = torch.as_tensor(values, dtype=torch.float32, device=self.accelerator.device)
         return torch.as_tensor(self.accelerator.reduce(mine, "sum")).tolist()
 
+    def _average_gradients(self) -> None:
+        """Over all processes, as the wrapper of the model does it for a backward pass through the whole model only."""
+        for weight in self.trained.values():
+            if self.accelerator.num_processes > 1 and weight.grad is not None:
+                weight.grad = self.accelerator.reduce(weight.grad, "mean")
+
     def _save_trained(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
         weights.clear()  # the frozen weights are in the model's folder already
         if self.accelerator.is_main_process:
@@ -310,10 +371,11 @@ class Loop:
             for name, value in load_file(f"{folder}/{TRAINED}").items():
                 self.trained[name].copy_(value)
 
-    def _stop(self, record: dict[str, Any], batches: list[Tensor], checkpoint: Path | None) -> None:
-        place = first_not_finite(self.plain, lambda: [self.losses(ids) for ids in batches])
+    def _stop(self, record: dict[str, Any], batches: list[Tensor], checkpoint: Path | None, bad: list[str]) -> None:
+        sums = torch.zeros(2 + len(self.layers), device=self.accelerator.device)
+        place = ", ".join(bad + [first_not_finite(self.plain, lambda: [self.losses(ids, sums) for ids in batches])])
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        found = ", ".join(f"{name} {record[name]:g}" for name in ("lm", "kl", "grad_norm"))
+        found = ", ".join(f"{name} {record[name]:g}" for name in (*SHOWN, "grad_norm") if name in record)
         raise InputError(
             f"train.{self.stage.name}: step {record['step']} of {self.steps}: {found} (lr {record['lr']:g}); the first "
             f"value that is not finite: {place}; {kept}. Lower lr or max_grad_norm, and train again"
@@ -326,43 +388,11 @@ def _check_stage(stage: Stage, folder: Path) -> None:
     if adapters.is_adapter(folder):
         if not adapters.keeps_source(stage.peft):
             raise InputError(f"{folder}: holds adapters, and train.{stage.name} trains weights; merge first")
-    elif stage.kl and (folder / LOG).is_file():
+    elif (stage.kl or stage.transfer) and (folder / LOG).is_file():
         raise InputError(
-            f"{folder}: its weights have been trained, so they are no longer the source's, which train.{stage.name}.kl "
-            "learns from; start from the converted folder or from adapters on it, or set kl to 0"
+            f"{folder}: its weights have been trained, so they are no longer the source's, which kl and transfer of "
+            f"train.{stage.name} learn from; start from the converted folder or from adapters on it, or set both to 0"
         )
-
-
-def _interrupted(work: Path, made: dict[str, Any], resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, if there is an interrupted run in ``work`` and it shall go on."""
-    checkpoints = _checkpoints(work)
-    before = _made(work / MANIFEST)
-    if not checkpoints or before is None:
-        return None
-    different = _differences(before, made)
-    if resume and not different:
-        return checkpoints[-1]
-    if overwrite:
-        return None
-    what = f"with other settings ({', '.join(different)})" if different else "that --resume goes on with"
-    raise InputError(f"{work}: holds an interrupted run {what}; pass --overwrite to start anew")
-
-
-def _checkpoints(work: Path) -> list[Path]:
-    return sorted((work / "checkpoints").glob("step-*"))
-
-
-def _made(manifest: Path) -> dict[str, Any] | None:
-    """What a folder, finished or not, was trained with."""
-    return json.loads(manifest.read_text()).get("training") if manifest.is_file() else None
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of settings that differ between two runs and matter for the result."""
-    now = json.loads(json.dumps(now))
-    stages = before["stage"], now["stage"]
-    keys = sorted(key for key in {*stages[0], *stages[1]} - FREE if stages[0].get(key) != stages[1].get(key))
-    return [key for key in ("model", "data") if before[key] != now[key]] + keys
 
 
 def _tokenizer(folder: Path) -> Any:

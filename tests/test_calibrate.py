@@ -90,11 +90,15 @@ def test_a_folder_becomes_a_calibrated_folder(tmp_path):
         ["convert.mixer.window=8", f"data=[{{path: {text}}}]", f"source={{id: {source}}}"],
     )
     convert(locate(str(source)), wanted, tmp_path / "converted")
-    out = calibrate(tmp_path / "converted", wanted, tmp_path / "out", tokens=256, seq_len=64)
+    wanted = recipe.from_dict(recipe.to_dict(wanted), {"calibrate.tokens": 999, "calibrate.seq_len": 64})
+    out = calibrate(tmp_path / "converted", wanted, tmp_path / "out", tokens=256)
+    assert recipe.load(out / "recipe.yaml").calibrate == recipe.Calibrate(256, 64)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert any(bool(m.mixer.gate.any()) for m in linearized_modules(model))
     manifest = json.loads((out / "linearize.json").read_text())
     assert manifest["calibration"]["tokens"] == 256 and manifest["source"]
+    with pytest.raises(InputError, match="calibrate: found .* 10 tokens do not fill one block"):
+        recipe.from_dict(recipe.to_dict(wanted), {"calibrate.tokens": 10})
     with pytest.raises(InputError, match="do not fill one block"):
         calibrate(tmp_path / "converted", wanted, tmp_path / "other", tokens=10, seq_len=64)
 

@@ -61,7 +61,8 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_verbs() -> None:
     expected = (
-        "archs bench calibrate check convert eval export generate inspect merge mixers push recipes report run train"
+        "archs bench calibrate check convert distil eval export generate inspect long merge mixers push recipes report "
+        "run train transfer"
     )
     assert expected.split() == VERBS
 
@@ -278,6 +279,7 @@ def test_run_a_whole_recipe_and_go_on(run, llama_folder: Path, suite: Path, tmp_
     file.write_text(
         f"source: {{id: {llama_folder}}}\n"
         "convert: {mixer: {name: gla, window: 16, sinks: 2}}\n"
+        "calibrate: {tokens: 256, seq_len: 64}\n"
         "train:\n"
         "  - {name: one, tokens: 512, seq_len: 64, batch: 4, peft: {r: 2}}\n"
         "  - {name: two, tokens: 512, seq_len: 64, batch: 4, peft: {r: 2}, lm: 1.0, kl: 0.0}\n"
@@ -287,22 +289,42 @@ def test_run_a_whole_recipe_and_go_on(run, llama_folder: Path, suite: Path, tmp_
     assert first.code == 0, first.err
     results = json.loads(first.out)
     assert results["columns"]["student"]["tasks"]
-    written = {"0-converted", "1-one", "2-two", "merged", "results.json", "report.html"}
-    assert {path.name for path in out.iterdir()} == written
+    folders = {"0-converted", "0-calibrated", "1-one", "2-two", "merged"}
+    assert {path.name for path in out.iterdir()} == folders | {"results.json", "report.html"}
+    calibrated = json.loads((out / "0-calibrated" / "linearize.json").read_text())["calibration"]
+    assert calibrated["tokens"] == 256 and "0-calibrated" in (out / "1-one" / "adapter_config.json").read_text()
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     again = run("run", file, "--out", out, "--json")
-    assert again.code == 0 and again.err.count("finished earlier, kept") == 4
+    assert again.code == 0 and again.err.count("finished earlier, kept") == 5
     assert json.loads(again.out)["columns"] == results["columns"]
     after = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert {path.name for path in after if after[path] != before.get(path)} <= {"results.json", "report.html"}
 
+    refused(run("run", file, "--out", out, "--set", "calibrate.tokens=512"), "0-calibrated", "calibrate.tokens")
     changed = ["--set", "train.two.lr=1e-3"]
     refused(run("run", file, "--out", out, *changed), "2-two", "train.1.lr", "--overwrite")
     redone = run("run", file, "--out", out, *changed, "--overwrite")
     assert redone.code == 0, redone.err
-    assert redone.err.count("finished earlier, kept") == 2, "what does not depend on the change is kept"
+    assert redone.err.count("finished earlier, kept") == 3, "what does not depend on the change is kept"
     assert recipe.load(out / "merged" / "recipe.yaml").train[1].lr == 1e-3
+
+
+def test_stages_with_a_verb_of_their_own(run, llama_folder: Path, tmp_path: Path) -> None:
+    converted = tmp_path / "0-converted"
+    run("convert", "--model", llama_folder, "--out", converted, "--window", "16")
+    for name, losses in (("transfer", {"transfer": 1.0, "kl": 0.0}), ("distil", {"kl": 1.0}), ("long", {"kl": 1.0})):
+        small = {"tokens": 512, "seq_len": 64, "batch": 4, "peft.r": 2}
+        settings = [part for key, value in small.items() for part in ("--set", f"train.{name}.{key}={value}")]
+        ended = run(name, converted, "--out", tmp_path / name, *settings)
+        assert ended.code == 0, ended.err
+        made = json.loads((tmp_path / name / "linearize.json").read_text())["training"]["stage"]
+        assert made["name"] == name and made["tokens"] == 512 and losses.items() <= made.items()
+    assert recipe.STAGES["long"].seq_len == 4096
+    # A stage of the recipe goes before the built-in one of its name.
+    wanted = recipe.with_stage(recipe.load("smollm2-135m"), "distil")
+    assert wanted.train == recipe.load("smollm2-135m").train
+    refused(run("long", converted, "--out", tmp_path / "x", "--set", "train.lon.lr=1"), "no entry 'lon'", "'long'")
 
 
 def test_flags_go_to_accelerate(run, llama_folder: Path, tmp_path: Path) -> None:

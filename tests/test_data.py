@@ -251,3 +251,12 @@ def test_the_embedded_text_holds_nothing_that_the_evaluation_measures():
             held_out |= runs(line.replace("\\n", "\n"))
     assert held_out
     assert not [row["id"] for row in demo_text()[1] if not held_out.isdisjoint(runs(row["text"]))]
+
+
+def test_the_block_held_back_is_never_seen():
+    rows = [np.arange(100, 130, dtype=np.int32), np.arange(55, dtype=np.int32)]
+    blocks = Blocks(rows, [1.0, 3.0], 10, 40, hold=True)
+    assert blocks.held is not None and blocks.held.tolist() == list(range(45, 55))
+    seen = set(blocks[:].flatten().tolist())
+    assert seen == {*range(40), *range(100, 130)}, "whole blocks, of what is left"
+    assert Blocks(rows, [1.0, 3.0], 10, 40).held is None

@@ -104,3 +104,23 @@ def test_kl_without_a_source_is_refused():
     logits, labels, _ = example()
     with pytest.raises(ValueError, match="source_logits"):
         token_losses(logits, labels, kl=1.0)
+
+
+def test_weights_of_positions_weigh_values_and_gradients():
+    logits, labels, source = example()
+    weights = torch.rand(T, dtype=torch.float64)
+    rows = [
+        reference(logits[:, t : t + 2], labels[:, t : t + 2], source[:, t : t + 2], 0.5, 2, 1) for t in range(T - 1)
+    ]
+    expected = [sum(w * x for w, x in zip(weights, values, strict=False)) for values in zip(*rows, strict=True)]
+    (expected_gradient,) = torch.autograd.grad(expected[0], logits)
+    found = token_losses(logits, labels, source.clone(), lm=0.5, kl=2, weights=weights)
+    (gradient,) = torch.autograd.grad(found.total, logits)
+    for a, b in zip((*found, gradient), (*expected, expected_gradient), strict=True):
+        # fp64: only the order of additions differs.
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-12, atol=1e-12)
+    keep = labels[:, 1:] != IGNORE
+    assert count_targets(labels, weights) == pytest.approx(
+        float((keep * weights[:-1]).sum()), rel=1e-6
+    )  # fp32 at least
+    assert count_targets(labels, torch.ones(T)) == count_targets(labels) == keep.sum()

@@ -22,6 +22,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be repeated.")
 ]
+Out = Annotated[Path, typer.Option(help="Folder to write.")]
+Recipe = Annotated[str | None, typer.Option(help="Recipe name or file.  [default: DIR/recipe.yaml]")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")]
 WithCode = Annotated[
     bool, typer.Option("--with-code", help="Bring the code along, for trust_remote_code without this package.")
 ]

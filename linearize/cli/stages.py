@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.app import Flags, Folder, Json, Overwrite, Set, WithCode, app, note, show
+from linearize.cli.app import Flags, Folder, Json, Out, Overwrite, Recipe, Resume, Set, WithCode, app, note, show
 from linearize.errors import InputError
 
 
@@ -69,10 +69,10 @@ def convert(
 @app.command()
 def train(
     folder: Folder,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    recipe: Annotated[str | None, typer.Option(help="Recipe name or file.  [default: DIR/recipe.yaml]")] = None,
+    out: Out,
+    recipe: Recipe = None,
     stage: Annotated[str | None, typer.Option(help="Training stage of the recipe.  [default: the first]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    resume: Resume = False,
     set_: Set = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -94,13 +94,49 @@ def train(
     show({"out": str(out)}, as_json, str(out))
 
 
+def _stage_verb(name: str, about: str) -> None:
+    """A verb that is `train --stage NAME`, and knows that stage where the recipe has none of the name."""
+
+    @app.command(
+        name,
+        help=f"{about}\n\nThe same as `train --stage {name}`; a recipe without such a stage gets the built-in one."
+        f"\n\n\b\nExample:\n  linearize {name} runs/demo/0-converted --out runs/demo/1-{name}",
+    )
+    def verb(
+        folder: Folder,
+        out: Out,
+        recipe: Recipe = None,
+        resume: Resume = False,
+        set_: Set = None,
+        overwrite: Overwrite = False,
+        as_json: Json = False,
+        flags: Flags = None,
+    ) -> None:
+        from linearize import recipe as recipes
+        from linearize import run as runs
+
+        known = recipes.to_dict(recipes.with_stage(runs.recipe_of(folder, recipe), name))
+        wanted = recipes.from_dict(known, set_ or (), "command line")
+        out = runs.train_stage(folder, wanted, name, out, resume=resume, overwrite=overwrite, flags=flags or ())
+        show({"out": str(out)}, as_json, str(out))
+
+
+_stage_verb(
+    "transfer", "Recover each layer on its own: the output of the source's attention, on the source's own input."
+)
+_stage_verb("distil", "Recover the source's distribution over the next token.")
+_stage_verb("long", "Recover the source's distribution over the next token in long texts.")
+
+
 @app.command()
 def calibrate(
     folder: Folder,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    recipe: Annotated[str | None, typer.Option(help="Recipe name or file.  [default: DIR/recipe.yaml]")] = None,
-    tokens: Annotated[int, typer.Option(help="How much text to read.")] = 16384,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a block.")] = 1024,
+    out: Out,
+    recipe: Recipe = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="How much text to read.  [default: the recipe's, else 16384]")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a block.  [default: the recipe's, else 1024]")] = None,
     set_: Set = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -122,7 +158,7 @@ def calibrate(
 @app.command()
 def merge(
     folder: Folder,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Out,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -147,7 +183,7 @@ def run(
     as_json: Json = False,
     flags: Flags = None,
 ) -> None:
-    """Run a whole recipe: convert, train, merge, eval.
+    """Run a whole recipe: convert, calibrate if it says so, train, merge, eval.
 
     Finished stages are kept: after an interruption the same command goes on where it stopped. Flags after -- go to
     `accelerate launch` for the training stages.
@@ -368,7 +404,7 @@ def push(
 def export(
     folder: Folder,
     to: Annotated[str, typer.Option(help="source: back to the architecture it was converted from.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Out,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the weights instead of copying.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,

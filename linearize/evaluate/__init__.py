@@ -130,6 +130,7 @@ def bench(
         dtype=dtype,
         device=device,
         include_path=None,
+        against=None,
         resume=False,
         progress=progress,
     )

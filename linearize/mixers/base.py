@@ -108,6 +108,7 @@ class Mixer(nn.Module):
     The one rule of a recurrence: a token that does not exist leaves the state as it was.
 
     Attributes:
+        window, sinks: in force now; those of the configuration, unless `modeling.windows` cuts them.
         windowed: whether it has a window. delayed: whether a token enters the state only when it leaves the window.
         gate: [H] or None. A memory with a log weight gets it added (`calibrated`); any other is multiplied by tanh of
             it, which starts at 0: the plain window.
@@ -123,6 +124,7 @@ class Mixer(nn.Module):
     def __init__(self, config: MixerConfig, geometry: Geometry):
         super().__init__()
         self.config, self.geometry = config, geometry
+        self.window, self.sinks = config.window, config.sinks
         self.windowed = config.combine != "none" or not self.recurrent
         self.delayed = self.recurrent and config.combine == "memory"
         gated = self.delayed and (config.calibrated or not self.weighted)
@@ -206,7 +208,7 @@ class Mixer(nn.Module):
         """q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> y [B, H, T, V] in v's dtype."""
         rows, layer = context.rows, None
         if context.cache is not None:
-            layer = cache_layer(context.cache, context.layer_idx, self.config.window, self.config.sinks)
+            layer = cache_layer(context.cache, context.layer_idx, self.window, self.sinks)
         past = layer if layer is not None and layer.is_initialized else None
         T = q.shape[2]
         if past is not None and T == 1 and rows is None:
@@ -249,7 +251,7 @@ class Mixer(nn.Module):
         context: Context, past: LinearizedCacheLayer | None, real: Tensor | None,
     ) -> tuple[Near, Far, tuple[Tensor, ...]]:  # fmt: skip
         """Several tokens at once: both branches, and the state after the last real token of each row."""
-        W, s = self.config.window, self.config.sinks
+        W, s = self.window, self.sinks
         T, x = q.shape[2], tokens.x
         seen = 0 if past is None else past.tensors["count"]
         state = self.empty_state(q.shape[0], q.device) if past is None else past.state
@@ -289,7 +291,7 @@ class Mixer(nn.Module):
 
     def _sinks(self, new: Tensor, past: LinearizedCacheLayer | None) -> Tensor:
         """The first s tokens of each row, some of which may be among the new ones."""
-        s, T = self.config.sinks, new.shape[2]
+        s, T = self.sinks, new.shape[2]
         first = new[:, :, :s] if s <= T else F.pad(new, (0, 0, 0, s - T))
         if past is None or s == 0:
             return first
