@@ -27,7 +27,7 @@ from linearize.archs import role_modules
 from linearize.errors import InputError
 from linearize.files import MANIFEST, output_folder, write_manifest
 from linearize.modeling import LinearizedAttention, branches, linearized_modules
-from linearize.recipe import Peft
+from linearize.schema import Peft
 
 SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
 """What a stage that goes on with adapters must share with the one that made them."""

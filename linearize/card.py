@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from linearize import results as results_file
 from linearize.errors import InputError
 from linearize.sources import relocate
+from linearize.table import markdown_table
 
 # In every card written here. A README.md without it was written by hand and is published as it is.
 MARK = "<!-- Written by linearize. Delete this line to keep a later push from rewriting this file. -->"
@@ -141,7 +142,7 @@ def write_card(folder: Path, config: dict, adapter_of: str | None, repo: str | N
         total=config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers")),
         code="auto_map" in config,
         licence=licence.get("license"),
-        table=results_file.markdown_table(results) if results else None,
+        table=markdown_table(results) if results else None,
         columns=[(name, results_file.COLUMNS[name]) for name in (results or {}).get("columns", ())],
         recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else None,
     )

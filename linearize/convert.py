@@ -25,7 +25,8 @@ from linearize.files import format_bytes, verify
 from linearize.inspection import cache_sizes, inspect
 from linearize.mixers import build_config
 from linearize.modeling import linearize_, linearized_modules
-from linearize.recipe import Recipe, to_yaml
+from linearize.recipe import to_yaml
+from linearize.schema import Recipe
 from linearize.sources import Located, check_tokenizer, fetch, materialise, read_config
 from linearize.weights import Tensor
 

@@ -21,7 +21,7 @@ from linearize.files import format_bytes
 from linearize.mixers import MIXERS, Context, Geometry, Mixer, build_config
 from linearize.ops import fla_backend
 from linearize.ops.window import slot_attention
-from linearize.recipe import Recipe
+from linearize.schema import Recipe
 
 CONTEXT = 8192
 """Tokens in the source's cache that a mixer is compared with."""

@@ -1,6 +1,7 @@
 """What makes a memory used, and what shows that it is: random shorter windows, and its gain on text held back."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,43 @@ from torch import Tensor, nn
 
 from linearize.errors import InputError
 from linearize.losses import count_targets, token_losses
-from linearize.modeling import branches, reaches, windows
+from linearize.mixers import Mixer
+from linearize.modeling import branches, linearized_modules
+
+
+@contextmanager
+def windows(model: nn.Module, window: int | None = None, sinks: int | None = None) -> Iterator[None]:
+    """Cut the exact window and the sinks of all layers for a while: what leaves them earlier goes to the memory.
+
+    A cache that is made meanwhile has the shorter window too, and ends with it.
+
+    Args:
+        model: a linearized model, wrapped or not.
+        window: tokens of exact attention at most, at least 1; a layer with fewer keeps its own. None: as configured.
+        sinks: first tokens that stay exact at most. None: as configured.
+
+    Raises:
+        ValueError: a window below 1, or sinks below 0.
+    """
+    if (window is not None and window < 1) or (sinks is not None and sinks < 0):
+        raise ValueError(f"window is {window} and sinks are {sinks}; expected at least 1 and 0")
+    mixers = [m for m in model.modules() if isinstance(m, Mixer)]
+    before = [(m.window, m.sinks) for m in mixers]
+    try:
+        for m in mixers:
+            m.window = m.window if window is None else min(m.window, window)
+            m.sinks = m.sinks if sinks is None else min(m.sinks, sinks)
+        yield
+    finally:
+        for m, old in zip(mixers, before, strict=True):
+            m.window, m.sinks = old
+
+
+def reaches(model: nn.Module) -> list[tuple[int, int]]:
+    """(window, sinks), as configured, of each layer with both a window and a memory, which queries from position
+    window + sinks on see."""
+    configs = [m.mixer.config for m in linearized_modules(model) if m.mixer.recurrent and m.mixer.windowed]
+    return [(c.window, c.sinks) for c in configs]
 
 
 def drop_windows(model: nn.Module, probability: float, seed: tuple[int, ...]) -> AbstractContextManager[None]:

@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from linearize import archs
 from linearize.cache import cache_layer
 from linearize.errors import InputError
-from linearize.mixers import MIXERS, Context, Mixer, MixerConfig, build_config
+from linearize.mixers import MIXERS, Context, MixerConfig, build_config
 from linearize.mixers.step import steps
 from linearize.ops.rows import Rows
 
@@ -403,41 +403,6 @@ def branches(model: nn.Module, branch: str) -> Iterator[None]:
     finally:
         for m, b in zip(modules, before, strict=True):
             m.branch = b
-
-
-@contextmanager
-def windows(model: nn.Module, window: int | None = None, sinks: int | None = None) -> Iterator[None]:
-    """Cut the exact window and the sinks of all layers for a while: what leaves them earlier goes to the memory.
-
-    A cache that is made meanwhile has the shorter window too, and ends with it.
-
-    Args:
-        model: a linearized model, wrapped or not.
-        window: tokens of exact attention at most, at least 1; a layer with fewer keeps its own. None: as configured.
-        sinks: first tokens that stay exact at most. None: as configured.
-
-    Raises:
-        ValueError: a window below 1, or sinks below 0.
-    """
-    if (window is not None and window < 1) or (sinks is not None and sinks < 0):
-        raise ValueError(f"window is {window} and sinks are {sinks}; expected at least 1 and 0")
-    mixers = [m for m in model.modules() if isinstance(m, Mixer)]
-    before = [(m.window, m.sinks) for m in mixers]
-    try:
-        for m in mixers:
-            m.window = m.window if window is None else min(m.window, window)
-            m.sinks = m.sinks if sinks is None else min(m.sinks, sinks)
-        yield
-    finally:
-        for m, old in zip(mixers, before, strict=True):
-            m.window, m.sinks = old
-
-
-def reaches(model: nn.Module) -> list[tuple[int, int]]:
-    """(window, sinks), as configured, of each layer with both a window and a memory, which queries from position
-    window + sinks on see."""
-    configs = [m.mixer.config for m in linearized_modules(model) if m.mixer.recurrent and m.mixer.windowed]
-    return [(c.window, c.sinks) for c in configs]
 
 
 def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_bytes: int = 2) -> dict[str, Any]:

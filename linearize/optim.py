@@ -11,7 +11,7 @@ from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
 from linearize.modeling import linearized_modules
-from linearize.recipe import Stage
+from linearize.schema import Stage
 
 CONSTANT = 0.55
 """Rate of the schedule `infinite` after its cooldown, as a share of the peak (arXiv 2403.08763: 1.65e-4 of 3e-4)."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from linearize import files, recipe
 from linearize.errors import InputError
-from linearize.recipe import Recipe
+from linearize.schema import Recipe
 
 
 def run(

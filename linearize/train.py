@@ -35,8 +35,8 @@ from linearize.losses import Losses, count_targets, token_losses
 from linearize.memory import Watch, check_length, drop_windows, position_weights
 from linearize.modeling import linearized_modules
 from linearize.monitor import BOARD, LOG, SHOWN, Monitor, first_not_finite
-from linearize.recipe import Recipe, Stage
 from linearize.resume import checkpoints, differences, interrupted, made_with
+from linearize.schema import OPTIMIZERS, Recipe, Stage
 from linearize.transfer import transfer
 
 __all__ = ["main", "merge", "train"]
@@ -95,7 +95,7 @@ def train(
             "train_micro_batch_size_per_gpu": chosen.micro_batch,
             "gradient_clipping": chosen.max_grad_norm,
         }
-    working = DIVIDED.get(accelerator.distributed_type, recipes.OPTIMIZERS)
+    working = DIVIDED.get(accelerator.distributed_type, OPTIMIZERS)
     if chosen.optimizer not in working:
         raise InputError(
             f"train.{chosen.name}.optimizer: found {chosen.optimizer}; with weights divided by "

@@ -16,7 +16,7 @@ from linearize.adapters import attach
 from linearize.errors import InputError
 from linearize.inspection import inspect
 from linearize.modeling import branches, linearize_
-from linearize.recipe import Peft
+from linearize.schema import Peft
 
 MOE: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),

@@ -25,6 +25,7 @@ from linearize.evaluate.suite import BehaviourSpec, Suite, TextSpec
 from linearize.mixers import MIXERS, Geometry, build_config
 from linearize.modeling import branches, linearize_
 from linearize.recipe import package_folder
+from linearize.table import lay_out
 
 W, S, TOKENS, PROMPTS, BLOCKS, LENGTH = 16, 2, 10, 6, 2, 48
 MIXER = {"name": "gla", "combine": "memory", "window": W, "sinks": S}
@@ -396,14 +397,14 @@ def test_the_table_shows_it_and_a_wrong_file_is_refused(compared: dict[str, Any]
     student = content["columns"]["student"]["behaviour"]
     student["kl"] |= {"value": 0.25, "stderr": 0.0126}
     student["agreement"]["mean"], student["repetition"]["rep_4"] = 7.25, 0.5
-    table = results_file.table(content, ["source", "student"])
+    table = lay_out(content, ["source", "student"])
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["KL to the source, nats"] == ["0.000 ± 0.000", "0.250 ± 0.013"]
     assert rows["tokens as the source"] == [f"{TOKENS:.1f}", "7.2"]
     assert rows["repeated 4-grams"][1] == "50.0 %"
     assert not any("Cached" in note for note in table.notes)
     student["cached"] |= {"checked": 40, "equal": 38, "difference": 0.123}
-    (note,) = (note for note in results_file.table(content).notes if "Cached" in note)
+    (note,) = (note for note in lay_out(content).notes if "Cached" in note)
     assert note.endswith("pick different tokens: student at 2 of 40 steps (logits by up to 0.12)")
     student["kl"]["value"], student["state"][0]["norm"] = "low", None
     del student["repetition"]["rep_3"]

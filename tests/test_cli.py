@@ -17,6 +17,7 @@ import typer.main
 import yaml
 
 from linearize import cli, recipe
+from linearize.schema import STAGES
 
 VERBS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 SMALL = ["train.distil.tokens=512", "train.distil.seq_len=64", "train.distil.batch=4", "convert.mixer.window=16"]
@@ -320,7 +321,7 @@ def test_stages_with_a_verb_of_their_own(run, llama_folder: Path, tmp_path: Path
         assert ended.code == 0, ended.err
         made = json.loads((tmp_path / name / "linearize.json").read_text())["training"]["stage"]
         assert made["name"] == name and made["tokens"] == 512 and losses.items() <= made.items()
-    assert recipe.STAGES["long"].seq_len == 4096
+    assert STAGES["long"].seq_len == 4096
     # A stage of the recipe goes before the built-in one of its name.
     wanted = recipe.with_stage(recipe.load("smollm2-135m"), "distil")
     assert wanted.train == recipe.load("smollm2-135m").train

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from linearize import data
 from linearize.data import Blocks, blocks, tokens
 from linearize.errors import InputError
-from linearize.recipe import Data
+from linearize.schema import Data
 
 
 @pytest.fixture(autouse=True)

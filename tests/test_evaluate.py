@@ -251,7 +251,7 @@ def test_an_adapter_folder_is_evaluated_on_its_model(
     student: Path, text: str, text_only: Suite, tmp_path: Path
 ) -> None:
     from linearize import adapters
-    from linearize.recipe import Peft
+    from linearize.schema import Peft
 
     wrapped = adapters.attach(adapters.open_model(student), Peft(r=2, roles=["q", "v"]))
     with torch.no_grad():

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "linearize"
 # Lowest first. A module may import modules of lower rows; of its own row only where they share a folder.
 ROWS = [
     {"errors"},
-    {"recipe", "results", "files"},
+    {"schema", "results", "files"},
+    {"recipe", "table"},
     {"ops"},
     {"cache"},
     {"mixers"},

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from linearize import adapters
 from linearize.data import blocks
 from linearize.errors import InputError
-from linearize.memory import drop_windows, gain, position_weights
-from linearize.modeling import branches, linearize_, linearized_modules, windows
+from linearize.memory import drop_windows, gain, position_weights, windows
+from linearize.modeling import branches, linearize_, linearized_modules
 from linearize.monitor import read_log
 from linearize.train import train
 

@@ -18,6 +18,7 @@ from linearize import train as training
 from linearize.errors import InputError
 from linearize.generate import load
 from linearize.modeling import linearize_
+from linearize.schema import METHODS, OPTIMIZERS, Peft, Stage
 from linearize.sources import locate
 from linearize.train import merge, train
 
@@ -60,8 +61,8 @@ def opened(folder: Path):
 @pytest.mark.parametrize(
     ("method", "optimizer"),
     [
-        *((method, "adamw") for method in recipe.METHODS),
-        *(("lora", optimizer) for optimizer in recipe.OPTIMIZERS[1:]),
+        *((method, "adamw") for method in METHODS),
+        *(("lora", optimizer) for optimizer in OPTIMIZERS[1:]),
         (None, "muon"),
     ],
 )
@@ -186,7 +187,7 @@ def test_plain_peft_puts_an_adapter_with_mixers_on_a_fresh_conversion(text, tmp_
 
 
 def test_groups_have_their_rates_and_only_matrices_decay():
-    stage = recipe.Stage(lr=1e-3, mixer_lr=1e-2, weight_decay=0.1)
+    stage = Stage(lr=1e-3, mixer_lr=1e-2, weight_decay=0.1)
     model = linearize_(tiny_model(layers=2), MIXER)
     names = {weight: name for name, weight in model.named_parameters()}
     groups = optim.groups(model, stage)
@@ -197,14 +198,14 @@ def test_groups_have_their_rates_and_only_matrices_decay():
             assert group["lr"] == (1e-2 if ".mixer." in name else 1e-3)
             assert group["weight_decay"] == (0.0 if "norm" in name or "gate" in name.split(".") else 0.1)
             assert group["matrices"] == ("_proj" in name)
-    assert {group["lr"] for group in optim.groups(model, recipe.Stage(lr=1e-3))} == {1e-3}
-    adapted = adapters.attach(model, recipe.Peft(method="dora"))
+    assert {group["lr"] for group in optim.groups(model, Stage(lr=1e-3))} == {1e-3}
+    adapted = adapters.attach(model, Peft(method="dora"))
     trained = [weight for group in optim.groups(adapted, stage) for weight in group["params"]]
     assert len(trained) == 2 * (4 * 3 + 3)  # layers · (projections · (A, B, magnitudes) + the mixer's)
 
 
 def test_muon_moves_matrices_by_muon_and_the_rest_by_adamw():
-    model, stage = linearize_(tiny_model(layers=2), MIXER), recipe.Stage(optimizer="muon", lr=1e-2, schedule="constant")
+    model, stage = linearize_(tiny_model(layers=2), MIXER), Stage(optimizer="muon", lr=1e-2, schedule="constant")
     optimizer, _ = optim.build(model, stage, 10)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     model(input_ids=torch.arange(40)[None], labels=torch.arange(40)[None]).loss.backward()
@@ -229,7 +230,7 @@ def test_muon_moves_matrices_by_muon_and_the_rest_by_adamw():
     ],
 )
 def test_schedules(name: str, expected: list[float]):
-    stage = recipe.Stage(lr=1e-3, mixer_lr=1e-2, schedule=name, warmup=0.2, decay=0.4)
+    stage = Stage(lr=1e-3, mixer_lr=1e-2, schedule=name, warmup=0.2, decay=0.4)
     optimizer, scheduler = optim.build(linearize_(tiny_model(layers=2), MIXER), stage, 10)
     found = []
     for _ in range(10):

@@ -8,6 +8,7 @@ import yaml
 
 from linearize import recipe
 from linearize.errors import InputError, suggest
+from linearize.schema import Source, parse_layers
 
 MINIMAL = {"source": {"id": "org/model"}}
 
@@ -53,7 +54,7 @@ def test_the_id_of_a_shipped_source_finds_its_recipe() -> None:
 
 def test_recipe_of_another_model() -> None:
     found = recipe.resolve("folder/llama", ["train.finetune.lr=0.1"], recipe="llama-3-8b")
-    assert found.source == recipe.Source("folder/llama")
+    assert found.source == Source("folder/llama")
     assert replace(found, source=recipe.load("llama-3-8b").source) == recipe.load("llama-3-8b", ["train.0.lr=0.1"])
 
 
@@ -87,7 +88,7 @@ def test_overrides_by_number_name_and_into_defaults() -> None:
     ],
 )
 def test_ways_to_name_layers(given, expected) -> None:
-    assert recipe.parse_layers(given) == expected
+    assert parse_layers(given) == expected
 
 
 @pytest.mark.parametrize("given", ["", "none", [], [-1], "3-", {"kept": [1]}, {"keep": []}, True, [True], 1.5, None])

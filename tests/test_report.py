@@ -15,6 +15,7 @@ from fake_results import full
 from linearize import results as results_file
 from linearize.errors import InputError
 from linearize.evaluate import charts, page, statistics, verdict
+from linearize.table import lay_out
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import screenshot_report as browsers
@@ -136,7 +137,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_number_of_the_table_is_on_the_page(results: dict[str, Any], read: Page) -> None:
-    table = results_file.table({**results, "summary": {**results["summary"], "paired": {}}})
+    table = lay_out({**results, "summary": {**results["summary"], "paired": {}}})
     rows = [row for rows in read.tables for row in rows]
     for row in table.rows:
         assert row in rows

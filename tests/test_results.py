@@ -8,6 +8,7 @@ import pytest
 
 from linearize import results
 from linearize.errors import InputError
+from linearize.table import lay_out, markdown_table
 
 
 def score(value: float, items: list[float] | None = None, **changes) -> dict:
@@ -128,7 +129,7 @@ def test_a_place_that_cannot_be_written(content: dict, tmp_path: Path) -> None:
 
 
 def test_the_table_by_hand(content: dict) -> None:
-    table = results.table(content)
+    table = lay_out(content)
     assert table.header == ["", "source", "student"]
     assert table.rows == [
         ["ARC-e (acc)", "60.0 ± 5.0", "50.0 ± 5.0"],
@@ -147,26 +148,26 @@ def test_the_table_by_hand(content: dict) -> None:
 
 
 def test_markdown_holds_the_same_cells_and_only_the_chosen_columns(content: dict) -> None:
-    lines = results.markdown_table(content).splitlines()
+    lines = markdown_table(content).splitlines()
     assert lines[:3] == [
         "|  | source | student |",
         "| --- | ---: | ---: |",
         "| ARC-e (acc) | 60.0 ± 5.0 | 50.0 ± 5.0 |",
     ]
     assert lines[-1].startswith("- student − source")
-    alone = results.markdown_table(content, columns=["student"])
+    alone = markdown_table(content, columns=["student"])
     assert "| ARC-e (acc) | 50.0 ± 5.0 |" in alone and "student − source" not in alone
 
 
 def test_columns_without_common_parts(content: dict) -> None:
     del content["columns"]["source"]["perplexity"], content["summary"]
     content["columns"]["student"]["tasks"] = {"other": score(0.4, label="Other")}
-    rows = {row[0]: row[1:] for row in results.table(content).rows}
+    rows = {row[0]: row[1:] for row in lay_out(content).rows}
     assert rows["ARC-e (acc)"] == ["60.0 ± 5.0", ""] and rows["Other (acc)"] == ["", "40.0 ± 5.0"]
     assert rows["perplexity"] == ["", "2.35e+04"]
     for entry in content["columns"].values():
         entry.pop("perplexity", None)
-    assert "perplexity" not in {row[0] for row in results.table(content).rows}
+    assert "perplexity" not in {row[0] for row in lay_out(content).rows}
 
 
 def test_the_file_is_plain_json(content: dict, tmp_path: Path) -> None:

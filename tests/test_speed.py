@@ -20,6 +20,7 @@ from linearize.evaluate.columns import Models, read_config, sharing_copy
 from linearize.evaluate.suite import SpeedSpec, Suite, TextSpec
 from linearize.modeling import linearize_, state_bytes
 from linearize.sources import load_source, locate, relocate
+from linearize.table import lay_out
 
 MIXER = {"name": "gla", "combine": "memory", "window": 16, "sinks": 2}
 CONTEXTS, BATCHES = [32, 96], [1, 3]
@@ -122,7 +123,7 @@ def test_learned_positions_are_found_and_what_lies_beyond_them_is_left_out(tmp_p
         (left,) = column["speed_left_out"]
         assert left["context"] == 64 and "learned positions for 64 tokens" in left["reason"]
     assert ("student", 64, 1) not in asked
-    assert any("no source at 64 tokens" in note for note in results_file.table(answer).notes)
+    assert any("no source at 64 tokens" in note for note in lay_out(answer).notes)
 
 
 @pytest.mark.skipif(not measure.has_peak(), reason="the peak of memory is read from Linux's /proc")
@@ -215,7 +216,7 @@ def test_the_verb(student: Path, asked: list, tmp_path: Path, capsys: pytest.Cap
     student_bytes, source_bytes = (cells[name]["cache_bytes"] for name in ("student", "source"))
     assert float(cache[4]) == pytest.approx(student_bytes / source_bytes, rel=0.01)  # three digits are shown
     assert all(len(line) <= 100 for line in text.splitlines())
-    short = results_file.table(found)
+    short = lay_out(found)
     assert short.rows[0][0] == "ms per token at 64" and short.rows[2][1] == f"{source_bytes / 2**20:.1f}"
     assert report.speed_panels(found)["batch 1"]["source"][0][0] == 32
 

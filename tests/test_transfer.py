@@ -15,6 +15,7 @@ from linearize.adapters import as_source
 from linearize.errors import InputError
 from linearize.modeling import linearize_, linearized_modules
 from linearize.monitor import read_log
+from linearize.schema import Peft
 from linearize.train import train
 from linearize.transfer import transfer
 
@@ -39,7 +40,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def with_adapters(model, roles=("q", "k", "v", "o"), std=0.1):
-    wrapped = adapters.attach(model, recipe.Peft(r=4, alpha=8, roles=roles))
+    wrapped = adapters.attach(model, Peft(r=4, alpha=8, roles=roles))
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight.data, std=std)

@@ -11,11 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from linearize import results as results_file
 from linearize.errors import InputError
 from linearize.evaluate import charts, measured, verdict
 from linearize.evaluate.markup import checklist, figure, kind, legend, section, table
 from linearize.evaluate.view import View, view
+from linearize.table import Table, lay_out
 
 CSS = """
 :root { color-scheme: light; --line: #d8d8d8; --soft: #f5f6f8; --ink: #1c1c1c; --dim: #5a5a5a; }
@@ -172,13 +172,13 @@ def _numbers(shown: View) -> str:
     summary = {**shown.summary, "paired": {}}
     if len(shown.reports) == 1:
         summary["memory"] = shown.reports[0]["summary"]["memory"]
-    content = results_file.table(part(lambda task: not task.startswith("mmlu"), summary=summary))
+    content = lay_out(part(lambda task: not task.startswith("mmlu"), summary=summary))
     parts = [_cells(content, shown)]
     parts += [f'<p class="dim">{escape(note)}</p>' for note in content.notes]
     apart = part(lambda task: task.startswith("mmlu"))
     apart["columns"] = {name: {"tasks": column["tasks"]} for name, column in apart["columns"].items()}
     if any(column["tasks"] for column in apart["columns"].values()):
-        parts += ["<h3>MMLU, which is no part of the average</h3>", _cells(results_file.table(apart), shown)]
+        parts += ["<h3>MMLU, which is no part of the average</h3>", _cells(lay_out(apart), shown)]
     meaning = "".join(f"<dt>{escape(name)}</dt><dd>{escape(words)}</dd>" for name, words in shown.meaning.items())
     return section(
         "All numbers",
@@ -188,7 +188,7 @@ def _numbers(shown: View) -> str:
     )
 
 
-def _cells(content: results_file.Table, shown: View) -> str:
+def _cells(content: Table, shown: View) -> str:
     header = [escape(name) for name in content.header]
     rows = [[escape(cell) for cell in row] for row in content.rows]
     return table(header, rows, bold=[content.header.index(name) for name in shown.students if name in content.header])

@@ -6,8 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from linearize import results as results_file
 from linearize.files import format_bytes
+from linearize.table import lay_out, speed_cell
 
 
 def show(results: dict[str, Any], console: Console | None = None) -> None:
@@ -18,7 +18,7 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
         console: where to; None means stdout, at least 100 characters wide where that is no terminal.
     """
     console = console or _stdout()
-    content = results_file.table(results)
+    content = lay_out(results)
     table = Table(box=box.SIMPLE_HEAD, title=f"{results['model']}, suite {results['suite']}", title_justify="left")
     table.add_column(content.header[0], no_wrap=True)
     for name in content.header[1:]:
@@ -59,7 +59,7 @@ def show_speed(results: dict[str, Any], console: Console | None = None) -> None:
         table.add_column(f"student /\n{name}", justify="right")
     cells = [cell for column in columns.values() for cell in column.get("speed", [])]
     for batch, context in sorted({(cell["batch"], cell["context"]) for cell in cells}):
-        found = {name: results_file.speed_cell(column, context, batch) for name, column in columns.items()}
+        found = {name: speed_cell(column, context, batch) for name, column in columns.items()}
         table.add_section()
         table.add_row(f"{context} tokens, batch {batch}")
         for label, key, shape in (
