@@ -34,8 +34,8 @@ from linearize.modeling import branches, linearize_
 from linearize.sources import load_source, locate
 
 MEMORIES = [name for name, mixer in MIXERS.items() if "memory" in mixer.combines]
-BIN = 32
-"""Positions per point of the plot."""
+BIN, POINT = 32, 8
+"""Positions per stored loss, and stored losses per point of the plot."""
 SEQ_LEN = 1024
 """Of a block to calibrate on."""
 
@@ -108,15 +108,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
     except ImportError:
         return print("no plot: matplotlib is not installed", file=sys.stderr)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    source = results["columns"]["source"]["losses"]
-    window = results["columns"]["window"]["losses"]
-    for name, column in results["columns"].items():
-        if name == "source" or (name != "window" and column["losses"] == window):
+    axes, columns = figure.subplots(), results["columns"]
+    smooth = {name: torch.tensor(column["losses"]).unfold(0, POINT, POINT).mean(-1) for name, column in columns.items()}
+    for name, loss in smooth.items():
+        if name == "source" or (name != "window" and columns[name]["losses"] == columns["window"]["losses"]):
             continue
-        above = [math.exp(loss - base) for loss, base in zip(column["losses"], source, strict=True)]
-        where = [BIN * (i + 0.5) for i in range(len(above))]
-        axes.plot(where, above, label=name, color="black" if name == "window" else None)
+        where = BIN * POINT * (torch.arange(len(loss)) + 0.5)
+        style = {"color": "black", "linewidth": 2.5} if name == "window" else {}
+        axes.plot(where, (loss - smooth["source"]).exp(), "o-", markersize=3, label=name, **style)
     axes.axhline(1, color="#888888", linewidth=0.8)
     axes.set(xlabel="position (tokens)", ylabel="perplexity / the source's", title="No training, by position")
     axes.legend(frameon=False, ncols=2)

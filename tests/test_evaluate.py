@@ -258,7 +258,8 @@ def test_an_adapter_folder_is_evaluated_on_its_model(
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.1)
-    adapters.save(wrapped, tmp_path / "adapter")
+    trained = {name: weight.detach() for name, weight in wrapped.named_parameters() if weight.requires_grad}
+    adapters.save(wrapped, trained, student, tmp_path / "adapter")
     tiny_tokenizer().save_pretrained(tmp_path / "adapter")
     answer = evaluate(tmp_path / "adapter", text_only, columns=["student", "student/window"], progress=False)
     adapted = answer["columns"]["student"]["perplexity"]["value"]
