@@ -23,6 +23,7 @@ from linearize.evaluate.suite import RecallSpec, Suite, TaskSpec
 from linearize.modeling import branches, linearize_
 from linearize.recipe import package_folder
 from linearize.sources import locate
+from linearize.table import lay_out
 
 LENGTHS = (320, 901)
 
@@ -328,7 +329,7 @@ def test_the_table_shows_recall_by_length_and_why_cells_are_empty() -> None:
     content = {"schema": 1, "model": "m", "source": "s", "suite": "r", "environment": {}}
     content["columns"] = {name: {"tasks": {}, "seconds": 1.0, **column} for name, column in columns.items()}
     results.validate(content)
-    table = results.table(content)
+    table = lay_out(content)
     assert table.rows == [
         ["recall at 1 × window, 64 tokens", "100.0", "50.0", ""],
         ["recall at 4 × window, 256 tokens", "50.0", "25.0", ""],
@@ -381,19 +382,19 @@ def test_always_the_same_letter_is_exposed(choosing: compare.Scorer, tmp_path: P
     )
     score = compare.run(choosing, entry, None, 0)
     assert score["value"] == 0.25 and score["choices"] == {"chosen": [0, 40, 0, 0], "gold": [10, 10, 10, 10]}
-    content = {"columns": {"student": {"tasks": {"lettered": score}}}}
-    assert results.table(content).notes == [
+    content = {"columns": {"student": {"tasks": {"lettered": score}}}, "environment": {}}
+    assert lay_out(content).notes == [
         "lettered (acc), student: choice 2 of 4 is taken in 100.0 % of the items, and right in 25.0 %: its answers "
         "depend little on the question"
     ]
     for chosen, noted in (([20, 10, 10, 0], False), ([21, 10, 9, 0], True)):
         score["choices"]["chosen"] = chosen
-        assert bool(results.table(content).notes) == noted
+        assert bool(lay_out(content).notes) == noted
     for chosen, noted in (([29, 11], False), ([31, 9], True)):
         score["choices"] = {"chosen": chosen, "gold": [20, 20]}
-        assert bool(results.table(content).notes) == noted
+        assert bool(lay_out(content).notes) == noted
     score["choices"] = {"chosen": [19, 0], "gold": [9, 10]}
-    assert results.table(content).notes == []
+    assert lay_out(content).notes == []
 
 
 @pytest.mark.parametrize(("task", "metric"), [("arc_challenge", "acc_norm"), ("winogrande", "acc")])
