@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_evaluate import student_of
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 linux = pytest.mark.skipif(
@@ -85,3 +86,13 @@ def test_claims_of_the_recurrences(monkeypatch):
         "naive: time over additive channel's at 4096": ("≥ 20", 21.6667, True),
         "additive channel: memory at 16384 over 4096": ("≤ 4.4", 4.3, True),
     }
+
+
+def test_what_a_comparison_costs(llama_folder: Path, tmp_path: Path):
+    folder = student_of(llama_folder, tmp_path / "student")
+    options = ("--tasks", "embedded_arc_easy", "--limit", "2", "--repeats", "1", "--out", str(tmp_path / "out.json"))
+    run_script(str(SCRIPTS / "bench_eval.py"), str(folder), *options)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert {name: times["samples"] for name, times in found["seconds"].items()} == {"linearize eval": 1, "lm_eval": 1}
+    ours, theirs = (times["seconds"] for times in found["seconds"].values())
+    assert found["claims"][0]["value"] == round(ours / theirs, 4)
