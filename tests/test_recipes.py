@@ -48,8 +48,13 @@ def test_defaults_for_a_bare_model() -> None:
     assert recipe.run_folder(found) == Path("runs/model")
 
 
-def test_the_id_of_a_shipped_source_finds_its_recipe() -> None:
-    assert recipe.resolve("HuggingFaceTB/SmolLM2-135M-Instruct") == recipe.load("smollm2-135m")
+@pytest.mark.parametrize(
+    ("model", "name"),
+    # Two recipes have the second source; a baseline is never what a model gets unasked.
+    [("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"), ("meta-llama/Meta-Llama-3-8B", "llama-3-8b")],
+)
+def test_the_id_of_a_shipped_source_finds_its_recipe(model: str, name: str) -> None:
+    assert recipe.resolve(model) == recipe.load(name)
 
 
 def test_recipe_of_another_model() -> None:
