@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
         return print("no plot: matplotlib is not installed", file=sys.stderr)
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    # Another style for every window control, of which there are few.
-    styles = iter(("--", ":", "-."))
-    for name, found in results["lines"].items():
-        kind, style = ("source", "-") if name == "source" else ("window", next(styles, "--"))
-        axes.axhline(found, color=COLOURS[kind], linestyle=style, linewidth=1.5, label=name)
+    # The source first; another style for every window control, of which there are few. Colours are for the curves.
+    for (name, found), style in zip(results["lines"].items(), cycle(("-", "--", ":", "-."))):
+        axes.axhline(found, color=COLOURS["source"], linestyle=style, linewidth=1.5, label=name)
     for name, variant in results["variants"].items():
         tokens, found = ([point[key] for point in variant["points"]] for key in ("tokens", "perplexity"))
         axes.plot(tokens, found, "o-", markersize=3, label=name)
