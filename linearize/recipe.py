@@ -88,8 +88,11 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | Iterable[str] 
 
 
 def default(source_id: str, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
-    """Recipe for a model that was named without one: the shipped recipe with this source, else this file's defaults."""
-    for name in names():
+    """Recipe for a model that was named without one: the shipped recipe with this source, else this file's defaults.
+
+    Where several have it, the one that bears the model's name: the others are baselines, which must be asked for.
+    """
+    for name in sorted(names(), key=lambda name: name not in source_id.lower()):
         if yaml.safe_load(path_of(name).read_text(encoding="utf-8"))["source"]["id"] == source_id:
             return load(name, overrides)
     return from_dict({"source": {"id": source_id}}, overrides, where="defaults")

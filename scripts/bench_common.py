@@ -1,10 +1,20 @@
-"""What the benchmarks share: cells of results, claims with their limits, lists on the command line."""
+"""What the benchmarks share: their text, cells of results, claims with their limits, lists on the command line."""
 
 import argparse
+import gzip
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from linearize.recipe import package_folder
+
 Cell = dict[str, Any]
+LIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Environment in which every tensor is a mapping of its own: the peak then counts what lives, not what malloc keeps."""
+
+
+def validation_text() -> str:
+    """The embedded validation half of WikiText-2, which no recipe trains on."""
+    return gzip.decompress((package_folder("eval") / "data" / "wikitext2_valid.txt.gz").read_bytes()).decode()
 
 
 def find(cells: list[Cell], key: str, **wanted: Any) -> float | None:

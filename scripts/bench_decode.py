@@ -21,7 +21,6 @@ matplotlib is installed) beside it.
 
 import argparse
 import copy
-import gzip
 import json
 import os
 import platform
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import Cell, numbers, some
+from bench_common import Cell, numbers, some, validation_text
 from bench_report import KINDS, claims, write
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -66,8 +65,7 @@ def as_kind(source: PreTrainedModel, kind: str, mixer: dict[str, Any]) -> PreTra
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, count: int) -> torch.Tensor:
     """The embedded WikiText-2 text as ids [1, count], from its start again where it is too short."""
-    text = gzip.decompress((recipe.package_folder("eval") / "data" / "wikitext2_valid.txt.gz").read_bytes()).decode()
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    ids = torch.tensor(tokenizer(validation_text(), add_special_tokens=False).input_ids)
     return ids.repeat(-(-count // len(ids)))[None, :count]
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import Cell, claim, claims_table, find, numbers, some
+from bench_common import LIVE, Cell, claim, claims_table, find, numbers, some
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -122,9 +122,7 @@ def part_memory(length: int, given: argparse.Namespace) -> Iterable[Cell]:
         if row == "naive" and length not in given.naive:
             continue
         task = {"row": row, "length": length, "threads": given.threads}
-        # Every tensor a mapping of its own: the peak then counts what lives, not what malloc keeps for later.
-        live = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-        yield {"part": "memory", "row": row, "length": length} | in_process([__file__, "--worker"], task, live)
+        yield {"part": "memory", "row": row, "length": length} | in_process([__file__, "--worker"], task, LIVE)
 
 
 def worker(task: dict[str, Any]) -> Cell:

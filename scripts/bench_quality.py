@@ -14,7 +14,6 @@ matplotlib is installed).
 """
 
 import argparse
-import gzip
 import json
 import math
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import numbers, some
+from bench_common import numbers, some, validation_text
 
 from linearize import recipe
 from linearize.calibrate import fit
@@ -58,8 +57,7 @@ def columns(given: argparse.Namespace, results: dict[str, Any]):
     base = {key: wanted.convert.mixer[key] for key in ("window", "sinks")}
     located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
     model, tokenizer = load_source(located, "float32")
-    path = recipe.package_folder("eval") / "data" / "wikitext2_valid.txt.gz"
-    text = gzip.decompress(path.read_bytes()).decode()
+    text = validation_text()
     texts = {
         length: perplexity.cut(text, tokenizer, length, count)
         for length, count in sorted(zip(given.lengths, given.blocks, strict=True))

@@ -9,13 +9,13 @@ joined are the GGUF file. Gemma's terms apply to it.
 """
 
 import argparse
-import gzip
 import json
 import math
 import time
 from pathlib import Path
 
 import torch
+from bench_common import validation_text
 
 from linearize import recipe
 from linearize.archs import attention_layers, full_layers
@@ -38,8 +38,7 @@ def measure(name: str, model_id: str, package: str | None, count: int) -> dict:
     started = time.perf_counter()
     located = locate(model_id, package=package)
     model, tokenizer = load_source(located, "float32")
-    text = gzip.decompress((recipe.package_folder("eval") / "data" / "wikitext2_valid.txt.gz").read_bytes()).decode()
-    blocks = perplexity.cut(text, tokenizer, LENGTH, count)
+    blocks = perplexity.cut(validation_text(), tokenizer, LENGTH, count)
     paths = attention_layers(model)
     found = {"source": value(model, blocks)}
     linearize_(model, {"name": "softmax"}, list(paths))
