@@ -10,21 +10,17 @@ per head is chosen that brings the student's output nearest to the source's, in 
 No gradient, no change of any source weight. The numbers are the weight `gate` [H] of each layer's mixer.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from linearize import adapters, recipe
-from linearize.data import blocks
+from linearize import prepare, recipe
 from linearize.errors import InputError
-from linearize.files import MANIFEST, check_output, output_folder, write_manifest
+from linearize.files import check_output, output_folder
 from linearize.mixers import Context, Mixer
 from linearize.modeling import linearize_, linearized_modules
 
@@ -137,24 +133,11 @@ def calibrate(
     """
     folder, out = Path(model_dir), Path(out)
     check_output(out, overwrite)
-    before = wanted.calibrate or recipe.Calibrate()
-    tokens, seq_len = tokens or before.tokens, seq_len or before.seq_len
-    if tokens < seq_len:
-        raise InputError(f"calibrate: {tokens} tokens do not fill one block of {seq_len}; ask for at least one block")
-    if adapters.is_adapter(folder):
-        raise InputError(f"{folder}: these are adapters; fold them in first: linearize merge {folder} --out DIR")
-    model: Any = adapters.open_model(folder).eval()
-    ids = blocks(wanted.data, AutoTokenizer.from_pretrained(folder), seq_len, tokens // seq_len)
+    wanted, settings = prepare.settle(wanted, "calibrate", tokens=tokens, seq_len=seq_len)
+    model, ids = prepare.read(folder, wanted, settings)
     with output_folder(out, overwrite) as work:
-        with Progress(transient=True) as progress:
-            task = progress.add_task("calibrating", total=len(ids))
-            fit(model, ids[:], lambda: progress.advance(task))
+        with prepare.progress("calibrating", len(ids)) as advance:
+            fit(model, ids, advance)
         model.save_pretrained(work)
-        adapters.carry(folder, work)
-        values = replace(wanted, calibrate=recipe.Calibrate(tokens, seq_len))
-        (work / "recipe.yaml").write_text(recipe.to_yaml(values))
-        origin = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
-        made = {"tokens": tokens, "seq_len": seq_len, "data": recipe.to_dict(wanted)["data"]}
-        facts = {"source": origin.get("source"), "calibration": made, "versions": adapters.versions()}
-        write_manifest(work, facts, {})
+        prepare.finish(folder, work, wanted, "calibration", asdict(settings))
     return out

@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from linearize import bundle, files, weights
 from linearize.errors import InputError, suggest
+from linearize.inspection import is_new
 
 FORMATS = ("source", "fla")
 # Made for the linearized model; the rest of a folder is the source's.
@@ -42,7 +43,7 @@ def export(folder: str | Path, to: str, out: str | Path, overwrite: bool = False
     if to == "fla":
         raise InputError(_why_not_fla(folder, config))
     tensors = weights.read_folder(folder)
-    new = [name for name in tensors if ".mixer." in name]
+    new = [name for name in tensors if is_new(name)]
     if new:
         raise InputError(
             f"{folder}: holds weights that its mixers added ({weights.names(new)}), for which the source's format has "

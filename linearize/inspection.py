@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def inspect(model: str | Path | Located) -> dict[str, Any]:
         tensors = weights.read_folder(located.path)
         sizes = weights.describe(tensors)
     block = getattr(config, "linearize", None)
-    new = [tensor for tensor in tensors.values() if ".mixer." in tensor.name]
+    new = [tensor for tensor in tensors.values() if is_new(tensor.name)]
     return {
         "path": str(located.path),
         "model_type": config.model_type,
@@ -144,12 +145,17 @@ def _table(layers: list[dict[str, Any]]) -> list[str]:
         settings = "" if row["mixer"] == "softmax" else ", ".join(f"{k} {v}" for k, v in row.items() if k not in own)
         reach = [str(row.get(key, "-")) if row["mixer"] != "softmax" else "-" for key in ("window", "sinks")]
         counts = [f"{row[key]:,}" for key in _COUNTS] + [format_bytes(row[key]) for key in ("bytes", "cache_32k")]
-        table.append((_ranges([each["layer"] for each in rows]), row["mixer"], *reach, *counts, settings))
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        table.append((ranges([each["layer"] for each in rows]), row["mixer"], *reach, *counts, settings))
+    return aligned(table)
+
+
+def aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table whose columns are as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """Ascending numbers with runs joined: ``0-3, 7``."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -191,14 +197,13 @@ def _layers(config: PreTrainedConfig, tensors: dict[str, weights.Tensor]) -> lis
     cache = state_bytes(config, 32768)["per_layer"]
     by_layer: dict[int, list[weights.Tensor]] = {}
     for tensor in tensors.values():
-        match = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{tensor.name}")
-        # The layers of a tower beside the text model are numbered too.
-        if match and not re.search("vision|visual|audio", tensor.name):
-            by_layer.setdefault(int(match[1]), []).append(tensor)
+        layer = layer_of(tensor.name)
+        if layer is not None:
+            by_layer.setdefault(layer, []).append(tensor)
     rows = []
     for row in mixers_of(config):
         own = by_layer.get(row["layer"], [])
-        new = [tensor for tensor in own if ".mixer." in tensor.name]
+        new = [tensor for tensor in own if is_new(tensor.name)]
         rows.append(
             {
                 **row,
@@ -209,6 +214,18 @@ def _layers(config: PreTrainedConfig, tensors: dict[str, weights.Tensor]) -> lis
             }
         )
     return rows
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of the text model that a tensor belongs to by its name, if it belongs to one."""
+    match = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}")
+    # The layers of a tower beside the text model are numbered too.
+    return int(match[1]) if match and not re.search("vision|visual|audio", name) else None
+
+
+def is_new(name: str) -> bool:
+    """Whether a tensor is one that a mixer added to the source's, by its name."""
+    return ".mixer." in name
 
 
 def _count(tensors: list[weights.Tensor]) -> int:

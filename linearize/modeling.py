@@ -9,7 +9,7 @@ Nothing here names an architecture.
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -379,13 +379,14 @@ def linearized_modules(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def branches(model: nn.Module, branch: str) -> Iterator[None]:
+def branches(model: nn.Module, branch: str, layers: Collection[int] | None = None) -> Iterator[None]:
     """Run another path through the same weights for a while.
 
     Args:
         model: a linearized model, wrapped or not.
         branch: `source`: the source's own softmax attention; `window`: memory off; `memory`: window off; `all`: as
             converted.
+        layers: indices of the layers that take it, the others go on as before; None: all.
 
     Raises:
         ValueError: an unknown branch, or a model with no linearized layer.
@@ -395,6 +396,7 @@ def branches(model: nn.Module, branch: str) -> Iterator[None]:
     modules = linearized_modules(model)
     if not modules:
         raise ValueError("this model has no linearized layer")
+    modules = [m for m in modules if layers is None or m.layer_idx in layers]
     before = [m.branch for m in modules]
     try:
         for m in modules:

@@ -1,4 +1,4 @@
-"""Pictures of what `inspect` and `bench` found, and the charts of a report as SVG. All of matplotlib is here."""
+"""Pictures of what `inspect`, `select` and `bench` found, and a report's charts as SVG. matplotlib is only here."""
 
 import hashlib
 import html
@@ -85,6 +85,33 @@ def draw_speed(panels: dict[str, dict[str, Points]], target: Path) -> Path:
     axes[0][0].set_ylabel("milliseconds per token")
     axes[1][0].set_ylabel("cache (MiB)")
     axes[0][0].legend(frameon=False)
+    return _save(figure, target)
+
+
+def draw_selection(found: dict[str, Any], target: Path) -> Path:
+    """Write a picture of what each budget of softmax layers costs: KL to the source against cache at 32K.
+
+    Args:
+        found: what `linearize.select.select` returned.
+        target: as for `draw`.
+
+    Returns:
+        `target`.
+
+    Raises:
+        InputError: as `draw`.
+    """
+    figure = _figure(target, 7, 4.5)
+    axes = figure.subplots()
+    rows = found["budgets"]
+    sizes = [row["cache_32k"] / 2**20 for row in rows]
+    axes.plot(sizes, [row["predicted_kl"] for row in rows], ".-", color=COLOURS["student"], label="predicted (a sum)")
+    measured = [(size, row["kl"]) for size, row in zip(sizes, rows, strict=True) if row["kl"] is not None]
+    axes.plot(*zip(*measured, strict=True), "o", color=COLOURS["source"], label="measured")
+    axes.axvline(sizes[found["keep"]], color=COLOURS["window"], label=f"{found['keep']} layers stay softmax")
+    axes.set(xlabel="cache of one row at 32K tokens (MiB)", ylabel="KL to the source, nats per token")
+    axes.set_title(f"softmax layers by {found['by']}")
+    axes.legend()
     return _save(figure, target)
 
 

@@ -25,6 +25,7 @@ from linearize.schema import (
     Eval,
     Peft,
     Recipe,
+    Select,
     Source,
     Stage,
 )
@@ -226,7 +227,7 @@ def _explain(problem: Any) -> str:
 def _fields(location: list[str]) -> list[str]:
     """Keys that are allowed at a place of the recipe."""
     kinds: dict[str, Any] = {"source": Source, "convert": Convert, "data": Data, "calibrate": Calibrate}
-    kinds |= {"train": Stage, "eval": Eval, "peft": Peft}
+    kinds |= {"select": Select, "train": Stage, "eval": Eval, "peft": Peft}
     parts = [part for part in location if part in kinds]
     return [field.name for field in fields(kinds[parts[-1]] if parts else Recipe)]
 

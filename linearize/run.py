@@ -1,6 +1,7 @@
 """A whole recipe as one resumable chain of folders, and one training stage with or without a launcher.
 
-    OUT/0-converted [-> OUT/0-calibrated] -> OUT/1-<stage> -> OUT/2-<stage> ... -> OUT/merged -> OUT/results.json
+    OUT/0-converted [-> OUT/0-calibrated] [-> OUT/0-selected] -> OUT/1-<stage> -> OUT/2-<stage> ... -> OUT/merged
+    -> OUT/results.json
 
 A folder appears by one rename when it is complete and holds the recipe that made it; so a stage is finished when its
 folder is there and the parts of the recipe it depends on are unchanged.
@@ -18,6 +19,9 @@ from linearize import files, recipe
 from linearize.errors import InputError
 from linearize.schema import Recipe
 
+BEFORE = {"calibrate": "0-calibrated", "select": "0-selected"}
+"""Blocks of a recipe that are a stage before training where they are there, in this order, and the stage's folder."""
+
 
 def run(
     wanted: Recipe,
@@ -27,7 +31,7 @@ def run(
     flags: Sequence[str] = (),
     note: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Convert, calibrate if the recipe says so, train, merge and evaluate.
+    """Convert, calibrate and select if the recipe says so, train, merge and evaluate.
 
     Args:
         wanted: the resolved recipe.
@@ -48,16 +52,18 @@ def run(
     from linearize.calibrate import calibrate
     from linearize.convert import convert, plan
     from linearize.evaluate import evaluate
+    from linearize.select import select
     from linearize.sources import locate
     from linearize.train import merge
 
     out = Path(out)
-    converted, calibrated, merged = out / "0-converted", out / "0-calibrated", out / "merged"
+    converted, merged = out / "0-converted", out / "merged"
+    before = {out / folder: block for block, folder in BEFORE.items() if getattr(wanted, block) is not None}
     trained = [out / f"{number}-{stage.name}" for number, stage in enumerate(wanted.train, 1)]
     # All of them before any work, so that a changed recipe is not found out after an hour of training.
-    stages: dict[Path, int | None] = {converted: None} | ({calibrated: 0} if wanted.calibrate else {})
+    stages: dict[Path, str | int | None] = {converted: None, **before}
     stages |= {**{folder: number for number, folder in enumerate(trained, 1)}, merged: len(trained)}
-    finished = {folder for folder, number in stages.items() if _finished(folder, wanted, number, overwrite)}
+    finished = {folder for folder, after in stages.items() if _finished(folder, wanted, after, overwrite)}
     for folder in stages:
         if folder in finished:
             note(f"{folder}: finished earlier, kept")
@@ -67,10 +73,10 @@ def run(
         note(plan(located, wanted).text())
         convert(located, wanted, converted, overwrite=overwrite)
     folder = converted
-    if wanted.calibrate:
-        if calibrated not in finished:
-            calibrate(converted, wanted, calibrated, overwrite=overwrite)
-        folder = calibrated
+    for after, block in before.items():
+        if after not in finished:
+            {"calibrate": calibrate, "select": select}[block](folder, wanted, after, overwrite=overwrite)
+        folder = after
     for stage, after in zip(wanted.train, trained, strict=True):
         if after not in finished:
             train_stage(folder, wanted, stage.name, after, resume=True, overwrite=overwrite, flags=flags)
@@ -145,7 +151,7 @@ def recipe_of(folder: Path, name: str | None, overrides: Iterable[str] = ()) -> 
     return replace(recipe.load(name, overrides), source=made.source, convert=made.convert)
 
 
-def _finished(folder: Path, wanted: Recipe, stages: int | None, overwrite: bool) -> bool:
+def _finished(folder: Path, wanted: Recipe, after: str | int | None, overwrite: bool) -> bool:
     """Whether a folder is there, made by the same recipe as far as it depends on it.
 
     Raises:
@@ -154,7 +160,7 @@ def _finished(folder: Path, wanted: Recipe, stages: int | None, overwrite: bool)
     if not (folder / "recipe.yaml").is_file():
         return False
     made = recipe.load(folder / "recipe.yaml")
-    different = sorted(_decides(made, stages).items() ^ _decides(wanted, stages).items())
+    different = sorted(_decides(made, after).items() ^ _decides(wanted, after).items())
     if different and not overwrite:
         keys = dict.fromkeys(key for key, _ in different)
         raise InputError(
@@ -164,15 +170,18 @@ def _finished(folder: Path, wanted: Recipe, stages: int | None, overwrite: bool)
     return not different
 
 
-def _decides(made: Recipe, stages: int | None) -> dict[str, str]:
-    """The parts of a recipe that decide the folder after so many training stages: dotted keys and their values.
+def _decides(made: Recipe, after: str | int | None) -> dict[str, str]:
+    """The parts of a recipe that decide the folder after a stage: dotted keys and their values.
 
-    None means the conversion alone, 0 what is calibrated.
+    The stage is None for the conversion, the name of a block of `BEFORE`, or how many training stages there were.
     """
     values = recipe.to_dict(made)
     parts = {"source": values["source"], "convert": values["convert"]}
-    if stages is not None:
-        parts |= {key: values[key] for key in ("data", "calibrate")} | {"train": values["train"][:stages]}
+    if after is not None:
+        blocks = [*BEFORE]
+        known = blocks[: blocks.index(after) + 1] if isinstance(after, str) else blocks
+        parts |= {key: values[key] for key in ("data", *known)}
+        parts["train"] = values["train"][:after] if isinstance(after, int) else []
     return dict(_leaves(parts))
 
 

@@ -10,6 +10,7 @@ from linearize.errors import InputError, suggest
 
 STRICT = ConfigDict(extra="forbid")
 DEFAULT_MIXER = {"name": "gla", "combine": "memory", "window": 64, "sinks": 4}
+CRITERIA = ("uniform", "sensitivity", "greedy", "recall")
 METHODS = ("lora", "rslora", "dora", "miss", "full")
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = (
@@ -97,17 +98,31 @@ class Data:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Calibrate:
-    """How much text the memory is fitted to in closed form, before any training; ``seq_len`` tokens at a time."""
+class Reading:
+    """How much text a stage before training reads, ``seq_len`` tokens at a time."""
 
     tokens: Positive = 16_384
     seq_len: Annotated[int, Field(ge=2)] = 1024
 
     @model_validator(mode="after")
-    def _fills_a_block(self) -> "Calibrate":
+    def _fills_a_block(self) -> "Reading":
         if self.tokens < self.seq_len:
             raise ValueError(f"{self.tokens} tokens do not fill one block of {self.seq_len} (seq_len)")
         return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Calibrate(Reading):
+    """How much text the memory is fitted to in closed form."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Select(Reading):
+    """How many replaced layers become softmax again, by which criterion of `linearize.select`, on how much text."""
+
+    tokens: Positive = 8192
+    keep: Annotated[int, Field(ge=0)] = 4
+    by: Annotated[str, AfterValidator(_one_of(CRITERIA))] = "sensitivity"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -222,6 +237,7 @@ class Recipe:
     convert: Convert = Field(default_factory=Convert)
     data: tuple[Data, ...] = Field(default_factory=lambda: (Data(),))
     calibrate: Calibrate | None = None
+    select: Select | None = None
     train: tuple[Stage, ...] = Field(default_factory=lambda: (Stage(),))
     eval: Eval = Field(default_factory=Eval)
 
@@ -230,7 +246,7 @@ class Recipe:
         names = [stage.name for stage in self.train]
         if len(set(names)) < len(names):
             raise ValueError(f"train: two stages share a name ({', '.join(names)}); each stage needs its own")
-        if (self.train or self.calibrate) and not self.data:
+        if (self.train or self.calibrate or self.select) and not self.data:
             raise ValueError("data: found no entry; training needs at least one")
         return self
 

@@ -63,7 +63,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_verbs() -> None:
     expected = (
         "archs bench calibrate check convert distil eval export generate inspect long merge mixers push recipes report "
-        "run train transfer"
+        "run select train transfer"
     )
     assert expected.split() == VERBS
 
@@ -326,6 +326,22 @@ def test_stages_with_a_verb_of_their_own(run, llama_folder: Path, tmp_path: Path
     wanted = recipe.with_stage(recipe.load("smollm2-135m"), "distil")
     assert wanted.train == recipe.load("smollm2-135m").train
     refused(run("long", converted, "--out", tmp_path / "x", "--set", "train.lon.lr=1"), "no entry 'lon'", "'long'")
+
+
+def test_select_prints_draws_and_writes(run, llama_folder: Path, tmp_path: Path) -> None:
+    converted, out, picture = tmp_path / "0-converted", tmp_path / "selected", tmp_path / "a.svg"
+    run("convert", "--model", llama_folder, "--out", converted, "--window", "16")
+    less = ["--keep", "2", "--tokens", "64", "--seq-len", "64"]
+    found = json.loads(run("select", converted, *less, "--plot", picture, "--json").out)
+    assert found["out"] is None and len(found["layers"]) == 2 and picture.is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"0-converted", "a.svg"}, "without --out nothing is written"
+    ended = run("select", converted, *less, "--out", out)
+    assert ended.out.startswith("2 of 6 replaced layers by sensitivity") and ended.out.strip().endswith(str(out))
+    report = json.loads(run("inspect", out, "--json").out)
+    assert [row["layer"] for row in report["layers"] if row["mixer"] == "softmax"] == found["layers"]
+    refused(run("select", converted, *less, "--by", "sensitive"), "select.by: found 'sensitive'", "'sensitivity'")
+    refused(run("select", converted, *less, "--out", converted), "--overwrite")
+    refused(run("select", llama_folder, *less, "--recipe", "smollm2-135m"), "this is a plain llama model")
 
 
 def test_flags_go_to_accelerate(run, llama_folder: Path, tmp_path: Path) -> None:

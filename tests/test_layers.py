@@ -21,8 +21,8 @@ ROWS = [
     {"weights", "bundle"},
     {"sources"},
     {"inspection", "probe", "plot", "card", "data", "losses", "monitor", "adapters", "optim", "resume"},
-    {"transfer", "memory"},
-    {"convert", "calibrate", "train", "evaluate", "hub", "generate", "export"},
+    {"transfer", "memory", "prepare"},
+    {"convert", "calibrate", "select", "train", "evaluate", "hub", "generate", "export"},
     {"run", "costs"},
     {"cli"},
 ]

@@ -8,11 +8,11 @@ Results go to stdout, as text or with ``--json`` as JSON; plans, progress and er
 import sys
 import warnings
 
-from linearize.cli import stages, tables
+from linearize.cli import prepare, stages, tables
 from linearize.cli.app import app
 from linearize.errors import InputError
 
-__all__ = ["app", "tables", "main", "stages"]
+__all__ = ["app", "main", "prepare", "stages", "tables"]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The verbs that make something: folders, results, answers, uploads."""
+"""The verbs that make something of a converted folder: trained ones, results, answers, uploads."""
 
 import sys
 from pathlib import Path
@@ -8,62 +8,6 @@ import typer
 
 from linearize.cli.app import Flags, Folder, Json, Out, Overwrite, Recipe, Resume, Set, WithCode, app, note, show
 from linearize.errors import InputError
-
-
-@app.command()
-def convert(
-    model: Annotated[str, typer.Option(help="Recipe name, recipe file, Hub id, model folder or GGUF file.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write.  [default: runs/NAME/0-converted]")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe to use with another --model.")] = None,
-    mixer: Annotated[str | None, typer.Option(help="What replaces softmax attention; see `linearize mixers`.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens of exact attention.")] = None,
-    sinks: Annotated[int | None, typer.Option(help="First tokens that stay visible to all.")] = None,
-    combine: Annotated[str | None, typer.Option(help="memory, liger or none.")] = None,
-    layers: Annotated[str | None, typer.Option(help="full, all, 0-11,20, or keep:20,23.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    link: Annotated[bool, typer.Option("--link", help="Hard-link unchanged weights instead of copying.")] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights, restricted.")] = False,
-    with_code: WithCode = False,
-    set_: Set = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Convert a model: same weights, other attention.
-
-    \b
-    Example:
-      linearize convert --model smollm2-135m --out runs/demo/0-converted
-    """
-    from linearize import recipe as recipes
-
-    resolved = recipes.resolve(model, set_ or (), recipe)
-    if mixer is not None:
-        resolved = recipes.switch_mixer(resolved, mixer)
-    flags = {
-        "convert.mixer.window": window,
-        "convert.mixer.sinks": sinks,
-        "convert.mixer.combine": combine,
-        "convert.layers": layers,
-        "convert.dtype": dtype,
-        "source.revision": revision,
-    }
-    given = {key: value for key, value in flags.items() if value is not None}
-    resolved = recipes.from_dict(recipes.to_dict(resolved), given, "command line")
-
-    from linearize import convert as stage
-    from linearize.sources import locate
-
-    source = resolved.source
-    located = locate(source.id, source.revision, package=source.package)
-    plan = stage.plan(located, resolved)
-    if dry_run:
-        return show(plan.to_dict(), as_json, plan.text())
-    note(plan.text())
-    out = out or recipes.run_folder(resolved) / "0-converted"
-    stage.convert(located, resolved, out, overwrite, link=link, allow_pickle=allow_pickle, with_code=with_code)
-    show({"out": str(out), "plan": plan.to_dict()}, as_json, str(out))
 
 
 @app.command()
@@ -129,33 +73,6 @@ _stage_verb("long", "Recover the source's distribution over the next token in lo
 
 
 @app.command()
-def calibrate(
-    folder: Folder,
-    out: Out,
-    recipe: Recipe = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="How much text to read.  [default: the recipe's, else 16384]")
-    ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in a block.  [default: the recipe's, else 1024]")] = None,
-    set_: Set = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Fit how much each head trusts its memory, in closed form, without training.
-
-    \b
-    Example:
-      linearize calibrate runs/demo/0-converted --out runs/demo/calibrated
-    """
-    from linearize import calibrate as stage
-    from linearize import run as runs
-
-    wanted = runs.recipe_of(folder, recipe, set_ or ())
-    out = stage.calibrate(folder, wanted, out, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
-    show({"out": str(out)}, as_json, str(out))
-
-
-@app.command()
 def merge(
     folder: Folder,
     out: Out,
@@ -183,7 +100,7 @@ def run(
     as_json: Json = False,
     flags: Flags = None,
 ) -> None:
-    """Run a whole recipe: convert, calibrate if it says so, train, merge, eval.
+    """Run a whole recipe: convert, calibrate and select if it says so, train, merge, eval.
 
     Finished stages are kept: after an interruption the same command goes on where it stopped. Flags after -- go to
     `accelerate launch` for the training stages.
