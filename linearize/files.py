@@ -22,6 +22,7 @@ from linearize.errors import InputError
 
 MANIFEST = "linearize.json"
 CHUNK = 32 << 20  # bytes moved at a time: large enough to keep a disk busy, small enough not to be noticed in memory
+PIECE = 1 << 20  # bytes hashed at a time: what a core's own cache holds
 # A folder without any of these was not written by this package or by transformers, and is never replaced.
 _REPLACEABLE = ("config.json", "adapter_config.json", MANIFEST)
 
@@ -310,9 +311,10 @@ def copy(
         return view
 
     def hash_range(file: int, offset: int, count: int) -> None:
-        view = read(file, offset, count)
-        digest.update(view)
-        look(offset, view)
+        for start in range(offset, offset + count, PIECE):
+            view = read(file, start, min(PIECE, offset + count - start))
+            digest.update(view)
+            look(start, view)
 
     writing = target.with_name(f"{target.name}.writing")
     with source.open("rb") as reader, writing.open("wb", buffering=0) as writer, ThreadPoolExecutor(1) as thread:
