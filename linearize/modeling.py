@@ -10,7 +10,7 @@ Nothing here names an architecture.
 import copy
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,10 @@ def attention(
         attend=attend,
         steps=call.steps,
     )
-    return module.mixer(query, key, value, context).transpose(1, 2).contiguous(), None
+    device = query.device.type
+    # Autocast would take the products of fp32 states through bf16.
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        return module.mixer(query, key, value, context).transpose(1, 2).contiguous(), None
 
 
 def _source_attention(module: Any):

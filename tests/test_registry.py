@@ -160,3 +160,23 @@ def test_adapters_reach_the_sources_projections_and_nothing_else(name):
 def test_configs_survive_json(name, combine):
     config = build_config({"name": name, "combine": combine, "window": 7})
     assert build_config(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@recurrent
+def test_training_in_bf16_gives_the_loss_of_fp32(name):
+    """As the training loop does it: frozen weights in bf16, mixers' own in fp32, under autocast."""
+    model = linearize_(tiny_model(layers=2), {"name": name, "window": W, "sinks": S})
+    x = torch.arange(3, 83).view(2, 40)
+    for module in linearized_modules(model):
+        opened(module.mixer)
+    with torch.no_grad():
+        exact = model(x, labels=x).loss
+    model.bfloat16()
+    for module in linearized_modules(model):
+        module.mixer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x, labels=x).loss
+    loss.backward()
+    # bf16 has 8 bits; of 6 nats that is 0.05.
+    assert float((loss - exact).detach().abs()) < 2**-7 * float(exact)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

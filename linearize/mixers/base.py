@@ -346,7 +346,6 @@ class Mixer(nn.Module):
                 y, lse = near
                 assert weight is not None and lse is not None
                 weight = weight + gate
-                m = m.to(lse.dtype)  # autocast may have taken it through bf16
                 return torch.lerp(y.to(m.dtype), m, (weight - lse).sigmoid().unsqueeze(-1)).to(q.dtype)
         parts = [branch[0] for branch in (near, far) if branch is not None]
         if not parts:
