@@ -1,17 +1,17 @@
-"""A results file with every section: the committed one of SmolLM2-135M, and made-up sections where it has none."""
+"""A results file with every section: one of a run of SmolLM2-135M, and made-up sections where it has none."""
 
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-COMMITTED = Path(__file__).parent.parent / "eval" / "results" / "smollm2-135m.json"
+EXAMPLE = Path(__file__).parent / "results_example.json"
 POWER = {"source": 0.0, "student": 0.6, "student/window": 3.0}  # how fast made-up recall falls with the length
 
 
 def full() -> dict[str, Any]:
     """Valid results; the made-up numbers are smooth functions of length, depth and column, all of them different."""
-    results = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    results = json.loads(EXAMPLE.read_text(encoding="utf-8"))
     results["layers"] = [
         {"layer": i, "mixer": "softmax"}
         if i in (20, 23)
