@@ -23,7 +23,7 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
     table.add_column(content.header[0], no_wrap=True)
     for name in content.header[1:]:
         # Two lines for the columns with one branch off: six columns then fit on 100 characters.
-        table.add_column(name.replace("/", "\n/"), justify="right", no_wrap=True, style="bold" if name == "student" else None)
+        table.add_column(name.replace("/", "\n/"), justify="right", style="bold" if name == "student" else None)
     summarised = False
     for row in content.rows:
         # A rule above each block: tasks, summary, perplexities, speed.
