@@ -89,6 +89,7 @@ def test_every_quantisation_of_gguf_is_read(tmp_path: Path) -> None:
     for name, kind in zip(names, kinds, strict=False):
         shape = gguf.quant_shape_to_byte_shape((256, 256), kind)
         quantized[name] = random.integers(0, 0x3B, shape, dtype=np.uint8), kind
+    assert len(quantized) == len(kinds)
     opened, _ = load_source(locate(str(write_gguf(tmp_path / "tiny.gguf", model, quantized))), "float32")
     for name, (content, kind) in quantized.items():
         expected = gguf.quants.dequantize(content, kind)
