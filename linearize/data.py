@@ -100,6 +100,11 @@ class Blocks(Sequence):
         start = int(block) * self.seq_len
         return torch.from_numpy(self.rows[which][start : start + self.seq_len].astype(np.int64))
 
+    def distinct(self) -> Iterator[torch.Tensor]:
+        """Token ids int64 ``[seq_len]`` of every block of the run, each once."""
+        _, first = np.unique(self.plan, axis=0, return_index=True)
+        return (self[int(place)] for place in first)
+
 
 def blocks(
     sources: Sequence[Source], tokenizer: Any, seq_len: int, count: int, seed: int = 0, hold: bool = False
@@ -154,7 +159,7 @@ def tokens(source: Source, tokenizer: Any) -> np.ndarray:
 
 
 def cache_folder() -> Path:
-    """Where tokenised data sets are kept; safe to delete at any time."""
+    """Where tokenised data sets and what sources say of them are kept; safe to delete at any time."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "linearize"
     return Path(os.environ.get("LINEARIZE_CACHE") or default)
 

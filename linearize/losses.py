@@ -5,6 +5,11 @@ Letters: B batch, T tokens, V vocabulary. Logits at position t predict token t +
     lm = Σ −log q(label)             q = softmax(student)
     kl = Σ τ² KL(p_τ ‖ q_τ)          p_τ = softmax(source / τ),  q_τ = softmax(student / τ)
 
+Of a source that is known by its k likeliest tokens only (`Likeliest`), p_τ and q_τ are over k + 1 outcomes: these
+tokens, and any other one. That is a KL divergence of its own: never negative, and with k = V the one above. It equals
+the KL over all tokens from p̃ to q_τ, where p̃ shares the source's rest among the other tokens as the student does; so it
+has the same gradient, q_τ − p̃.
+
 Sums over targets, not means: who adds up micro batches and processes divides once, by the targets of all of them.
 """
 
@@ -17,6 +22,24 @@ from torch.nn import functional as F
 IGNORE = -100
 CHUNK = 2**22
 """Elements of one fp32 [tokens, V] array at a time (16 MiB): more is slower on a CPU and no faster on a GPU."""
+
+
+class Likeliest(NamedTuple):
+    """A distribution softmax(logits / τ) by its k likeliest tokens.
+
+    Attributes:
+        ids: int32 or int64 [..., k], the tokens, different ones.
+        log_p: [..., k], their log probabilities; of any floating dtype.
+        log_rest: fp32 [...], the log probability that it is none of them; `NEVER` where it is 0.
+    """
+
+    ids: Tensor
+    log_p: Tensor
+    log_rest: Tensor
+
+
+NEVER = -1e4
+"""Log probability of what has none: finite, so that 0 · log 0 is 0."""
 
 
 class Losses(NamedTuple):
@@ -45,7 +68,7 @@ def count_targets(labels: Tensor, weights: Tensor | None = None) -> float:
 def token_losses(
     logits: Tensor,
     labels: Tensor,
-    source_logits: Tensor | None = None,
+    source: Tensor | Likeliest | None = None,
     *,
     lm: float = 1.0,
     kl: float = 0.0,
@@ -55,33 +78,59 @@ def token_losses(
     """Next-token and distillation losses of one micro batch, in fp32 whatever the dtype of the logits.
 
     The gradient is computed together with the losses, a few tokens at a time, so no [T, V] array in fp32 ever exists.
-    It is written over ``source_logits``, whose content is lost: a source costs one such array more, not three.
+    It is written over the logits ``source``, whose content is lost: a source costs one such array more, not three.
 
     Args:
         logits: of the student, [B, T, V], any floating dtype.
         labels: token ids int64 [B, T], -100 where there is nothing to learn.
-        source_logits: of the source, like ``logits`` and without a gradient. Needed where ``kl`` is not 0.
+        source: logits of the source, like ``logits`` and without a gradient, or its likeliest tokens [B, T, k] at the
+            same temperature. Needed where ``kl`` is not 0.
         lm: weight of the next-token loss.
         kl: weight of the distillation loss.
         temperature: τ.
         weights: of the positions that predict, [T], ≥ 0: every sum is a weighted one. None: 1 each.
 
     Raises:
-        ValueError: ``kl`` without ``source_logits``.
+        ValueError: ``kl`` without ``source``.
 
     Example:
         >>> token_losses(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]])).lm    # 2 targets, log 8 each
         tensor(4.1589)
     """
-    if kl and source_logits is None:
-        raise ValueError("kl needs source_logits")
-    return Losses(*_TokenLosses.apply(logits, labels, source_logits, weights, lm, kl, temperature))  # type: ignore[misc]
+    if kl and source is None:
+        raise ValueError("kl needs source")
+    return Losses(*_TokenLosses.apply(logits, labels, source, weights, lm, kl, temperature))  # type: ignore[misc]
+
+
+def likeliest(logits: Tensor, k: int, temperature: float = 1.0) -> Likeliest:
+    """The k likeliest tokens of logits [..., V], in fp32 at least; log_p comes in fp16, which near 0 is finest.
+
+    Their probabilities are rounded here, so `token_losses` makes them sum to 1 again.
+    """
+    V = logits.shape[-1]
+    parts = []
+    for part in logits.reshape(-1, V).split(max(1, CHUNK // V)):
+        log_p = (part.to(torch.promote_types(part.dtype, torch.float32)) / temperature).log_softmax(-1)
+        top, ids = log_p.topk(k)
+        rest = log_p.scatter_(-1, ids, float("-inf")).logsumexp(-1).clamp(min=NEVER)
+        parts.append((ids.int(), top.clamp(min=NEVER).half(), rest))
+    ids, log_p, rest = (torch.cat(each) for each in zip(*parts, strict=True))
+    shape = logits.shape[:-1]
+    return Likeliest(ids.view(*shape, k), log_p.view(*shape, k), rest.view(shape))
+
+
+def _spread(known: Likeliest, log_q: Tensor) -> Tensor:
+    """log p̃ [N, V] of known tokens [N, k], beside the student's log q [N, V]."""
+    ids = known.ids.long()
+    log_p = torch.cat([known.log_p.to(log_q.dtype), known.log_rest.to(log_q.dtype).unsqueeze(-1)], -1).log_softmax(-1)
+    rest = log_q.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    return (log_q + (log_p[:, -1:] - rest)).scatter_(-1, ids, log_p[:, :-1])
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, source: Tensor | None, weights: Tensor | None,
+        ctx: Any, logits: Tensor, labels: Tensor, source: Tensor | Likeliest | None, weights: Tensor | None,
         lm: float, kl: float, temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         V = logits.shape[-1]
@@ -90,10 +139,11 @@ class _TokenLosses(torch.autograd.Function):
         counts = (targets != IGNORE).to(dtype)
         if weights is not None:
             counts = counts * weights.to(counts).repeat(len(labels))
-        teacher = None if source is None else source.reshape(-1, V)
-        reuse = teacher is not None and teacher.dtype == student.dtype
+        known = Likeliest(*(x.flatten(0, 1) for x in source)) if isinstance(source, Likeliest) else None
+        teacher = source.reshape(-1, V) if isinstance(source, Tensor) else None
         gradient = None
         if ctx.needs_input_grad[0]:
+            reuse = teacher is not None and teacher.dtype == student.dtype
             gradient = teacher if reuse else torch.empty_like(student)
         lm_sum, kl_sum = student.new_zeros((), dtype=dtype), student.new_zeros((), dtype=dtype)
         step = max(1, CHUNK // V)
@@ -108,11 +158,15 @@ class _TokenLosses(torch.autograd.Function):
             if lm and gradient is not None:
                 slope = lm * log_q.exp()
                 slope.scatter_add_(-1, target, torch.full_like(target, -lm, dtype=dtype))
-            if teacher is not None and kl:
-                t = teacher[part].to(dtype)
+            if kl:
                 if temperature != 1:
-                    log_q, t = (s / temperature).log_softmax(-1), t / temperature
-                log_p = t.log_softmax(-1)
+                    log_q = (s / temperature).log_softmax(-1)
+                if known is not None:
+                    log_p = _spread(Likeliest(*(x[part] for x in known)), log_q)
+                else:
+                    assert teacher is not None
+                    t = teacher[part].to(dtype)
+                    log_p = (t if temperature == 1 else t / temperature).log_softmax(-1)
                 p = log_p.exp()
                 kl_sum += temperature**2 * (torch.linalg.vecdot(p, log_p - log_q) * count).sum()
                 if gradient is not None:

@@ -158,6 +158,9 @@ class Stage:
     Attributes:
         lm, kl, transfer: weights of the losses: next token, the source's distribution, the output of each attention
             layer of the source.
+        temperature: of both distributions in kl.
+        top_k: kl over the source's k likeliest tokens and one outcome for all others; the source is run once per block
+            of text, and what it said is kept in LINEARIZE_CACHE for later epochs, runs and students. None: all tokens.
         beyond: weighs what is predicted from where the memory can be seen, in lm and kl.
         window_dropout: probability that a micro batch sees a shorter window, and that it sees fewer sinks.
         watch: steps between measurements of what the memory adds, on text held back; 0: never. keep: which of these
@@ -178,6 +181,7 @@ class Stage:
     beyond: Annotated[float, Field(ge=1)] = 1.0
     window_dropout: Fraction = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: Positive | None = None
     peft: Peft | None = Field(default_factory=Peft)
     tokens: Positive = 1_000_000
     seq_len: Annotated[int, Field(ge=2)] = 1024
@@ -210,6 +214,11 @@ class Stage:
             )
         if not self.lm and not self.kl and not self.transfer:
             problems.append("lm, kl and transfer are all 0, so there is nothing to learn from; set one of them above 0")
+        if self.top_k and (self.transfer or not self.kl):
+            problems.append(
+                "top_k is about kl, which must be above 0, and spares the run of the source, which transfer needs in "
+                "every step; set transfer to 0 or leave top_k out"
+            )
         if self.keep != "last" and not self.watch:
             problems.append(f"keep: {self.keep} needs what watch measures; set watch above 0")
         if self.schedule in ("warmup_stable_decay", "infinite") and self.warmup + self.decay > 1:

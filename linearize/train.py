@@ -37,6 +37,7 @@ from linearize.modeling import linearized_modules
 from linearize.monitor import BOARD, LOG, SHOWN, Monitor, first_not_finite
 from linearize.resume import checkpoints, differences, interrupted, made_with
 from linearize.schema import OPTIMIZERS, Recipe, Stage
+from linearize.teacher import Teacher
 from linearize.transfer import transfer
 
 __all__ = ["main", "merge", "train"]
@@ -189,12 +190,14 @@ class Loop:
         model = adapters.open_model(folder, compute if shared else torch.float32)
         before = folder if adapters.is_adapter(folder) else None
         self.plain: Any = adapters.attach(model, stage.peft, before) if stage.peft else model
-        self.teacher: Any = self.plain
         for weight in self.plain.parameters():
             if not weight.requires_grad:
                 weight.data = weight.data.to(compute)
-        if (stage.kl or stage.transfer) and not shared:
-            self.teacher = adapters.open_model(folder, compute).requires_grad_(False).to(accelerator.device)
+        self.divided = accelerator.distributed_type in DIVIDED
+        self.teacher = Teacher(
+            self.plain, stage, folder, accelerator.device, self.autocast, data.distinct(),
+            lambda mine: bool(self._sum([mine])[0]) if self.divided else mine,
+        )  # fmt: skip
         if stage.gradient_checkpointing:
             # transformers has renamed it and warns at the old name, the only one that earlier releases know.
             old = "gradient_checkpointing_enable"
@@ -212,7 +215,6 @@ class Loop:
         optimizer, scheduler = optim.build(self.plain, stage, steps)
         self.model, self.optimizer, self.scheduler = accelerator.prepare(self.plain, optimizer, scheduler)
         self.trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
-        self.divided = accelerator.distributed_type in DIVIDED
         if not self.divided:  # else accelerate writes and reads all weights, the frozen ones too
             accelerator.register_save_state_pre_hook(self._save_trained)
             accelerator.register_load_state_pre_hook(self._load_trained)
@@ -278,9 +280,9 @@ class Loop:
 
         if stage.kl or stage.transfer:
             keep = {} if stage.kl else {"logits_to_keep": 1}
-            hooks = transfer(self.teacher, self.plain, learn) if stage.transfer else nullcontext({})
-            with hooks as errors, self.autocast(), adapters.as_source(self.teacher):
-                source = self.teacher(input_ids=ids, use_cache=False, **keep).logits
+            hooks = transfer(self.teacher.model, self.plain, learn) if stage.transfer else nullcontext({})
+            with hooks as errors:
+                source = self.teacher(ids, **keep)
             for index, error in errors.items():
                 sums[2 + self.layers[index]] += error
         if not stage.lm and not stage.kl:
@@ -332,7 +334,7 @@ class Loop:
         passes = ", ".join(f"{epochs:.2f}" for epochs in self.data.epochs)
         return (
             f"{stage.name}: {self.size:,} of {self.total:,} weights on {where}; {self.steps} steps of "
-            f"{stage.batch} x {stage.seq_len} tokens; passes over the data: {passes}"
+            f"{stage.batch} x {stage.seq_len} tokens; passes over the data: {passes}{self.teacher.about}"
         )
 
     def _check_reach(self, losses: Losses) -> None:

@@ -21,7 +21,7 @@ ROWS = [
     {"weights", "bundle"},
     {"sources"},
     {"inspection", "probe", "plot", "card", "data", "losses", "monitor", "adapters", "optim", "resume"},
-    {"transfer", "memory", "prepare"},
+    {"transfer", "memory", "prepare", "teacher"},
     {"convert", "calibrate", "select", "train", "evaluate", "hub", "generate", "export"},
     {"run", "costs"},
     {"cli"},

@@ -102,7 +102,7 @@ def test_the_gradient_takes_the_place_of_the_source_and_backward_runs_once():
 
 def test_kl_without_a_source_is_refused():
     logits, labels, _ = example()
-    with pytest.raises(ValueError, match="source_logits"):
+    with pytest.raises(ValueError, match="kl needs source"):
         token_losses(logits, labels, kl=1.0)
 
 
@@ -124,3 +124,72 @@ def test_weights_of_positions_weigh_values_and_gradients():
         float((keep * weights[:-1]).sum()), rel=1e-6
     )  # fp32 at least
     assert count_targets(labels, torch.ones(T)) == count_targets(labels) == keep.sum()
+
+
+# --- the source's likeliest tokens
+
+
+def exact(source, k, temperature=1.0):
+    """The k likeliest tokens without rounding to fp16."""
+    log_p = (source / temperature).log_softmax(-1)
+    top, ids = log_p.topk(k)
+    return losses.Likeliest(ids.int(), top, log_p.scatter(-1, ids, float("-inf")).logsumexp(-1).clamp(min=losses.NEVER))
+
+
+def bucketed(logits, labels, source, k, temperature):
+    """τ² KL over k + 1 outcomes, from sums of probabilities."""
+    keep = (labels[:, 1:] != IGNORE)[..., None]
+    p, q = ((x[:, :-1] / temperature).softmax(-1) for x in (source, logits))
+    ids = p.topk(k).indices
+    p, q = (torch.cat([x.gather(-1, ids), 1 - x.gather(-1, ids).sum(-1, keepdim=True)], -1) for x in (p, q))
+    return temperature**2 * (keep * p * (p.log() - q.log())).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 2**22])
+@pytest.mark.parametrize(("lm", "kl", "temperature"), [(0.0, 1.0, 1.0), (0.3, 2.0, 2.5)])
+def test_the_likeliest_tokens_and_any_other_are_one_distribution(monkeypatch, chunk, lm, kl, temperature):
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    logits, labels, source = example()
+    expected = bucketed(logits, labels, source, 4, temperature)
+    cross_entropy = reference(logits, labels, source, 1, 0, 1)[0]
+    (expected_gradient,) = torch.autograd.grad(lm * cross_entropy + kl * expected, logits)
+    found = token_losses(logits, labels, exact(source, 4, temperature), lm=lm, kl=kl, temperature=temperature)
+    (gradient,) = torch.autograd.grad(found.total, logits)
+    # fp64: 1 − Σ cancels some digits in the reference, not here.
+    torch.testing.assert_close(found.kl, expected.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_all_tokens_as_the_likeliest_are_the_dense_loss():
+    logits, labels, source = example()
+    dense = token_losses(logits, labels, source.clone(), lm=0.5, kl=2, temperature=1.5)
+    found = token_losses(logits, labels, exact(source, V, 1.5), lm=0.5, kl=2, temperature=1.5)
+    gradients = [torch.autograd.grad(each.total, logits)[0] for each in (dense, found)]
+    # fp64: only the order of operations differs.
+    for a, b in zip((*found, gradients[1]), (*dense, gradients[0]), strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1, 30])
+def test_rounded_probabilities_still_give_a_divergence(scale):
+    """Sharp and flat sources, as they are kept: near the dense loss, never negative, 0 for the student itself."""
+    logits, source = scale * torch.randn(2, 64, 500), scale * torch.randn(2, 64, 500)
+    labels = torch.randint(0, 500, (2, 64))
+    ks = (1, 8, 100, 500)
+    found = [float(token_losses(logits, labels, losses.likeliest(source, k), kl=1).kl) for k in ks]
+    dense = float(token_losses(logits, labels, source.clone(), kl=1).kl)
+    # fp16 has 11 bits: probabilities, and what they weigh, are off by that in either direction.
+    assert found[0] >= 0 and all(a < b * (1 + 2**-11) for a, b in zip(found, found[1:], strict=False))
+    assert found[-1] == pytest.approx(dense, rel=2**-11)
+    for k in ks:
+        own = token_losses(source, labels, losses.likeliest(source, k), kl=1).kl / count_targets(labels)
+        assert -1e-7 < own < 1e-4  # fp32 sums; squares of the rounding
+
+
+def test_the_rest_keeps_a_mass_too_small_for_a_difference():
+    """A token of probability 1 − 1e-12: in fp32 1 − p is 0, its logarithm is not."""
+    source = torch.zeros(1, 2, 8)
+    source[..., 3] = 30.0
+    known = losses.likeliest(source, 1)
+    assert known.ids.flatten().tolist() == [3, 3] and known.ids.dtype == torch.int32
+    torch.testing.assert_close(known.log_rest, torch.full((1, 2), 7.0).log() - 30.0)
