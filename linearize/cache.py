@@ -1,4 +1,5 @@
-"""The cache of one linearized layer: sinks, a ring of the last W tokens, and the recurrent state. Its size never grows.
+"""The cache of one linearized layer: sinks, a ring of the last W tokens, and the recurrent state. Its size never grows,
+but for heads that stay softmax (mixers/heads.py), where there are some.
 
 Slots lie in one buffer of s + W: slot t holds token t for t < s; token t ≥ s lies in slot s + (t − s) mod W. A token
 that is overwritten is exactly the one that leaves the window, so it is read there, once, to enter the memory. Every row
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
 
+from linearize.ops.rows import Rows
+
 
 class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """A transformers cache layer that `Cache` objects of any kind accept.
@@ -20,6 +23,10 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         window: W ≥ 1 slots of the ring (0 for a mixer without a window).
         sinks: s slots of the first tokens.
         static: whether lengths are reported as tensors, as transformers' static layers do (no recompilation per step).
+
+    Attributes:
+        grown: [B, heads, N, width], all tokens of heads that stay softmax, token t of a row in slot t; None without
+            such heads. The one part that grows.
     """
 
     is_sliding = False
@@ -29,6 +36,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         LinearAttentionCacheLayerMixin.__init__(self, number_of_states=0)
         self.window, self.sinks, self.static = window, sinks, static
         self.tensors: dict[str, Tensor] = {}
+        self.grown: Tensor | None = None
         self.stack: Stack | None = None
         self.is_initialized = False
         self._length: int | Tensor = 0
@@ -71,8 +79,8 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return tuple(self.tensors[n] for n in self.state_names)
 
     def nbytes(self) -> int:
-        """Bytes held now; constant from the first token on."""
-        return sum(x.nbytes for x in self.tensors.values())
+        """Bytes held now; constant from the first token on, but for heads that stay softmax."""
+        return sum(x.nbytes for x in self.tensors.values()) + (0 if self.grown is None else self.grown.nbytes)
 
     # --- reading and writing slots
 
@@ -108,6 +116,26 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         index = source[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
         old.copy_(torch.where(take[:, None, :, None], new.detach().gather(2, index).to(old.dtype), old))
 
+    def grow(self, new: Tensor) -> Tensor:
+        """Append a block of tokens new [B, heads, T, width] for heads that stay softmax; `advance` counts them later.
+
+        Returns:
+            All slots [B, heads, N + T, width]. Those of a row behind its tokens hold anything: the next block's first
+            token takes the place of this one's padding.
+        """
+        x = new
+        if self.grown is not None:
+            x = torch.cat([self.grown, torch.zeros_like(new)], 2)
+            slot = self.tensors["count"][:, None] + torch.arange(new.shape[2], device=new.device)
+            x.scatter_(2, slot[:, None, :, None].expand_as(new), new)
+        self.grown = x.detach()
+        return x
+
+    def check_start(self, rows: Rows | None) -> None:
+        """Refuse packed documents behind other tokens: they become rows of their own."""
+        if rows is not None and rows.packed and self.is_initialized:
+            raise ValueError("packed documents can only start an empty cache")
+
     def advance(self, lengths: Tensor | int, tokens: int) -> None:
         """Count `lengths` real tokens per row, out of `tokens` positions of the batch."""
         self.tensors["count"] += lengths
@@ -134,6 +162,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def reset(self) -> None:
         for x in self.tensors.values():
             x.zero_()
+        self.grown = None
         self._length = self._length * 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -148,6 +177,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def _map(self, f) -> None:
         self.tensors = {n: f(x) for n, x in self.tensors.items()}
+        self.grown = None if self.grown is None else f(self.grown)
         self.stack = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -204,8 +234,14 @@ class Stack:
             layer._length += 1
 
 
-def cache_layer(cache: Cache, layer_idx: int, window: int, sinks: int) -> LinearizedCacheLayer:
-    """The linearized layer at `layer_idx` of any Cache, put there on first use."""
+def cache_layer(
+    cache: Cache, layer_idx: int, window: int, sinks: int, grows: bool = False
+) -> LinearizedCacheLayer:  # fmt: skip
+    """The linearized layer at `layer_idx` of any Cache, put there on first use; `grows` with heads that stay softmax.
+
+    Raises:
+        RuntimeError: the layer there holds tokens already, or has a fixed size and must grow.
+    """
     while len(cache.layers) <= layer_idx:
         cache.layers.append(cast(Any, cache.layer_class_to_replicate)())
     layer: Any = cache.layers[layer_idx]
@@ -215,4 +251,9 @@ def cache_layer(cache: Cache, layer_idx: int, window: int, sinks: int) -> Linear
                 f"layer {layer_idx} of this cache was filled by softmax attention; start with an empty cache"
             )
         layer = cache.layers[layer_idx] = LinearizedCacheLayer(window, sinks, isinstance(layer, StaticLayer))
+    if grows and layer.static:
+        raise RuntimeError(
+            f"layer {layer_idx} has heads that stay softmax, whose cache grows with the text, so a static cache cannot "
+            "hold it; use a dynamic cache"
+        )
     return layer

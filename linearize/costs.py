@@ -112,7 +112,7 @@ def costs(recipe: Recipe) -> dict[str, Any]:
     return {
         "source": located.id,
         "layers": layers,
-        "geometry": vars(geometry),
+        "geometry": {key: value for key, value in vars(geometry).items() if key != "missing"},
         "context": CONTEXT,
         "softmax": {"state_bytes": layers * kept, "flops": layers * attention_flops(geometry, CONTEXT)},
         "mixers": rows,
@@ -138,8 +138,10 @@ def table(found: dict[str, Any]) -> str:
 
 
 def make(name: str, settings: dict[str, Any], geometry: Geometry) -> Mixer:
-    """A mixer of these settings as far as they are its own: all of the one they name, else what every mixer has."""
+    """A mixer of these settings as far as they are its own: all of the one they name, else what every mixer has.
+    It gets all heads."""
     cls = MIXERS[name]
+    settings = {key: value for key, value in settings.items() if key != "softmax_heads"}
     if settings.get("name") != name:
         settings = {key: settings[key] for key in ("combine", "window", "sinks") if key in settings}
     if settings.get("combine") not in cls.combines:

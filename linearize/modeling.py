@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from linearize import archs
 from linearize.cache import cache_layer
 from linearize.errors import InputError
-from linearize.mixers import MIXERS, Context, MixerConfig, build_config
+from linearize.mixers import MIXERS, Context, MixerConfig, build_config, heads
 from linearize.mixers.step import steps
 from linearize.ops.rows import Rows
 
@@ -130,7 +130,8 @@ def attention(
     device = query.device.type
     # Autocast would take the products of fp32 states through bf16.
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        return module.mixer(query, key, value, context).transpose(1, 2).contiguous(), None
+        y = heads.run(module.mixer, module.softmax_heads, query, key, value, context)
+        return y.transpose(1, 2).contiguous(), None
 
 
 def _source_attention(module: Any):
@@ -162,8 +163,9 @@ def _swap(model: nn.Module, path: str, config: PreTrainedConfig, mixer: MixerCon
         module.config._attn_implementation_internal = IMPLEMENTATION
         module.__class__ = _attention_class(type(module))
     reference = next(module.parameters())
-    cls = MIXERS[mixer.name]
-    module.mixer = cls(mixer, archs.geometry(config, module)).to(reference.device)
+    whole = archs.reach(config, module.layer_idx) is None
+    geometry = heads.others(archs.geometry(config, module), mixer.softmax_heads, whole)
+    module.mixer, module.softmax_heads = MIXERS[mixer.name](mixer, geometry).to(reference.device), mixer.softmax_heads
 
 
 def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
@@ -297,7 +299,8 @@ class LinearizedForCausalLM(_Source):
         if past is not None and not self.training:
             for module in linearized_modules(self):
                 if module.mixer.name != "softmax" and module.branch != "source":
-                    cache_layer(past, module.layer_idx, module.mixer.window, module.mixer.sinks)
+                    grows = bool(module.softmax_heads)
+                    cache_layer(past, module.layer_idx, module.mixer.window, module.mixer.sinks, grows)
 
 
 def _inherit_conversions(cls: type) -> None:
@@ -429,19 +432,15 @@ def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_by
     g = archs.geometry(config)
     for index in range(config.get_text_config().num_hidden_layers):
         reach = archs.reach(config, index)
-        grown = (
-            batch
-            * (context if reach is None else min(context, reach))
-            * g.kv_heads
-            * (g.key_width + g.value_width)
-            * dtype_bytes
-        )
+        kept = context if reach is None else min(context, reach)
+        grown = batch * kept * g.kv_heads * (g.key_width + g.value_width) * dtype_bytes
         total += grown
         values = config.linearize["layers"].get(str(index))
         if values is None or values["name"] == "softmax":
             per_layer.append(grown)
         else:
+            mixer = build_config(values)
             with torch.device("meta"):
-                mixer = MIXERS[values["name"]](build_config(values), g)
-            per_layer.append(mixer.state_bytes(batch, dtype_bytes))
+                own = MIXERS[mixer.name](mixer, heads.others(g, mixer.softmax_heads)).state_bytes(batch, dtype_bytes)
+            per_layer.append(own + grown * len(mixer.softmax_heads) // g.kv_heads)
     return {"source_kv": total, "linearized": sum(per_layer), "per_layer": per_layer}

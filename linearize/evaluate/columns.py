@@ -205,6 +205,7 @@ class Models:
         grouped: dict[str, list[int]] = {}
         for index, values in self.config.linearize["layers"].items():
             if control and values["name"] != "softmax":
-                values = {"name": "window", "window": values["window"], "sinks": values["sinks"]}
+                same = ("window", "sinks", "softmax_heads")
+                values = {"name": "window", **{key: values[key] for key in same if key in values}}
             grouped.setdefault(json.dumps(values, sort_keys=True), []).append(int(index))
         return [(json.loads(mixer), layers) for mixer, layers in grouped.items()]

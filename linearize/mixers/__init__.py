@@ -79,8 +79,11 @@ def build_config(values: dict[str, Any]) -> MixerConfig:
         expected = type(known[key].default) if known[key].default is not MISSING else str
         if expected is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if expected is tuple and isinstance(value, list) and all(type(x) is int for x in value):
+            value = tuple(value)  # JSON has lists only
+        what = "a list of whole numbers" if expected is tuple else expected.__name__
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-            problems.append(f"mixer.{key}: found {value!r}; expected {expected.__name__}")
+            problems.append(f"mixer.{key}: found {value!r}; expected {what}")
         else:
             good[key] = value
     config = cls(**cls.preset(good.get("combine", cls.combine)) | good)

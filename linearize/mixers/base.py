@@ -11,7 +11,7 @@ closed. liger: 0.5·window + 0.5·recurrence over all tokens (arXiv 2503.01496).
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ class MixerConfig:
         combine: memory | liger | none.
         window: W ≥ 1 tokens of exact attention, the query's own included.
         sinks: s ≥ 0 first tokens that stay exact.
+        softmax_heads: key/value heads that stay softmax, with their query heads, ascending; see mixers/heads.py.
         calibrated: whether a memory that has a log weight also has a weight `gate` [H] that is added to it, one number
             per head, as `linearize calibrate` fits it. A memory without a log weight always has its gate.
     """
@@ -44,6 +45,7 @@ class MixerConfig:
     combine: str = "memory"
     window: int = 64
     sinks: int = 4
+    softmax_heads: tuple[int, ...] = ()
     calibrated: bool = False
 
     @classmethod
@@ -58,6 +60,8 @@ class MixerConfig:
             found.append(f"window: found {self.window}; expected at least 1")
         if self.sinks < 0:
             found.append(f"sinks: found {self.sinks}; expected at least 0")
+        if list(self.softmax_heads) != sorted({g for g in self.softmax_heads if g >= 0}):
+            found.append(f"softmax_heads: found {list(self.softmax_heads)}; expected different indices, ascending")
         return found
 
     def _above_zero(self, *keys: str) -> list[str]:
@@ -66,7 +70,10 @@ class MixerConfig:
         return [f"{key}: found {x}; expected above 0" for key, x in values.items() if not x > 0]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the heads that stay softmax where there are none, as folders were before they were possible."""
+        values = asdict(self)
+        heads = list(values.pop("softmax_heads"))
+        return {**values, "softmax_heads": heads} if heads else values
 
 
 @dataclass
@@ -118,6 +125,8 @@ class Mixer(nn.Module):
     Config: ClassVar[type[MixerConfig]] = MixerConfig
     combines: ClassVar[tuple[str, ...]] = ("memory", "liger", "none")
     recurrent: ClassVar[bool] = True
+    scheduled: ClassVar[bool] = False
+    """Whether what a head writes depends on its number in the layer; then see `Geometry.schedule`."""
 
     config: Any
 
@@ -195,10 +204,11 @@ class Mixer(nn.Module):
     def alike(self) -> tuple | None:
         """Equal for mixers that write the same way; None for one that writes with weights of its own."""
         own = any(name != "gate" for name, _ in self.named_parameters())
-        return None if own else (type(self), self.config, self.geometry)
+        g = self.geometry if self.scheduled else replace(self.geometry, missing=())
+        return None if own else (type(self), replace(self.config, softmax_heads=()), g)
 
     def state_bytes(self, batch: int, dtype_bytes: int) -> int:
-        """Bytes of cache of one layer, whatever the context length."""
+        """Bytes of cache of one layer, whatever the context length; heads that stay softmax are not its own."""
         heads, width = self.token_shape
         kept = heads * width * (self.config.window + self.config.sinks) * dtype_bytes
         state = sum(x.nbytes for x in self.empty_state(1, torch.device("meta")))
@@ -209,6 +219,7 @@ class Mixer(nn.Module):
         rows, layer = context.rows, None
         if context.cache is not None:
             layer = cache_layer(context.cache, context.layer_idx, self.window, self.sinks)
+            layer.check_start(rows)
         past = layer if layer is not None and layer.is_initialized else None
         T = q.shape[2]
         if past is not None and T == 1 and rows is None:
@@ -217,8 +228,6 @@ class Mixer(nn.Module):
         lengths = torch.full((q.shape[0],), T, device=q.device)
         real = None
         if rows is not None:
-            if rows.packed and past is not None:
-                raise ValueError("packed documents can only start an empty cache")
             q, read, tokens.x = (rows.gather(x) for x in (q, read, tokens.x))
             real, lengths = rows.valid, rows.valid.sum(1)
         near, far, state = self._block(q, read, tokens, context, past, real)

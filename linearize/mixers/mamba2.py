@@ -43,6 +43,7 @@ class Mixer(additive.Mixer):
     name = "mamba2"
     Config = Config
     keyed = True
+    scheduled = True
 
     @staticmethod
     def _delta(raw_k: Tensor) -> Tensor:
@@ -50,7 +51,9 @@ class Mixer(additive.Mixer):
 
     def log_decay(self, raw_k):
         c = self.config
-        lives = gates.half_lives(c.half_life_min, c.half_life_max, self.geometry.kv_heads, raw_k.device)
+        lives = self.geometry.schedule(
+            lambda heads: gates.half_lives(c.half_life_min, c.half_life_max, heads, raw_k.device)
+        )
         return -self._delta(raw_k) / lives
 
     def write(self, tokens):

@@ -47,8 +47,11 @@ class Mixer(additive.Mixer):
     name = "retnet"
     Config = Config
 
+    scheduled = True
+
     def log_decay(self, raw_k):
-        c, heads = self.config, self.geometry.kv_heads
+        c, device = self.config, raw_k.device
         if c.schedule == "published":
-            return gates.retention(heads, raw_k.device)
-        return -math.log(2) / gates.half_lives(c.half_life_min, c.half_life_max, heads, raw_k.device)
+            return self.geometry.schedule(lambda heads: gates.retention(heads, device))
+        lives = self.geometry.schedule(lambda heads: gates.half_lives(c.half_life_min, c.half_life_max, heads, device))
+        return -math.log(2) / lives

@@ -3,14 +3,23 @@
 y_t = Σ_{j ≤ t} softmax(a_t)_j v_j. Cache: the source's growing one. No new weights.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from linearize.mixers import base, window
 
 
+@dataclass(frozen=True)
+class Config(window.Config):
+    def problems(self):
+        found = ["softmax_heads: all heads stay softmax here; leave it out"] if self.softmax_heads else []
+        return super().problems() + found
+
+
 class Mixer(base.Mixer):
     name = "softmax"
-    Config = window.Config
+    Config = Config
     combines = ("none",)
     recurrent = False
 

@@ -1,5 +1,6 @@
 """What is kept of each token until it leaves the window."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,12 +9,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shapes of one attention layer: query heads H, key/value heads G, key width K, value width V."""
+    """Shapes of one attention layer: query heads H, key/value heads G, key width K, value width V.
+
+    Attributes:
+        missing: key/value heads of the layer that are not among these, because they stay softmax.
+    """
 
     heads: int
     kv_heads: int
     key_width: int
     value_width: int
+    missing: tuple[int, ...] = ()
+
+    def schedule(self, make: Callable[[int], Tensor]) -> Tensor:
+        """Constants that differ from head to head, of the heads that are here: `make` gives them [G, ...] for all key/
+        value heads of the layer, by their number."""
+        whole = self.kv_heads + len(self.missing)
+        return make(whole)[[g for g in range(whole) if g not in self.missing]]
 
 
 class Tokens:
