@@ -89,7 +89,7 @@ def draw_speed(panels: dict[str, dict[str, Points]], target: Path) -> Path:
 
 
 def draw_selection(found: dict[str, Any], target: Path) -> Path:
-    """Write a picture of what each budget of softmax layers costs: KL to the source against cache at 32K.
+    """Write a picture of what each budget of softmax layers or heads costs: KL to the source against cache at 32K.
 
     Args:
         found: what `linearize.select.select` returned.
@@ -108,9 +108,9 @@ def draw_selection(found: dict[str, Any], target: Path) -> Path:
     axes.plot(sizes, [row["predicted_kl"] for row in rows], ".-", color=COLOURS["student"], label="predicted (a sum)")
     measured = [(size, row["kl"]) for size, row in zip(sizes, rows, strict=True) if row["kl"] is not None]
     axes.plot(*zip(*measured, strict=True), "o", color=COLOURS["source"], label="measured")
-    axes.axvline(sizes[found["keep"]], color=COLOURS["window"], label=f"{found['keep']} layers stay softmax")
+    axes.axvline(sizes[found["keep"]], color=COLOURS["window"], label=f"{found['keep']} {found['per']} stay softmax")
     axes.set(xlabel="cache of one row at 32K tokens (MiB)", ylabel="KL to the source, nats per token")
-    axes.set_title(f"softmax layers by {found['by']}")
+    axes.set_title(f"softmax {found['per']} by {found['by']}")
     axes.legend()
     return _save(figure, target)
 

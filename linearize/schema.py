@@ -11,6 +11,7 @@ from linearize.errors import InputError, suggest
 STRICT = ConfigDict(extra="forbid")
 DEFAULT_MIXER = {"name": "gla", "combine": "memory", "window": 64, "sinks": 4}
 CRITERIA = ("uniform", "sensitivity", "greedy", "recall")
+PER = ("layers", "heads")
 METHODS = ("lora", "rslora", "dora", "miss", "full")
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = (
@@ -118,11 +119,13 @@ class Calibrate(Reading):
 
 @dataclass(frozen=True, config=STRICT)
 class Select(Reading):
-    """How many replaced layers become softmax again, by which criterion of `linearize.select`, on how much text."""
+    """How many replaced layers, or key/value heads of them, become softmax again, by which criterion of
+    `linearize.select`, on how much text."""
 
     tokens: Positive = 8192
     keep: Annotated[int, Field(ge=0)] = 4
     by: Annotated[str, AfterValidator(_one_of(CRITERIA))] = "sensitivity"
+    per: Annotated[str, AfterValidator(_one_of(PER))] = "layers"
 
 
 @dataclass(frozen=True, config=STRICT)

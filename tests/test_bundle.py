@@ -63,10 +63,11 @@ def test_convert_writes_it(llama_folder: Path, tmp_path: Path) -> None:
 
 
 def test_opens_without_the_package_with_the_same_logits(stranger: Path, tmp_path: Path) -> None:
-    """One layer of each mixer, and some more of the source's."""
+    """One layer of each mixer, one in which heads stay softmax, and one of the source's."""
     model: Any = tiny_model("llama", layers=len(MIXERS) + 2)
     for index, name in enumerate(MIXERS):
         linearize_(model, {"name": name, "window": 8, "sinks": 2}, [index])
+    linearize_(model, {"name": "gla", "window": 8, "sinks": 2, "softmax_heads": [1]}, [len(MIXERS)])
     folder = tmp_path / "out"
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())

@@ -182,7 +182,7 @@ def test_what_cannot_be_selected_says_so(work, wanted, model, ids):
 
 
 def test_what_is_shown(model, ids, tmp_path):
-    found = {"keep": 1, "by": "recall", "tokens": 96, "seq_len": 48, **choose(model, ids, 1, "recall")}
+    found = {"keep": 1, "by": "recall", "per": "layers", "tokens": 96, "seq_len": 48, **choose(model, ids, 1, "recall")}
     lines = text(found).splitlines()
     best = found["layers"][0]
     assert lines[0] == f"1 of {LAYERS} replaced layers by recall: softmax in {best}"

@@ -95,7 +95,10 @@ def calibrate(
 @app.command()
 def select(
     folder: Folder,
-    keep: Annotated[int | None, typer.Option(help="Layers that stay softmax.  [default: the recipe's, else 4]")] = None,
+    keep: Annotated[int | None, typer.Option(help="How many stay softmax.  [default: the recipe's, else 4]")] = None,
+    per: Annotated[
+        str | None, typer.Option(help="Of layers, or of key/value heads.  [default: the recipe's, else layers]")
+    ] = None,
     by: Annotated[
         str | None,
         typer.Option(help="uniform, sensitivity, greedy or recall.  [default: the recipe's, else sensitivity]"),
@@ -109,11 +112,12 @@ def select(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Choose which replaced layers become softmax again, and show what every budget costs in loss and cache.
+    """Choose which replaced layers, or heads, become softmax again, and show what every budget costs in loss and cache.
 
     \b
     Example:
       linearize select runs/demo/0-converted --keep 4 --by recall --out runs/demo/selected
+      linearize select runs/demo/0-converted --keep 12 --per heads --out runs/demo/selected
     """
     from linearize import run as runs
     from linearize import select as stage
@@ -122,7 +126,7 @@ def select(
     if plot is not None:
         check_target(plot)  # before the measurement, which takes minutes
     wanted = runs.recipe_of(folder, recipe, set_ or ())
-    given: dict[str, Any] = {"keep": keep, "by": by, "tokens": tokens, "seq_len": seq_len}
+    given: dict[str, Any] = {"keep": keep, "by": by, "per": per, "tokens": tokens, "seq_len": seq_len}
     found = stage.select(folder, wanted, out, **given, overwrite=overwrite)
     if plot is not None:
         note(f"picture: {draw_selection(found, plot)}")
