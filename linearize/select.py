@@ -306,7 +306,11 @@ def _without(
     """A mixer's weight x without the rows of some key/value heads, and what writes it."""
     rows = x.unflatten(0, (g.kv_heads, -1))[[i for i in range(g.kv_heads) if i not in heads]].flatten(0, 1)
     content = rows.contiguous().view(torch.uint8).numpy().tobytes()
-    return replace(tensor, shape=tuple(rows.shape), size=len(content)), lambda file: file.write(content) and None
+
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    return replace(tensor, shape=tuple(rows.shape), size=len(content)), write
 
 
 def select(
@@ -371,7 +375,9 @@ def text(found: dict[str, Any]) -> str:
     ranked = any(row["score"] not in (None, row["kl"]) for row in found["alone"])
     per = found.get("per", "layers")
     headed, chosen_parts = per == "heads", _parts(found)
-    layers = [("layer", *(["head"] if headed else []), "KL alone", *(["score"] if ranked else []), "stays")]
+    layers: list[tuple[str, ...]] = [
+        ("layer", *(["head"] if headed else []), "KL alone", *(["score"] if ranked else []), "stays")
+    ]
     for row in sorted(found["alone"], key=lambda row: -(row["score"] if ranked else row["kl"])):
         score = [f"{row['score']:.4g}"] if ranked else []
         part = (row["layer"], row["head"]) if headed else row["layer"]
