@@ -54,8 +54,8 @@ class Processes:
             return
         if any(os.environ.get(f"ACCELERATE_USE_{way}", "").lower() == "true" for way in ("FSDP", "DEEPSPEED")):
             raise InputError(
-                "eval: every process measures columns of its own with all weights, so they cannot be divided by FSDP or "
-                "DeepSpeed; launch it with `--multi_gpu --num_processes N` instead of that configuration"
+                "eval: every process measures columns of its own with all weights, so they cannot be divided by FSDP "
+                "or DeepSpeed; launch it with `--multi_gpu --num_processes N` instead of that configuration"
             )
         if self.device is not None:
             torch.cuda.set_device(self.device)
