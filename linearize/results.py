@@ -23,6 +23,12 @@ columns      name -> column, in the order of COLUMNS
     choices            {chosen, gold}: of a multiple-choice task, how often each position was chosen, and how often it
                        was right, as counts; null elsewhere
     items              score of each item, in order; null for metrics that are no mean over items
+    rotation           of a task whose suite entry says `rotate`: every item with k options asked in all k rotations
+      n                  items that could be rotated
+      accuracy, stderr   mean over items of the share of rotations answered right, and its standard error over items
+      consistent         share of items answered right in every rotation
+      letters, most      letter -> share of the answers over all items and rotations that it was; the largest share
+      items              share of rotations answered right of each item
   perplexity   absent when the suite has no texts
     value, tokens      perplexity of the suite's first text, and how many tokens were predicted
     by_position        [{start, end, ppl, tokens}] of the text with the longest blocks; a token's position is the
@@ -49,7 +55,8 @@ columns      name -> column, in the order of COLUMNS
   seconds      wall time, without loading and speed
   model, weights  of the column other: folder or Hub id, and as in settings
 summary      what follows from the columns alone (see linearize/evaluate/statistics.py)
-  average      column -> {value, stderr, tasks}: plain mean of the tasks that have a chance level, without MMLU
+  average      column -> {value, stderr, tasks}: plain mean of the tasks that have a chance level, without MMLU and
+               other answers by letter
   recovery     column -> {raw, chance_corrected}: share of the source's average kept, s / t and (s - r) / (t - r) with
                chance r; null where the source itself is within two standard errors of chance
   memory       perplexity at positions from `start` (the window) on, {with, without} the memory, and the difference of
@@ -167,6 +174,13 @@ def validate(results: Any, where: str = "results") -> None:
                 n=(int,),
                 higher_is_better=(bool,),
             )
+            if isinstance(score, dict) and "rotation" in score:
+                shares = dict.fromkeys(("accuracy", "consistent", "most"), number)
+                where_ = f"{at}.tasks.{task}.rotation"
+                if need(score["rotation"], where_, n=(int,), **shares, stderr=maybe, letters=mapping, items=array):
+                    letters = score["rotation"].get("letters")
+                    for letter in letters if isinstance(letters, dict) else ():
+                        need(letters, f"{where_}.letters", **{letter: number})
         for i, cell in enumerate(column.get("recall", ())):
             need(
                 cell,

@@ -7,6 +7,7 @@ A folder appears by one rename when it is complete and holds the recipe that mad
 folder is there and the parts of the recipe it depends on are unchanged.
 """
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,9 @@ from linearize.schema import Recipe
 
 BEFORE = {"calibrate": "0-calibrated", "select": "0-selected"}
 """Blocks of a recipe that are a stage before training where they are there, in this order, and the stage's folder."""
+TOLD = 3.0
+"""Seconds in which a launcher ends after Ctrl-C on a terminal, which reaches it too; a signal to this process alone has
+to be passed on, since the processes that a launcher starts would otherwise go on without it."""
 
 
 def run(
@@ -113,23 +117,47 @@ def train_stage(
         from linearize.train import train
 
         return train(folder, wanted, name, out, resume=resume, overwrite=overwrite)
-    if not flags[0].startswith("-"):
-        raise InputError(
-            f"train: found {flags[0]!r} after the folder; flags of `accelerate launch` start with -, after --"
-        )
     files.check_output(out, overwrite)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "recipe.yaml"
         file.write_text(recipe.to_yaml(wanted), encoding="utf-8")
-        command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "linearize.train"]
-        command += ["--model", str(folder), "--recipe", str(file), "--stage", name, "--out", str(out)]
-        command += ["--resume"] * resume + ["--overwrite"] * overwrite
-        code = subprocess.run(command, stdout=2).returncode  # into stderr: stdout is kept for the result
+        arguments = ["--model", str(folder), "--recipe", str(file), "--stage", name, "--out", str(out)]
+        arguments += ["--resume"] * resume + ["--overwrite"] * overwrite
+        launch("train", flags, "linearize.train", arguments, stdout=2)  # into stderr: stdout is kept for the result
+    return out
+
+
+def launch(verb: str, flags: Sequence[str], module: str, arguments: Sequence[str], stdout: int | None = None) -> None:
+    """Run a module of this package under ``accelerate launch``, and wait for it.
+
+    Args:
+        verb: of the command line, for errors.
+        flags: of ``accelerate launch``.
+        module, arguments: what the processes run.
+        stdout: where their stdout goes; None leaves it where ours goes.
+
+    Raises:
+        InputError: the flags are none, or the launched processes failed (they have said why).
+    """
+    if not flags[0].startswith("-"):
+        raise InputError(
+            f"{verb}: found {flags[0]!r} after the folder; flags of `accelerate launch` start with -, after --"
+        )
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", module, *arguments]
+    process = subprocess.Popen(command, stdout=stdout)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(TOLD)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+        raise
     if code:
         raise InputError(
-            f"train: `accelerate launch {' '.join(flags)}` ended with code {code}; the reason is printed above"
+            f"{verb}: `accelerate launch {' '.join(flags)}` ended with code {code}; the reason is printed above"
         )
-    return out
 
 
 def recipe_of(folder: Path, name: str | None, overrides: Iterable[str] = ()) -> Recipe:

@@ -27,10 +27,10 @@ def lay_out(results: dict[str, Any], columns: list[str] | None = None) -> Table:
     """
     shown = {name: results["columns"][name] for name in columns or results["columns"]}
     summary = results.get("summary") or {}
-    rows = [
-        [f"{_label(task, shown)}", *(_score(column["tasks"].get(task)) for column in shown.values())]
-        for task in _ordered(column["tasks"] for column in shown.values())
-    ]
+    rows = []
+    for task in _ordered(column["tasks"] for column in shown.values()):
+        scores = [column["tasks"].get(task) for column in shown.values()]
+        rows += [[_label(task, shown), *map(_score, scores)], *_rotation_rows(scores)]
 
     def add(label: str, cell: Callable[[str], str]) -> None:
         cells = [cell(name) for name in shown]
@@ -75,6 +75,21 @@ def _score(score: dict[str, Any] | None) -> str:
     scale, digits = (100, 1) if score.get("higher_is_better", True) and abs(score["value"]) <= 1 else (1, 2)
     error = "" if score["stderr"] is None else f" ± {scale * score['stderr']:.{digits}f}"
     return f"{scale * score['value']:.{digits}f}{error}"
+
+
+def _rotation_rows(scores: list[dict[str, Any] | None]) -> list[list[str]]:
+    found = [(score or {}).get("rotation") for score in scores]
+    if not any(found):
+        return []
+    return [
+        ["… mean of all rotations", *(_score(entry and {**entry, "value": entry["accuracy"]}) for entry in found)],
+        ["… right in every rotation", *(f"{100 * entry['consistent']:.1f}" if entry else "" for entry in found)],
+        ["… letter taken most often", *(_most(entry) if entry else "" for entry in found)],
+    ]
+
+
+def _most(entry: dict[str, Any]) -> str:
+    return f"{max(entry['letters'], key=entry['letters'].__getitem__)}, {_percent(entry['most'])}"
 
 
 def _percent(value: float | None) -> str:
@@ -187,24 +202,46 @@ def _recall_notes(columns: dict[str, Any]) -> list[str]:
 
 
 def _choice_notes(columns: dict[str, Any]) -> list[str]:
-    """Answers that do not depend on the question, such as always A."""
+    """Answers that do not depend on the question, such as always A; what rotations say replaces what one order says."""
     notes = []
     for task in _ordered(column["tasks"] for column in columns.values()):
+        rotated = {name: entry for name, column in columns.items() if (entry := _rotation_of(column, task))}
+        if rotated:
+            by_letter = {
+                name: entry for name, entry in rotated.items() if entry["most"] > _limit(1 / len(entry["letters"]))
+            }
+            found = "; ".join(f"{name} takes {_most(entry).replace(', ', ' in ')}" for name, entry in by_letter.items())
+            answer = f"depend little on the question: {found} of all rotations" if found else "follow no letter"
+            others = ", ".join(name for name in rotated if name not in by_letter)
+            rest = f"; those of {others} follow no letter" if found and others else ""
+            notes.append(f"{_label(task, columns)}: answers {answer}{rest}")
         for name, column in columns.items():
+            if name in rotated:
+                continue
             choices = column["tasks"].get(task, {}).get("choices")
             if choices is None or sum(choices["gold"]) < 20:  # fewer items may fall on one position by chance
                 continue
             n, positions = sum(choices["gold"]), len(choices["gold"])
             for i, (chosen, gold) in enumerate(zip(choices["chosen"], choices["gold"], strict=True)):
-                share = max(gold / n, 1 / positions)
-                # Of two choices none can take more than twice its share: there, half of the way to always is the limit.
-                if chosen / n > min(2 * share, (1 + share) / 2):
+                if chosen / n > _limit(max(gold / n, 1 / positions)):
                     notes.append(
                         f"{_label(task, columns)}, {name}: choice {i + 1} of {positions} is taken in "
                         f"{_percent(chosen / n)} of the items, and right in {_percent(gold / n)}: its answers depend "
                         "little on the question"
                     )
     return notes
+
+
+def _rotation_of(column: dict[str, Any], task: str) -> dict[str, Any] | None:
+    return column["tasks"].get(task, {}).get("rotation")
+
+
+def _limit(share: float) -> float:
+    """Share of the answers above which a choice, right in `share` of the items, is taken whatever the question is.
+
+    Of two choices none can take more than twice its share: there, half of the way to always is the limit.
+    """
+    return min(2 * share, (1 + share) / 2)
 
 
 def _notes(summary: dict[str, Any], columns: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from linearize.cli import prepare, stages, tables
-from linearize.cli.app import app
+from linearize.cli.app import app, is_main
 from linearize.errors import InputError
 
 __all__ = ["app", "main", "prepare", "stages", "tables"]
@@ -25,5 +25,6 @@ def main() -> None:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+        if is_main():
+            print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None

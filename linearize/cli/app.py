@@ -1,6 +1,7 @@
 """The application that all verbs belong to, the options that several of them take, and how they print."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +38,11 @@ Flags = Annotated[
 def show(value: Any, as_json: bool, text: str = "") -> None:
     """Print a result to stdout, as JSON or as its text."""
     print(json.dumps(value, indent=2, default=str) if as_json else text)
+
+
+def is_main() -> bool:
+    """Whether this process talks to the user: one of those that a launcher starts does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:

@@ -6,7 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.app import Flags, Folder, Json, Out, Overwrite, Recipe, Resume, Set, WithCode, app, note, show
+from linearize.cli.app import (
+    Flags,
+    Folder,
+    Json,
+    Out,
+    Overwrite,
+    Recipe,
+    Resume,
+    Set,
+    WithCode,
+    app,
+    is_main,
+    note,
+    show,
+)
 from linearize.errors import InputError
 
 
@@ -144,32 +158,49 @@ def evaluate(
         ),
     ] = None,
     as_json: Json = False,
+    flags: Flags = None,
 ) -> None:
     """Compare a model with its source and with untrained controls: results.json, and beside it report.html.
+
+    With flags after -- it runs under `accelerate launch`: each process measures some of the columns on its own GPU.
 
     \b
     Example:
       linearize eval runs/demo/merged --suite smoke
     """
+    from linearize import results as results_file
+    from linearize import run as runs
     from linearize.evaluate import evaluate as stage
+    from linearize.evaluate import suite as suites
     from linearize.evaluate import verdict
 
     limits = verdict.parse_limits(fail_under or [])  # before the work
-    results = stage(
-        folder,
-        suite=suite,
-        source=source,
-        against=against,
-        out=out,
-        limit=limit,
-        columns=columns.split(",") if columns else None,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=dtype,
-        include_path=include_path,
-        resume=resume,
-    )
-    _show_results(results, as_json, out or (folder / "results.json" if folder.is_dir() else None))
+    target = out or (folder / "results.json" if folder.is_dir() else None)
+    options: dict[str, Any] = {
+        "suite": suite,
+        "source": source,
+        "against": against,
+        "out": out,
+        "limit": limit,
+        "columns": columns,
+        "batch_size": batch_size,
+        "seed": seed,
+        "dtype": dtype,
+        "include_path": include_path,
+    }
+    if flags:
+        if limits and target is None:
+            raise InputError("--fail-under: with several processes it reads the results file; name one by --out")
+        suites.check_columns(columns.split(",") if columns else suites.load(suite).columns, "columns")
+        given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+        arguments = ["eval", str(folder), *given, *["--resume"] * resume, *["--json"] * as_json]
+        runs.launch("eval", flags, "linearize.cli", arguments)
+        results = results_file.read(target) if target is not None and limits else {}
+    else:
+        results = stage(folder, **{**options, "columns": columns.split(",") if columns else None}, resume=resume)
+        if not is_main():
+            return
+        _show_results(results, as_json, target)
     short = verdict.shortfalls(results, limits)
     for line in short:
         note(line)

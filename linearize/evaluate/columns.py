@@ -148,6 +148,11 @@ class Models:
         else:
             yield model
 
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._model = self._family = None
+        gc.collect()
+
     @contextlib.contextmanager
     def together(self, names: list[str]) -> Iterator[dict[str, PreTrainedModel]]:
         """Source, window control and student, as far as named, at once: for what is measured in turns.
@@ -155,8 +160,7 @@ class Models:
         Two sets of weights are held for the three; what `column` had opened is not kept beside them.
         """
         student = self._model if self._family == "student" else None
-        self._model = self._family = None
-        gc.collect()
+        self.close()
         found: dict[str, PreTrainedModel] = {}
         if {"source", "window"} & set(names):
             found["source"] = self._load("source")

@@ -20,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from linearize.errors import InputError, suggest
+from linearize.evaluate import rotation
 from linearize.evaluate.progress import Bar
 from linearize.evaluate.suite import TaskSpec
 from linearize.recipe import package_folder
@@ -30,12 +31,13 @@ BOOTSTRAP = 200
 
 @dataclass(frozen=True)
 class Loaded:
-    """A task or group that lm-eval can run, and how it is shown."""
+    """A task or group that lm-eval can run, how it is shown, and whether it is asked in all rotations too."""
 
     name: str
     label: str
     metric: str | None
     item: Task | Group
+    rotate: bool = False
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -62,7 +64,7 @@ def load(specs: list[TaskSpec], include_path: str | Path | None = None, model: s
         seed: of the choice of few-shot examples, and of tasks that generate their items.
 
     Raises:
-        InputError: an unknown task (with the nearest names) or metric, or items that cannot be loaded.
+        InputError: an unknown task (with the nearest names) or metric, or items that cannot be loaded or rotated.
     """
     if not specs:
         return []
@@ -108,11 +110,13 @@ def _load(manager: TaskManager, spec: TaskSpec, seed: int) -> list[Loaded]:
         metrics: dict[str, Any] = task.aggregation() or {}
         if spec.metric is not None and spec.metric not in metrics:
             raise InputError(f"tasks: {task.task_name} has no metric {spec.metric!r}. {suggest(spec.metric, metrics)}")
+        if spec.rotate:
+            rotation.check(task.task_name, task)
     groups = found.get("groups", {})
     whole = spec.task in groups and groups[spec.task].has_aggregation
     items = {spec.task: groups[spec.task]} if whole else found["tasks"]
     return [
-        Loaded(name, spec.label if spec.label and len(items) == 1 else name, spec.metric, item)
+        Loaded(name, spec.label if spec.label and len(items) == 1 else name, spec.metric, item, spec.rotate)
         for name, item in items.items()
     ]
 
@@ -178,11 +182,37 @@ def run(scorer: Scorer, loaded: Loaded, limit: int | None, seed: int) -> dict[st
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    found = {"tasks": loaded.tasks, "groups": {}}
+    for task in loaded.tasks.values():
+        task.set_fewshot_seed(seed)  # an earlier column has drawn examples from the same generator
+    groups = {}
     if isinstance(loaded.item, Group):
-        found["groups"] = {group.name: group for group in [loaded.item, *loaded.item.get_all_groups()]}
-    output: Any = evaluator.evaluate(lm=scorer, task_dict=cast(Any, found), limit=limit, bootstrap_iters=BOOTSTRAP)
-    return _score(output, loaded)
+        groups = {group.name: group for group in [loaded.item, *loaded.item.get_all_groups()]}
+    output = _evaluate(scorer, loaded.tasks, groups, limit)
+    score = _score(output, loaded)
+    if loaded.rotate:
+        scorer.bar.start(f"{loaded.label}: rotations")
+        score["rotation"] = _rotation(scorer, loaded, output["samples"], score["metric"], seed)
+    return score
+
+
+def _evaluate(scorer: Scorer, tasks: dict[str, Task], groups: dict[str, Group], limit: int | None) -> dict[str, Any]:
+    wanted: Any = {"tasks": tasks, "groups": groups}
+    return cast(Any, evaluator.evaluate(lm=scorer, task_dict=wanted, limit=limit, bootstrap_iters=BOOTSTRAP))
+
+
+def _rotation(scorer: Scorer, loaded: Loaded, asked: dict[str, Any], metric: str, seed: int) -> dict[str, Any]:
+    """Score the items that were asked in their other rotations; `asked` are the samples of rotation 0 by task."""
+    right, chosen = [], []
+    for name, task in loaded.tasks.items():
+        first = [(sample, turned) for sample in asked[name] if (turned := rotation.rotations(task, sample["doc"]))]
+        task.set_fewshot_seed(seed)
+        turned_task = rotation.with_items(task, [doc for _, docs in first for doc in docs])
+        others = iter(_evaluate(scorer, {name: turned_task}, {}, None)["samples"][name])
+        for sample, docs in first:
+            samples = [sample, *(next(others) for _ in docs)]
+            right.append([float(each[metric]) for each in samples])
+            chosen += [_chosen(task, metric, each) for each in samples]
+    return rotation.summarize(right, chosen)
 
 
 def _score(output: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
@@ -230,18 +260,22 @@ def _choices(loaded: Loaded, metric: str, samples: list[dict[str, Any]]) -> dict
         return None
     task, chosen, gold = tasks[0], Counter(), Counter()
     for sample in samples:
-        choices = task.doc_to_choice(sample["doc"])
-        # lm-eval divides by the length of a choice without the blank that joins it to the prompt.
-        sizes = [len(choice) if metric == "acc_norm" else 1 for choice in choices]
-        answers = sample["filtered_resps"][: len(choices)]
-        chosen[int(np.argmax([float(answer[0]) / size for answer, size in zip(answers, sizes, strict=True)]))] += 1
-        right = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
-        position = choices.index(right) if right in choices else right
-        if not isinstance(position, int) or not 0 <= position < len(choices):
+        chosen[_chosen(task, metric, sample)] += 1
+        position = rotation.gold(task, sample["doc"], sample["target"])
+        if position is None:
             return None  # lm-eval itself counts such an item as wrong
         gold[position] += 1
     positions = range(max(*chosen, *gold) + 1)
     return {"chosen": [chosen[i] for i in positions], "gold": [gold[i] for i in positions]}
+
+
+def _chosen(task: Any, metric: str, sample: dict[str, Any]) -> int:
+    """Position that `metric`, acc or acc_norm, takes."""
+    choices = task.doc_to_choice(sample["doc"])
+    # lm-eval divides by the length of a choice without the blank that joins it to the prompt.
+    sizes = [len(choice) if metric == "acc_norm" else 1 for choice in choices]
+    answers = sample["filtered_resps"][: len(choices)]
+    return int(np.argmax([float(answer[0]) / size for answer, size in zip(answers, sizes, strict=True)]))
 
 
 def _digest(samples: list[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from linearize.errors import InputError
 from linearize.evaluate import charts, measured, verdict
 from linearize.evaluate.markup import checklist, figure, kind, legend, section, table
+from linearize.evaluate.statistics import APART
 from linearize.evaluate.view import View, view
 from linearize.table import Table, lay_out
 
@@ -172,13 +173,15 @@ def _numbers(shown: View) -> str:
     summary = {**shown.summary, "paired": {}}
     if len(shown.reports) == 1:
         summary["memory"] = shown.reports[0]["summary"]["memory"]
-    content = lay_out(part(lambda task: not task.startswith("mmlu"), summary=summary))
+    content = lay_out(part(lambda task: not task.startswith(APART), summary=summary))
     parts = [_cells(content, shown)]
     parts += [f'<p class="dim">{escape(note)}</p>' for note in content.notes]
-    apart = part(lambda task: task.startswith("mmlu"))
+    apart = part(lambda task: task.startswith(APART))
     apart["columns"] = {name: {"tasks": column["tasks"]} for name, column in apart["columns"].items()}
     if any(column["tasks"] for column in apart["columns"].values()):
-        parts += ["<h3>MMLU, which is no part of the average</h3>", _cells(lay_out(apart), shown)]
+        letters = lay_out(apart)
+        parts += ["<h3>Answers by letter, which are no part of the average</h3>", _cells(letters, shown)]
+        parts += [f'<p class="dim">{escape(note)}</p>' for note in letters.notes]
     meaning = "".join(f"<dt>{escape(name)}</dt><dd>{escape(words)}</dd>" for name, words in shown.meaning.items())
     return section(
         "All numbers",

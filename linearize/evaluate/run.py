@@ -1,6 +1,7 @@
-"""The run behind `evaluate`: columns one after the other, every finished task on disk."""
+"""The run behind `evaluate`: columns one after the other, or shared by processes; every finished task on disk."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from linearize.evaluate import suite as suites
 from linearize.evaluate.behaviour import Behaviour
 from linearize.evaluate.columns import Models, fingerprint, read_config, weight_files, window_of, without_branches
 from linearize.evaluate.environment import embedded_sha256, environment
+from linearize.evaluate.processes import Processes
 from linearize.evaluate.progress import Bar, quiet, stopwatch
 from linearize.evaluate.statistics import summarize
 from linearize.inspection import mixers_of
@@ -41,47 +43,61 @@ def run(
     progress: bool,
 ) -> dict[str, Any]:
     """See `linearize.evaluate.evaluate`."""
-    with quiet(), Bar(progress) as bar:
-        config = read_config(folder)
-        names = _possible(columns or chosen.columns, config, against, explicit=columns is not None, bar=bar)
-        located = sources.locate(source) if source else sources.relocate(config.linearize["source"])
-        models = Models(folder, config, located, dtype, device, seed, against)
-        folders = [folder, against] if against else [folder]
-        size = sum(path.stat().st_size for each in folders for path in weight_files(each))
-        bar.start("reading weights", total=size)
-        window = window_of(config)
-        settings = {
-            "suite": asdict(chosen),
-            "limit": limit,
-            "seed": seed,
-            "batch_size": batch_size,
-            "dtype": str(models.dtype).removeprefix("torch."),
-            "device": models.device.type,
-            "window": window[0] if window else None,
-            "sinks": window[1] if window else None,
-            "weights": fingerprint(folder, bar.advance),
-            # Without its path, which would only say where this machine keeps it.
-            "source": {key: value for key, value in located.to_dict().items() if key != "path"},
-        }
-        other = {"model": against, "weights": fingerprint(against, bar.advance)} if against else {}
-        saved = _Saved(target, settings, other, resume)
-        bar.start("reading tasks")
-        work = _Work(chosen, models, settings, include_path, bar)
-        saved.results |= {
-            "model": folder,
-            "source": located.id,
-            "layers": mixers_of(config),
-            "suite": chosen.name,
-            "environment": environment(models.device, seed, work.data),
-        }
+    processes = Processes()
+    with processes.joined(), quiet(), Bar(progress and processes.is_main) as bar:
+        with processes.agreed():
+            config = read_config(folder)
+            names = _possible(columns or chosen.columns, config, against, explicit=columns is not None, bar=bar)
+            located = sources.locate(source) if source else sources.relocate(config.linearize["source"])
+            models = Models(folder, config, located, dtype, device or processes.device, seed, against)
+            folders = [folder, against] if against else [folder]
+            size = sum(path.stat().st_size for each in folders for path in weight_files(each))
+            bar.start("reading weights", total=size)
+            window = window_of(config)
+            settings = {
+                "suite": asdict(chosen),
+                "limit": limit,
+                "seed": seed,
+                "batch_size": batch_size,
+                "dtype": str(models.dtype).removeprefix("torch."),
+                "device": models.device.type,
+                "window": window[0] if window else None,
+                "sinks": window[1] if window else None,
+                "weights": fingerprint(folder, bar.advance),
+                # Without its path, which would only say where this machine keeps it.
+                "source": {key: value for key, value in located.to_dict().items() if key != "path"},
+            }
+            other = {"model": against, "weights": fingerprint(against, bar.advance)} if against else {}
+            saved = _Saved(target, settings, other, resume, processes)
+            bar.start("reading tasks")
+            work = _Work(chosen, models, settings, include_path, bar)
+            saved.results |= {
+                "model": folder,
+                "source": located.id,
+                "layers": mixers_of(config),
+                "suite": chosen.name,
+                "environment": environment(models.device, seed, work.data),
+            }
+        with processes.agreed():  # nobody writes before all have read what an earlier run left
+            saved.clear(resume)
+        mine = processes.share(names)
         with contextlib.closing(work):
-            work.refer(names, saved)
-            for name in names:
+            work.refer(mine, saved)
+            for name in mine:
                 work.column(name, saved)
+        for theirs in processes.gather({name: saved.column(name) for name in mine}):
+            saved.take(theirs)
+        for name in names:
+            if name not in mine:
+                bar.line(f"{name}: {saved.column(name)['seconds']:.0f} s")
+        if not processes.is_main:
+            models.close()
+            return processes.gather(None)[0]
         if chosen.speed is not None:
             asked = {name: saved.column(name) for name in names}
             speed.section(chosen.speed, models, asked, bar, saved.save)
-        return saved.finish(lambda name, column: work.complete(column) and speed.complete(chosen.speed, name, column))
+        done = saved.finish(lambda name, column: work.complete(column) and speed.complete(chosen.speed, name, column))
+        return processes.gather(done)[0]
 
 
 def _possible(names: list[str], config: Any, against: str | None, explicit: bool, bar: Bar) -> list[str]:
@@ -99,21 +115,32 @@ def _possible(names: list[str], config: Any, against: str | None, explicit: bool
 
 
 class _Saved:
-    """The results so far, in a hidden file beside the target after every finished task.
+    """The results so far, in a hidden file beside the target after every finished task; one file for each process.
 
     Args:
         target: the file to come; None keeps nothing.
         settings: see `linearize.results`.
         other: model and weights of the column `other`; empty without one.
-        resume: take over what an earlier run left.
+        resume: take over what an earlier run left, in however many processes.
+        processes: of this run.
     """
 
-    def __init__(self, target: Path | None, settings: dict[str, Any], other: dict[str, Any], resume: bool):
+    def __init__(
+        self,
+        target: Path | None,
+        settings: dict[str, Any],
+        other: dict[str, Any],
+        resume: bool,
+        processes: Processes,
+    ):
         self.results = {"schema": SCHEMA, "complete": False, "settings": settings, "columns": {}}
-        self.target = target
-        self.partial = None if target is None else target.with_name(f".{target.name}.partial")
-        found = next((path for path in (self.partial, target) if path is not None and path.is_file()), None)
-        if resume and found:
+        self.target, self.other, self.processes = target, other, processes
+        self.partial = None
+        if target is not None:
+            number = "" if processes.is_main else f".{processes.rank}"
+            self.partial = target.with_name(f".{target.name}{number}.partial")
+        finished = [target] if target is not None and target.is_file() else []
+        for found in (self._partials() or finished) if resume else []:
             earlier = results_file.read(found)
             differing = [key for key in settings if earlier.get("settings", {}).get(key) != settings[key]]
             if differing:
@@ -127,8 +154,29 @@ class _Saved:
                     f"{found}: its column other was measured on another model, {measured.get('model')}; leave out "
                     "--resume, or choose another --out"
                 )
-            self.results["columns"] = earlier["columns"]
-        self.other = other
+            self.take(earlier["columns"])
+
+    def _partials(self) -> list[Path]:
+        """What an interrupted run left, or this one has: the file of each process."""
+        if self.target is None or not self.target.parent.is_dir():
+            return []
+        names = re.compile(rf"\.{re.escape(self.target.name)}(\.\d+)?\.partial")
+        return sorted(path for path in self.target.parent.iterdir() if names.fullmatch(path.name))
+
+    def clear(self, resume: bool) -> None:
+        """Remove what an earlier run left, if it is not taken over; a process alone will write over its own file."""
+        if self.processes.is_main and not resume:
+            for path in self._partials():
+                if self.processes.count > 1 or path != self.partial:
+                    path.unlink()
+
+    def take(self, columns: dict[str, Any]) -> None:
+        """Add the tasks and sections of columns that are not here yet."""
+        for name, theirs in columns.items():
+            own = self.results["columns"].setdefault(name, {**theirs})
+            own["tasks"] = theirs["tasks"] | own["tasks"]
+            own["seconds"] = max(own["seconds"], theirs["seconds"])
+            own |= {key: value for key, value in theirs.items() if key not in own}
 
     def column(self, name: str) -> dict[str, Any]:
         facts = self.other if name == "other" else {}
@@ -149,9 +197,10 @@ class _Saved:
             "summary": summarize(columns, settings["window"], settings["seed"]),
             "environment": self.results["environment"],
         }
-        if self.target is not None and self.partial is not None:
+        if self.target is not None:
             results_file.write(self.results, self.target)
-            self.partial.unlink(missing_ok=True)
+            for path in self._partials():
+                path.unlink()
         return self.results
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
+APART = ("mmlu", "lettered")
+"""How the names of tasks begin that ask for a letter: shown, but no part of the average."""
 CONTROLS = ("source", "window", "converted", "student/window", "student/memory", "other")
 
 
@@ -31,8 +33,8 @@ def summarize(columns: dict[str, Any], window: int | None, seed: int = 0) -> dic
 
 
 def headline(tasks: dict[str, Any]) -> list[str]:
-    """Tasks that enter the average: those with a chance level, MMLU apart."""
-    return [name for name, score in tasks.items() if score.get("chance") is not None and not name.startswith("mmlu")]
+    """Tasks that enter the average: those with a chance level, without `APART`."""
+    return [name for name, score in tasks.items() if score.get("chance") is not None and not name.startswith(APART)]
 
 
 def average(tasks: dict[str, Any]) -> dict[str, Any] | None:

@@ -28,12 +28,15 @@ class TaskSpec:
         metric: which of its metrics is shown; None takes the first one that it lists.
         label: name in tables; None takes the task's name.
         fewshot: examples in the prompt; None leaves what the task says.
+        rotate: ask every item in all rotations of its options too, where they are shown by letter and the letter is
+            scored: shows who answers by position. Takes as many times longer as there are options.
     """
 
     task: str
     metric: str | None = None
     label: str | None = None
     fewshot: int | None = Field(default=None, ge=0)
+    rotate: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

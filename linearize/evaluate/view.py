@@ -139,9 +139,11 @@ def _shared(report: dict[str, Any], key: str) -> str:
 
 
 def _asked(report: dict[str, Any]) -> dict[str, Any]:
-    """What the suite asks for, without what only describes it."""
+    """What the suite asks for, without what only describes it; rotations add to a task and change nothing of it."""
     suite = _settings(report).get("suite") or {}
-    return {name: value for name, value in suite.items() if name not in ("description", "columns")}
+    asked = {name: value for name, value in suite.items() if name not in ("description", "columns")}
+    tasks = [{key: value for key, value in task.items() if key != "rotate"} for task in asked.get("tasks", ())]
+    return {**asked, "tasks": tasks}
 
 
 def _differing(reports: list[dict[str, Any]]) -> dict[str, list[str]]:
