@@ -6,6 +6,7 @@ from typing import Any
 from linearize.errors import InputError, suggest
 from linearize.mixers import (
     aaren,
+    clusters,
     delta_net,
     gated_deltanet,
     gateloop,
@@ -44,6 +45,7 @@ _FILES = (
     gateloop,
     rwkv6,
     rwkv7,
+    clusters,
     delta_net,
     gated_deltanet,
     kda,
