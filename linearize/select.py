@@ -177,7 +177,7 @@ def choose(model: PreTrainedModel, ids: Tensor, keep: int, by: str, per: str = "
 
     Raises:
         InputError: K is not in 0 … L, no layer is replaced, or the blocks are too short; per heads, some were chosen
-            before.
+            before, or no layer sees the whole text.
     """
     modules = [m for m in linearized_modules(model) if m.mixer.name != "softmax"]
     mixers = {m.layer_idx: m.mixer for m in modules}
@@ -188,7 +188,13 @@ def choose(model: PreTrainedModel, ids: Tensor, keep: int, by: str, per: str = "
         )
     layers: list[Part] = sorted(mixers)
     if per == "heads":
-        layers = [(i, head) for i in sorted(mixers) for head in range(mixers[i].geometry.kv_heads)]
+        whole = [i for i in layers if isinstance(i, int) and archs.reach(model.config, i) is None]
+        if not whole:
+            raise InputError(
+                "select.per: the source's attention slides a window in every replaced layer, so that no head has a "
+                "cache of the whole text to keep; choose layers (per: layers)"
+            )
+        layers = [(i, head) for i in whole for head in range(mixers[i].geometry.kv_heads)]
     if not 0 <= keep <= len(layers):
         raise InputError(
             f"select.keep: found {keep}; the folder has {len(layers)} replaced {per}, so from 0 to {len(layers)} of "

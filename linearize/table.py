@@ -211,10 +211,13 @@ def _choice_notes(columns: dict[str, Any]) -> list[str]:
                 name: entry for name, entry in rotated.items() if entry["most"] > _limit(1 / len(entry["letters"]))
             }
             found = "; ".join(f"{name} takes {_most(entry).replace(', ', ' in ')}" for name, entry in by_letter.items())
-            answer = f"depend little on the question: {found} of all rotations" if found else "follow no letter"
-            others = ", ".join(name for name in rotated if name not in by_letter)
-            rest = f"; those of {others} follow no letter" if found and others else ""
-            notes.append(f"{_label(task, columns)}: answers {answer}{rest}")
+            if found:
+                notes.append(
+                    f"{_label(task, columns)}: answers depend little on the question: {found} of all rotations"
+                )
+            else:
+                most = max(entry["most"] for entry in rotated.values())
+                notes.append(f"{_label(task, columns)}: over all rotations no letter is chosen above {_percent(most)}")
         for name, column in columns.items():
             if name in rotated:
                 continue

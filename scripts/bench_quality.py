@@ -68,6 +68,9 @@ def columns(given: argparse.Namespace, results: dict[str, Any]):
     linearize_(model.eval(), {"name": "window", **base})
     with branches(model, "source"):
         yield "source", measure(model, texts, base["window"])
+    for window in given.windows:
+        linearize_(model, {"name": "window", **base, "window": window})
+        yield f"window {window}", measure(model, texts, base["window"])
     for name in ("window", *given.mixers):
         linearize_(model, {"name": name, **base})
         found = {"mixer": model.config.linearize["layers"]["0"], **measure(model, texts, base["window"])}
@@ -125,6 +128,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", default="smollm2-135m", help="names source, window and sinks")
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe")
     parser.add_argument("--mixers", type=some(MEMORIES), default=MEMORIES)
+    parser.add_argument("--windows", type=numbers, default=[], help="longer window controls, to compare equal caches")
     parser.add_argument("--lengths", type=numbers, default=[512, 2048])
     parser.add_argument("--blocks", type=numbers, default=[16, 4], help="of each length")
     parser.add_argument("--calibrate", type=int, default=4096, help="tokens to calibrate on; 0: not at all")

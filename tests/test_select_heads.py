@@ -111,3 +111,12 @@ def test_what_cannot_be_selected_says_so(work, wanted):
         select(work / "converted", wanted, keep=9, per="heads")
     with pytest.raises(InputError, match="select.per: found 'head'; did you mean 'heads'"):
         select(work / "converted", wanted, per="head")
+
+
+def test_heads_are_chosen_where_the_source_sees_the_whole_text(ids):
+    sliding = linearize_(tiny_model("mistral", layers=2, sliding_window=8), GLA)
+    with pytest.raises(InputError, match=r"slides a window in every replaced layer.*per: layers"):
+        choose(sliding, ids, 1, "sensitivity", "heads")
+    mixed = linearize_(tiny_model("gemma3_text", layers=6, sliding_window=8), GLA)
+    found = choose(mixed, ids, 1, "sensitivity", "heads")
+    assert {row["layer"] for row in found["alone"]} == {5}, "only every sixth layer of Gemma 3 sees the whole text"

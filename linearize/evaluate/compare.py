@@ -110,6 +110,10 @@ def _load(manager: TaskManager, spec: TaskSpec, seed: int) -> list[Loaded]:
         metrics: dict[str, Any] = task.aggregation() or {}
         if spec.metric is not None and spec.metric not in metrics:
             raise InputError(f"tasks: {task.task_name} has no metric {spec.metric!r}. {suggest(spec.metric, metrics)}")
+        if spec.rotate and spec.metric not in (None, "acc", "acc_norm"):
+            raise InputError(
+                f"tasks: {task.task_name}: cannot be rotated: {spec.metric!r} is no share of items right; use acc"
+            )
         if spec.rotate:
             rotation.check(task.task_name, task)
     groups = found.get("groups", {})

@@ -6,8 +6,8 @@ A cluster holds the mean key k̄ and mean value v̄ of n tokens, and a query see
 
 a being the source's own score: exact while no more than M tokens were taken in. A token that finds all M taken makes
 room for C: each cluster finds the earlier one that it costs least to join, and the C cheapest do (after ToMe, arXiv
-2210.09461, which joins tokens of an image; clusters of keys are in SubGen, arXiv 2402.06082). Joining i and j changes an
-output by about its share times the change of score times the difference of the values, so that its cost is
+2210.09461, which joins tokens of an image; clusters of keys are in SubGen, arXiv 2402.06082). Joining i and j changes
+an output by about its share times the change of score times the difference of the values, so that its cost is
 
     n_i n_j / (n_i + n_j) · Σ_d w_d (k̄_i − k̄_j)_d² · |v̄_i − v̄_j|²,
 

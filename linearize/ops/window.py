@@ -18,7 +18,7 @@ block."""
 
 
 def scores(q: Tensor, k: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """The source's own attention scores in fp32, or fp64 where they are: q [..., M, K], k [..., N, K] -> [..., M, N]."""
+    """The source's own attention scores, at least in fp32: q [..., M, K], k [..., N, K] -> [..., M, N]."""
     a = q @ k.mT
     a = a.to(torch.promote_types(a.dtype, torch.float32)) * scaling
     return a if softcap is None else softcap * torch.tanh(a / softcap)
