@@ -55,13 +55,15 @@ class Mixer(base.Mixer):
         return tokens.k.float(), tokens.v.float(), tokens.present.float()
 
     def recur(self, read, writes: Any, state: Any, context):
+        k, v, exists = writes
         y, weight, state = ops.run(
-            read, *writes, state, chunk=self.config.chunk, scaling=context.scaling, softcap=context.softcap
+            read, k, v, exists, state, chunk=self.config.chunk, scaling=context.scaling, softcap=context.softcap
         )
         return y, weight + self.config.strength if self.weighted else None, state
 
     def absorb(self, writes: Any, state: Any):
-        ops.absorb(*writes, state, chunk=self.config.chunk)
+        k, v, exists = writes
+        ops.absorb(k, v, exists, state, chunk=self.config.chunk)
 
     def look(self, read, state: Any, context):
         y, weight = ops.look(read, state, scaling=context.scaling, softcap=context.softcap)

@@ -30,10 +30,13 @@ EMPTY = -1e30
 """Log weight of a free cluster: finite, so that a softmax over free ones alone is not NaN."""
 
 
-def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, clusters: int, device: torch.device):
+def empty_state(
+    batch: int, kv_heads: int, key_width: int, value_width: int, clusters: int, device: torch.device
+) -> State:
     """fp32 zeros."""
-    shapes = (clusters, key_width), (clusters, value_width), (clusters, 1), (1, key_width + 1)
-    return tuple(torch.zeros(batch, kv_heads, *shape, device=device) for shape in shapes)
+    keys = torch.zeros(batch, kv_heads, clusters, key_width, device=device)
+    values = keys.new_zeros(batch, kv_heads, clusters, value_width)
+    return keys, values, keys.new_zeros(batch, kv_heads, clusters, 1), keys.new_zeros(batch, kv_heads, 1, key_width + 1)
 
 
 def naive_recurrent(
@@ -43,7 +46,8 @@ def naive_recurrent(
     y, weight = [], []
     for t in range(q.shape[2]):
         now = slice(t, t + 1)
-        state = tuple(x.clone() for x in state)  # type: ignore[assignment]
+        keys, values, n, squares = (x.clone() for x in state)
+        state = keys, values, n, squares
         absorb(k[:, :, now], v[:, :, now], exists[:, :, now], state, chunk=chunk)
         for parts, x in zip((y, weight), look(q[:, :, now], state, scaling=scaling, softcap=softcap), strict=True):
             parts.append(x)
@@ -57,7 +61,9 @@ def absorb(k: Tensor, v: Tensor, exists: Tensor, state: State, *, chunk: int) ->
     full = (n[:, :, -1:] > 0) & here
     # Compiled code has no branches: it merges at every step and keeps what it needs.
     if torch.compiler.is_compiling() or bool(full.any()):
-        for x, merged in zip((keys, values, n), _merge(*(each.clone() for each in state), chunk), strict=True):
+        # Of copies: what autograd keeps must not change below.
+        kept = _merge(keys.clone(), values.clone(), n.clone(), squares, chunk)
+        for x, merged in zip((keys, values, n), kept, strict=True):
             x.copy_(torch.where(full, merged, x))
     place = (n > 0).sum(2, keepdim=True).clamp(max=n.shape[2] - 1)
     for x, new in zip((keys, values, n), (k, v, exists), strict=True):  # free clusters are zeros
@@ -107,35 +113,33 @@ def run(
     q, square = lay(q), _squares(lay(q.detach()), G)
     start = min(M, length)
     old = at[:start, None] < taken[:, None, None]
-    kept = tuple(
-        torch.where(old, x[:, :, :start], tape[:, :, :start]) for x, tape in zip((keys, values, n), new, strict=True)
-    )
-    kept = tuple(F.pad(x, (0, 0, 0, M - start)) for x in kept)
+    first = [torch.where(old, x[:, :, :start], tape[:, :, :start]) for x, tape in zip(state, new, strict=False)]
+    keys, values, n = (F.pad(x, (0, 0, 0, M - start)) for x in first)
     squares = torch.cat([squares[..., :-1], real[:, -1:, None, None].to(squares).expand(-1, G, -1, -1)], -1)
     slots = torch.arange(M, device=q.device)
     y, weight = [], []
     begin, end = 0, start
     while True:
         newest = at[begin:end] if begin == 0 else M - chunk + at[:chunk]
-        part = _read(q[:, :, begin:end], *kept, slots <= newest[:, None], scaling, softcap)
+        part = _read(q[:, :, begin:end], keys, values, n, slots <= newest[:, None], scaling, softcap)
         y.append(part[0])
         weight.append(part[1])
         squares = F.pad(square[:, :, begin:end].sum(2, keepdim=True), (0, 1)) + squares
         begin, end = end, end + chunk
         if begin >= length:
             break
-        merged = _merge(*kept, squares, chunk)
+        merged = _merge(keys, values, n, squares, chunk)
+        filled = [
+            torch.cat([x[:, :, : M - chunk], tape[:, :, begin:end]], 2) for x, tape in zip(merged, new, strict=True)
+        ]
         more = (taken + count > begin)[:, None, :, None]
-        kept = tuple(
-            torch.where(more, torch.cat([x[:, :, : M - chunk], tape[:, :, begin:end]], 2), before)
-            for x, tape, before in zip(merged, new, kept, strict=True)
-        )
+        keys, values, n = (torch.where(more, a, b) for a, b in zip(filled, (keys, values, n), strict=True))
     place = taken + real.cumsum(1) - 1
     none = (place < 0)[:, None]
     place = place.clamp(min=0)[:, None].expand(-1, H, -1)
     weight = torch.cat(weight, 2).gather(2, place).masked_fill(none, float("-inf"))
     y = torch.cat(y, 2).gather(2, place.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1]))
-    return y.masked_fill(none.unsqueeze(-1), 0), weight, (*kept, squares)
+    return y.masked_fill(none.unsqueeze(-1), 0), weight, (keys, values, n, squares)
 
 
 def _squares(q: Tensor, groups: int) -> Tensor:
@@ -180,8 +184,9 @@ def _merge(keys: Tensor, values: Tensor, n: Tensor, squares: Tensor, chunk: int)
         return x.gather(2, stays.expand(wide))
 
     total = joined(n)
-    parts = joined(keys * n) / total.clamp(min=1), joined(values * n) / total.clamp(min=1), total
-    return tuple(F.pad(x, (0, 0, 0, chunk)) for x in parts)  # type: ignore[return-value]
+    keys, values = joined(keys * n) / total.clamp(min=1), joined(values * n) / total.clamp(min=1)
+    free = 0, 0, 0, chunk
+    return F.pad(keys, free), F.pad(values, free), F.pad(total, free)
 
 
 def _distances(x: Tensor) -> Tensor:
