@@ -373,7 +373,7 @@ def test_interrupt_ends_with_130_and_leaves_nothing(llama_folder: Path, tmp_path
     )
     assert process.stdout is not None
     assert process.stdout.read(1) == ">"
-    time.sleep(0.5)  # from the prompt to the read that waits behind it
+    time.sleep(2)  # from the prompt to the read that waits behind it
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err

@@ -68,7 +68,8 @@ def test_each_head_is_the_sources_or_the_mixers(name):
         # fp32: other kernels for fewer heads.
         torch.testing.assert_close(found[:, :, g], source[:, :, g], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found[:, :, 1 - g], mixer[:, :, 1 - g], rtol=1e-5, atol=1e-5)
-    assert difference(source, mixer) > 1e-3
+    if name == "gla":  # clusters are the source until they merge
+        assert difference(source, mixer) > 1e-3
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss", "llama"])
