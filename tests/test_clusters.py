@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import tiny_model
 from test_mixers import context
+from transformers import DynamicCache
 
+from linearize.errors import InputError
 from linearize.mixers import Geometry, build_config
 from linearize.mixers.clusters import Mixer
 from linearize.modeling import linearize_
@@ -124,8 +126,6 @@ def test_a_mixer_decodes_what_it_prefills_across_merges():
     mixer = Mixer(config, Geometry(H, G, K, K))
     q, k, v = (torch.randn(B, n, 40, K) for n in (H, G, G))
     whole = mixer(q, k, v, context())
-    from transformers import DynamicCache
-
     cache = DynamicCache()
     parts = [mixer(*(x[:, :, a:b] for x in (q, k, v)), context(cache=cache)) for a, b in ((0, 15), (15, 30))]
     parts += [mixer(*(x[:, :, t : t + 1] for x in (q, k, v)), context(cache=cache)) for t in range(30, 40)]
@@ -133,7 +133,5 @@ def test_a_mixer_decodes_what_it_prefills_across_merges():
 
 
 def test_too_few_clusters_are_refused():
-    from linearize.errors import InputError
-
     with pytest.raises(InputError, match=r"clusters: found 20; expected at least 2 x chunk = 32"):
         build_config({"name": "clusters", "clusters": 20})

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_model
-from test_modeling import LIMIT, difference, in_pieces, logits, tokens
+from test_modeling import LIMIT, check_padded_rows, difference, in_pieces, logits, tokens
 from transformers import AutoModelForCausalLM, StaticCache
 
 from linearize.calibrate import fit
@@ -94,25 +94,7 @@ def test_full_pieces_and_single_tokens_agree(name):
 
 def test_padding_and_packing_change_nothing():
     model = kept()
-    rows = [tokens(1, n + 12)[0] for n in (20, 7)]
-    x = torch.stack([torch.cat([torch.full((20 - n,), 2), r]) for n, r in zip((20, 7), rows, strict=True)])
-    mask = torch.ones_like(x)
-    mask[1, :13] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    past, out = None, []
-    for start, end in [(0, 20), (20, 25), *((i, i + 1) for i in range(25, 32))]:
-        with torch.no_grad():
-            result = model(
-                x[:, start:end],
-                attention_mask=mask[:, :end],
-                position_ids=positions[:, start:end],
-                past_key_values=past,
-            )
-        past = result.past_key_values
-        out.append(result.logits)
-    got = torch.cat(out, 1)
-    for i, row in enumerate(rows):
-        assert difference(got[i][mask[i].bool()], logits(model, row[None])[0]) < LIMIT * 10
+    check_padded_rows(model, (20, 7), 12)
 
     lengths = [24, 1, 25, 10]
     x = tokens(1, 60)

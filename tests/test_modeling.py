@@ -160,15 +160,17 @@ def test_padding_changes_no_gradient(once):
         assert difference(together[name], expected) < 1e-4 * max(1, float(expected.abs().max())), name
 
 
-def test_padded_prefill_then_steps(mixture):
-    model = converted(mixture)
-    rows = [tokens(1, n + 20)[0] for n in (40, 7)]
-    x = torch.stack([torch.cat([torch.full((40 - n,), 2), r]) for n, r in zip((40, 7), rows, strict=True)])
+def check_padded_rows(model, lengths, steps):
+    """Rows of two lengths, the first the longer one, left-padded, in pieces and single tokens; each as if alone."""
+    longest = lengths[0]
+    rows = [tokens(1, n + steps)[0] for n in lengths]
+    x = torch.stack([torch.cat([torch.full((longest - n,), 2), r]) for n, r in zip(lengths, rows, strict=True)])
     mask = torch.ones_like(x)
-    mask[1, :33] = 0
+    mask[1, : longest - lengths[1]] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     past, out = None, []
-    for start, end in [(0, 40), (40, 45), *((i, i + 1) for i in range(45, 60))]:
+    singles = ((i, i + 1) for i in range(longest + 5, longest + steps))
+    for start, end in [(0, longest), (longest, longest + 5), *singles]:
         with torch.no_grad():
             result = model(
                 x[:, start:end],
@@ -181,6 +183,10 @@ def test_padded_prefill_then_steps(mixture):
     got = torch.cat(out, 1)
     for i, row in enumerate(rows):
         assert difference(got[i][mask[i].bool()], logits(model, row[None])[0]) < LIMIT * 10
+
+
+def test_padded_prefill_then_steps(mixture):
+    check_padded_rows(converted(mixture), (40, 7), 20)
 
 
 def test_packed_documents_are_separate_documents(once):

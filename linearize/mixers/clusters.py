@@ -7,7 +7,8 @@ and mean value. The rule of merging is in ops/clusters.py.
 Not a linear recurrence: constant memory and time per token like one, but its state is a set of places with a softmax
 over them, as in gated slot attention. It is the source itself while no more than M tokens have left the window, and
 needs no training to be near it. Keys and queries are those that the source rotates, with its scale and its soft cap;
-nothing fades with age. Honest control: a window that is M tokens longer, which costs the same bytes.
+nothing fades with age. Honest control: a window that is M tokens longer, which costs the same bytes in fp32 and half of
+them in 16 bits, as clusters are always kept in fp32.
 
 combine: memory: shares the window's normaliser with log weight ln Σ_m e^{a_m + ln n_m} + strength. liger and none: as
 it is.
