@@ -7,6 +7,9 @@ per head is chosen that brings the student's output nearest to the source's, in 
 - a memory with a log weight w: the shift c of w among GRID that is best, error (y + σ(w + c − lse)(m − y) − target)²;
 - any other memory: the factor γ of y + γ m, which is a regression of target − y on m.
 
+What is nearest layer by layer need not be best for the whole model: all numbers are scaled by that one of SCALES with
+which the model predicts a block of other text best, 0 where they do not help.
+
 No gradient, no change of any source weight. The numbers are the weight `gate` [H] of each layer's mixer.
 """
 
@@ -27,6 +30,8 @@ from linearize.modeling import linearize_, linearized_modules
 GRID = torch.arange(-6.0, 6.01, 0.25)
 LARGEST = 0.99
 """Of |γ|, because a gate is tanh of its weight."""
+SCALES = (1.0, 0.5, 0.0)
+"""How far to go towards the fit."""
 
 
 class Watched(nn.Module):
@@ -104,6 +109,33 @@ def fit(model: PreTrainedModel, ids: Tensor, advance: Callable[[], None] = lambd
     return {index: gate.tolist() for index, gate in gates.items()}
 
 
+@torch.inference_mode()
+def scale(model: PreTrainedModel, block: Tensor) -> dict[float, float]:
+    """Scale the gates of a calibrated model in place, as text that they were not fitted to wants it.
+
+    Args:
+        model: as `fit` leaves it.
+        block: int64 [T].
+
+    Returns:
+        Each of SCALES -> the loss of the next token, the best first.
+    """
+    block = block[None].to(model.device)
+    gates = [(m.mixer.gate.data, m.mixer.gate.data.clone()) for m in linearized_modules(model) if m.mixer.delayed]
+
+    def turn(factor: float) -> None:
+        for gate, fitted in gates:
+            gate.copy_(factor * fitted)
+
+    losses = {}
+    for factor in SCALES:
+        turn(factor)
+        losses[factor] = float(model(block, labels=block, use_cache=False).loss)
+    losses = dict(sorted(losses.items(), key=lambda item: item[1]))
+    turn(next(iter(losses)))
+    return losses
+
+
 def calibrate(
     model_dir: str | Path,
     wanted: recipe.Recipe,
@@ -119,7 +151,8 @@ def calibrate(
         model_dir: a converted folder.
         wanted: the recipe that names the data.
         out: folder to appear.
-        tokens, seq_len: how much text to read, in blocks of how many tokens. None: as the recipe's `calibrate` says.
+        tokens, seq_len: how much text to fit to, in blocks of how many tokens; one block more is read for `scale`.
+            None: as the recipe's `calibrate` says.
         overwrite: replace a model folder in the place of `out`.
 
     Returns:
@@ -134,10 +167,12 @@ def calibrate(
     folder, out = Path(model_dir), Path(out)
     check_output(out, overwrite)
     wanted, settings = prepare.settle(wanted, "calibrate", tokens=tokens, seq_len=seq_len)
-    model, ids = prepare.read(folder, wanted, settings)
+    model, ids = prepare.read(folder, wanted, replace(settings, tokens=settings.tokens + settings.seq_len))
     with output_folder(out, overwrite) as work:
         with prepare.progress("calibrating", len(ids)) as advance:
-            fit(model, ids, advance)
+            fit(model, ids[:-1], advance)
+            losses = scale(model, ids[-1])
+            advance()
         model.save_pretrained(work)
-        prepare.finish(folder, work, wanted, "calibration", asdict(settings))
+        prepare.finish(folder, work, wanted, "calibration", asdict(settings) | {"loss_by_scale": losses})
     return out

@@ -215,8 +215,9 @@ def main() -> None:
         del model
         ids = token_ids(tokenizer, max(given.lengths))
         torch.save(ids, Path(folder) / "ids.pt")
-        parts = () if given.no_time else (part_time(folder, ids, mixer, stage, given),)
-        parts += () if given.no_memory else (part_memory(folder, mixer, stage, given),)
+        # Memory first: after the times this process holds several models, which its children would lack.
+        parts = () if given.no_memory else (part_memory(folder, mixer, stage, given),)
+        parts += () if given.no_time else (part_time(folder, ids, mixer, stage, given),)
         for part in parts:
             for cell in part:
                 print(json.dumps(cell), file=sys.stderr)

@@ -5,5 +5,5 @@ set -euo pipefail
 if [ $# -gt 0 ]; then
   exec pytest "$@"
 fi
-# One process per core; a file stays together, because its tests share models.
-exec pytest --numprocesses auto --dist loadfile --cov --cov-fail-under=90 --durations=10
+# One process per core; a file stays together, because its tests share models, and files keep the order of conftest.py.
+exec pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --cov --cov-fail-under=90 --durations=10

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from linearize import recipe
-from linearize.calibrate import GRID, calibrate, fit
+from linearize.calibrate import GRID, SCALES, calibrate, fit, scale
 from linearize.convert import convert
 from linearize.errors import InputError
 from linearize.modeling import branches, linearize_, linearized_modules
@@ -69,6 +69,30 @@ def test_a_calibrated_model_is_nearer_to_its_source_and_its_weights_are_the_same
     assert again.keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in again.items())
 
 
+@pytest.mark.parametrize("mixer", [GLA, GLA | {"name": "gated_deltanet"}], ids=["a log weight", "a factor"])
+def test_gates_go_as_far_as_other_text_wants(mixer):
+    """Against plain models, one per scale; a fit that hurts (gates of the wrong sign) is taken back."""
+    model, x = linearize_(tiny_model("llama", layers=2), mixer), ids(1)
+    fit(model, x)
+    for module in linearized_modules(model):
+        module.mixer.gate.data.mul_(-3)
+    fitted = [module.mixer.gate.data.clone() for module in linearized_modules(model)]
+    found = {}
+    for factor in SCALES:
+        for module, gate in zip(linearized_modules(model), fitted, strict=True):
+            module.mixer.gate.data.copy_(factor * gate)
+        with torch.no_grad():
+            logits = model(x, use_cache=False).logits[0, :-1]
+        found[factor] = float(nn.functional.cross_entropy(logits, x[0, 1:]))
+    for module, gate in zip(linearized_modules(model), fitted, strict=True):
+        module.mixer.gate.data.copy_(gate)
+    losses = scale(model, x[0])
+    assert list(losses) == sorted(losses, key=losses.__getitem__)
+    assert losses == pytest.approx(found, rel=1e-5)
+    for module, gate in zip(linearized_modules(model), fitted, strict=True):
+        assert torch.equal(module.mixer.gate.data, next(iter(losses)) * gate)
+
+
 def test_decoding_knows_the_gate():
     model, x = linearize_(tiny_model("llama"), GLA), ids(2)
     fit(model, x)
@@ -97,6 +121,7 @@ def test_a_folder_becomes_a_calibrated_folder(tmp_path):
     assert any(bool(m.mixer.gate.any()) for m in linearized_modules(model))
     manifest = json.loads((out / "linearize.json").read_text())
     assert manifest["calibration"]["tokens"] == 256 and manifest["source"]
+    assert set(manifest["calibration"]["loss_by_scale"]) == {str(factor) for factor in SCALES}
     with pytest.raises(InputError, match="calibrate: found .* 10 tokens do not fill one block"):
         recipe.from_dict(recipe.to_dict(wanted), {"calibrate.tokens": 10})
     with pytest.raises(InputError, match="do not fill one block"):

@@ -77,11 +77,7 @@ def test_a_merge_is_the_cheapest_pairs_and_keeps_every_token():
     found = []
     for i in range(1, M):
         costs = [
-            count[i]
-            * count[j]
-            / (count[i] + count[j])
-            * (w * (k[i] - k[j]).square()).sum()
-            * (v[i] - v[j]).square().sum()
+            min(count[i], count[j]) * (w * (k[i] - k[j]).square()).sum() * (v[i] - v[j]).square().sum()
             for j in range(i)
         ]
         found.append((float(min(costs)), i, int(torch.stack(costs).argmin())))
