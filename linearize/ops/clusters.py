@@ -30,7 +30,8 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]
 EMPTY = -1e30
 """Log weight of a free cluster: finite, so that a softmax over free ones alone is not NaN."""
 PIECE = 2048
-"""Tokens that `run` takes at a time: until they are read, the clusters of every chunk are held, G·M·(K + V)/C floats a token."""
+"""Tokens that `run` takes at a time: until they are read, the clusters after every chunk are held, G·M·(K + V)/C floats a
+token."""
 
 
 def empty_state(
