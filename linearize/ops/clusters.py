@@ -30,8 +30,8 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]
 EMPTY = -1e30
 """Log weight of a free cluster: finite, so that a softmax over free ones alone is not NaN."""
 PIECE = 2048
-"""Tokens that `run` takes at a time: until they are read, the clusters after every chunk are held, G·M·(K + V)/C floats a
-token."""
+"""Tokens that `run` takes at a time: until they are read, all clusters after every chunk are held, G·M·(K + V)/C floats
+a token."""
 
 
 def empty_state(
@@ -151,7 +151,8 @@ def _run(
     weight = weight.gather(2, place).masked_fill(none, float("-inf"))
     y = y.gather(2, place.unsqueeze(-1).expand(-1, -1, -1, y.shape[-1])).masked_fill(none.unsqueeze(-1), 0)
     squares = torch.cat([metric[:, :, -1:], real[:, -1:, None, None].to(metric).expand(-1, G, -1, -1)], -1)
-    return y, weight, (keys[-1], values[-1], n[-1], squares)
+    # Of copies: a view would keep the clusters of every chunk in memory.
+    return y, weight, (keys[-1].clone(), values[-1].clone(), n[-1].clone(), squares)
 
 
 class _Merges(torch.autograd.Function):
@@ -180,8 +181,8 @@ class _Merges(torch.autograd.Function):
         ctx.to, ctx.chunk = [], chunk
         for i in range(merges + 1):
             counts[i] = n
-            for x, mean in zip(sums.split(widths, -1), (keys[i], values[i]), strict=True):
-                torch.div(x, n.clamp(min=1), out=mean)
+            for x, every in zip(sums.split(widths, -1), (keys, values), strict=True):
+                torch.div(x, n.clamp(min=1), out=every[i])
             if i == merges:
                 break
             to = _destinations(keys[i], values[i], n, metric[:, :, i : i + 1], chunk)
