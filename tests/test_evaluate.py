@@ -548,6 +548,20 @@ def test_the_terminal_shows_a_line_per_column_and_the_table(
     assert all(len(line) <= 60 for line in console.export_text().splitlines())
 
 
+def test_where_six_columns_just_fit_spaces_go_and_no_digit() -> None:
+    results = results_file.read(Path(__file__).parents[1] / "eval" / "results" / "report-smollm2-135m.json")
+    results["columns"]["student/memory"] = results["columns"]["student/window"]
+    for width in (100, 150):
+        console = Console(width=width, record=True, file=io.StringIO())
+        report.show(results, console)
+        text = console.export_text()
+        assert all(len(line) <= width for line in text.splitlines()) and (" ± " in text) == (width == 150)
+        for task in ("embedded_piqa", "embedded_lambada_openai"):
+            for column in results["columns"].values():
+                value, error = (100 * column["tasks"][task][key] for key in ("value", "stderr"))
+                assert f"{value:.1f}±{error:.1f}" in text.replace(" ± ", "±")
+
+
 @pytest.mark.parametrize("name", suites.names())
 def test_shipped_suites_are_valid(name: str) -> None:
     suite = suites.load(name)

@@ -1,5 +1,6 @@
 """The comparison, and its speed alone, as tables on the terminal."""
 
+from dataclasses import replace
 from typing import Any
 
 from rich import box
@@ -7,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from linearize.files import format_bytes
+from linearize.table import Table as Content
 from linearize.table import lay_out, speed_cell
 
 
@@ -19,11 +21,22 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
     """
     console = console or _stdout()
     content = lay_out(results)
+    table = _comparison(results, content)
+    if console.measure(table, options=console.options.update_width(1000)).maximum > console.width:
+        table = _comparison(results, replace(content, rows=[list(map(_tight, row)) for row in content.rows]))
+    console.print(table)
+    for note in content.notes:
+        console.print(f"• {note}", highlight=False)
+
+
+def _comparison(results: dict[str, Any], content: Content) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=f"{results['model']}, suite {results['suite']}", title_justify="left")
+    table.collapse_padding = True
     table.add_column(content.header[0], no_wrap=True)
     for name in content.header[1:]:
         # Two lines for the columns with one branch off: six columns then fit on 100 characters.
-        table.add_column(name.replace("/", "\n/"), justify="right", style="bold" if name == "student" else None)
+        style = "bold" if name == "student" else None
+        table.add_column(name.replace("/", "\n/"), justify="right", style=style, overflow="fold")
     summarised = False
     for row in content.rows:
         # A rule above each block: tasks, summary, perplexities, speed.
@@ -36,9 +49,11 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
             summarised = True
             table.add_section()
         table.add_row(*row)
-    console.print(table)
-    for note in content.notes:
-        console.print(f"• {note}", highlight=False)
+    return table
+
+
+def _tight(cell: str) -> str:
+    return cell.replace(" ± ", "±").replace(" %", "%")
 
 
 def show_speed(results: dict[str, Any], console: Console | None = None) -> None:
