@@ -47,6 +47,8 @@ from linearize.sources import Located, load_source, load_tokenizer, locate
 from linearize.train import Loop
 
 Point = dict[str, Any]
+NEAR = 1.6
+"""Of the source's perplexity: what the second panel shows."""
 HERE = Path(__file__).parent
 
 # --- variants ---------------------------------------------------------------------------------------------------------
@@ -188,20 +190,25 @@ def plot(results: dict[str, Any], path: Path) -> None:
         from linearize.plot import COLOURS
     except ImportError:
         return print("no plot: matplotlib is not installed", file=sys.stderr)
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    # The source first; another style for every window control, of which there are few. Colours are for the curves.
-    for (name, found), style in zip(results["lines"].items(), cycle(("-", "--", ":", "-."))):
-        axes.axhline(found, color=COLOURS["source"], linestyle=style, linewidth=1.5, label=name)
-    for name, variant in results["variants"].items():
-        tokens, found = ([point[key] for point in variant["points"]] for key in ("tokens", "perplexity"))
-        axes.plot(tokens, found, "o-", markersize=3, label=name)
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    whole, near = figure.subplots(1, 2)
     # Linear up to the first step, so that a curve that begins at no token has a place for it.
     linear = min(point["tokens"] for variant in results["variants"].values() for point in variant["points"][1:])
-    axes.set_xscale("symlog", base=2, linthresh=linear)
-    axes.set_yscale("log")
-    axes.set(xlabel="tokens read", ylabel="perplexity, WikiText-2", title=f"{results['recipe']}: learning curves")
-    axes.legend(frameon=False, fontsize="small")
+    for axes in (whole, near):
+        # The source first; another style for every window control, of which there are few. Colours are for the curves.
+        for (name, found), style in zip(results["lines"].items(), cycle(("-", "--", ":", "-."))):
+            axes.axhline(found, color=COLOURS["source"], linestyle=style, linewidth=1.5, label=name)
+        for name, variant in results["variants"].items():
+            tokens, found = ([point[key] for point in variant["points"]] for key in ("tokens", "perplexity"))
+            axes.plot(tokens, found, "o-", markersize=3, label=name)
+        axes.set_xscale("symlog", base=2, linthresh=linear)
+        axes.set(xlabel="tokens read", ylabel="perplexity, WikiText-2")
+    source = results["lines"]["source"]
+    whole.set_yscale("log")
+    whole.set_title(f"{results['recipe']}: learning curves")
+    near.set_ylim(0.97 * source, NEAR * source)
+    near.set_title("near the source")
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
