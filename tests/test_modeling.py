@@ -435,3 +435,19 @@ def test_an_architecture_with_attention_code_of_its_own_is_refused():
     model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2))
     with pytest.raises(InputError, match="'bloom'.*attention interface"):
         linearize_(model, {"name": "gla"})
+
+
+@pytest.mark.parametrize("branch", ["all", "window", "memory"])
+@pytest.mark.parametrize("name", ["gla", "gated_deltanet", "clusters"])
+def test_one_branch_alone_decodes_what_it_reads(name, branch):
+    """With the window off, what it holds still moves on into the memory."""
+    model, x = linearize_(tiny_model("llama", layers=2), {"name": name, "window": 6, "sinks": 2}), torch.arange(3, 63)
+    for module in linearized_modules(model):
+        if module.mixer.gate is not None and not module.mixer.weighted:
+            torch.nn.init.constant_(module.mixer.gate, 0.5)
+    with torch.no_grad(), branches(model, branch):
+        full = model(x[None], use_cache=False).logits[0]
+        past = model(x[None, :30], use_cache=True).past_key_values
+        steps = [model(x[None, t : t + 1], past_key_values=past).logits[0] for t in range(30, 60)]
+    # fp32, sums in another order.
+    torch.testing.assert_close(torch.cat(steps), full[30:], rtol=0, atol=1e-4)

@@ -326,10 +326,11 @@ class Mixer(nn.Module):
                 if self.gate is not None:
                     memory[..., -1] += self.gate.float()[:, None]
             far = (found[..., :-1] if self.weighted else found), None
-        if self.windowed and context.branch != "memory":
+        if self.windowed:
             kept = past.tensors["tokens"]
             width = min(new.x.shape[-1], kept.shape[-1])
             kept.scatter_(2, step.slot[..., :width], new.x[..., :width])
+        if self.windowed and context.branch != "memory":
             y = slot_attention(
                 q, *step.slots[place], step.bias,
                 scaling=context.scaling, softcap=context.softcap, extra=context.extra, memory=memory,
