@@ -54,7 +54,7 @@ def test_the_training_benchmark_writes_times_and_memory(llama_folder: Path, tmp_
     options = ["--recipe", str(recipe), "--threads", "1", "--repeats", "2", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["", *options, "--lengths", "128", "--rows", "student+kl"])
     bench_train.main()
-    time, memory = json.loads((tmp_path / "bench-train.json").read_text())["cells"]
+    memory, time = json.loads((tmp_path / "bench-train.json").read_text())["cells"]
     assert (time["part"], time["row"], time["samples"]) == ("time", "student+kl", 2) and time["seconds"] > 0
     # At least the logits of student and source on top of what is held: 128 times 384, 4 bytes.
     assert memory["held_bytes"] + 2 * 128 * 384 * 4 < memory["peak_bytes"]
