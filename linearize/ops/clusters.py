@@ -95,7 +95,8 @@ def run(
     """
     parts = []
     for start in range(0, max(q.shape[2], 1), PIECE):
-        piece = (x[:, :, start : start + PIECE] for x in (q, k, v, exists))
+        here = slice(start, start + PIECE)
+        piece = q[:, :, here], k[:, :, here], v[:, :, here], exists[:, :, here]
         *part, state = _run(*piece, state, chunk=chunk, scaling=scaling, softcap=softcap)
         parts.append(part)
     y, weight = (torch.cat(x, 2) for x in zip(*parts, strict=True))
@@ -142,7 +143,8 @@ def _run(
     if merges:
         later = q[:, :, start:].unflatten(2, (merges, chunk)).movedim(2, 0).flatten(0, 1)
         seen = slots <= M - chunk + at[:chunk, None]
-        part = _read(later, *(x[1:].flatten(0, 1) for x in (keys, values, n)), seen, scaling, softcap)
+        then = keys[1:].flatten(0, 1), values[1:].flatten(0, 1), n[1:].flatten(0, 1)
+        part = _read(later, *then, seen, scaling, softcap)
         part = (x.unflatten(0, (merges, B)).movedim(0, 2).flatten(2, 3) for x in part)
         y, weight = (torch.cat(x, 2) for x in zip((y, weight), part, strict=True))
     place = taken + real.cumsum(1) - 1
