@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.ops.window import scores
+from linearize.ops.window import normalise, scores
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 EMPTY = -1e30
@@ -226,8 +226,8 @@ def _read(
     if seen is not None:
         size = torch.where(seen, size, EMPTY)
     a = a + size.unsqueeze(2)
-    weight = a.logsumexp(-1)
-    y = a.softmax(-1).view(B, G, -1, M) @ values
+    p, weight = normalise(a, None)
+    y = p.view(B, G, -1, M) @ values
     weight = weight.masked_fill(weight < EMPTY / 2, float("-inf"))
     return y.view(B, H, L, -1), weight.view(B, H, L)
 

@@ -28,10 +28,24 @@ def normalise(a: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax of fp32 scores a [..., N] and their log-sum-exp [...]; `extra` [..., 1] is a logit without a value."""
     if extra is not None:
         a = torch.cat([a, extra.expand(*a.shape[:-1], 1)], dim=-1)
-    p = a.softmax(-1)
-    # For the largest score a, p = e^{a − lse}: two reductions instead of the dozen steps of logsumexp.
-    lse = a.amax(-1) - p.amax(-1).log()
+    p, lse = _Softmax.apply(a)  # type: ignore[misc]
     return p if extra is None else p[..., :-1], lse
+
+
+class _Softmax(torch.autograd.Function):
+    """Both at once: autograd would go through the largest scores, at twice the time of the softmax itself."""
+
+    @staticmethod
+    def forward(ctx, a):  # type: ignore[override]
+        p = a.softmax(-1)
+        ctx.save_for_backward(p)
+        # For the largest score a, p = e^{a − lse}: two reductions instead of the dozen steps of logsumexp.
+        return p, a.amax(-1) - p.amax(-1).log()
+
+    @staticmethod
+    def backward(ctx, p_grad, lse_grad):  # type: ignore[override]
+        (p,) = ctx.saved_tensors
+        return torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype).addcmul_(p, lse_grad.unsqueeze(-1))
 
 
 def window_attention(
