@@ -32,7 +32,7 @@ from linearize.schema import Peft
 SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
 """What a stage that goes on with adapters must share with the one that made them."""
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-OWN = {"config.json", "adapter_config.json", MANIFEST, "README.md"}
+OWN = {"config.json", "adapter_config.json", MANIFEST, "README.md", "results.json", "report.html"}
 """Files that each stage writes anew, or that do not describe what it has made."""
 
 
