@@ -8,8 +8,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from linearize import results as results_file
 from linearize.errors import InputError
+from linearize.results_schema import COLUMNS
 from linearize.sources import relocate
 from linearize.table import markdown_table
 
@@ -143,7 +143,7 @@ def write_card(folder: Path, config: dict, adapter_of: str | None, repo: str | N
         code="auto_map" in config,
         licence=licence.get("license"),
         table=markdown_table(results) if results else None,
-        columns=[(name, results_file.COLUMNS[name]) for name in (results or {}).get("columns", ())],
+        columns=[(name, COLUMNS[name]) for name in (results or {}).get("columns", ())],
         recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else None,
     )
     return f"{str(card).rstrip()}\n"

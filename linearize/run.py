@@ -45,7 +45,7 @@ def run(
         note: called with one line per stage.
 
     Returns:
-        The results, as in :mod:`linearize.results`.
+        The results, as in :mod:`linearize.results_schema`.
 
     Raises:
         InputError: bad input to a stage, or a stage was made with another recipe and `overwrite` is off.

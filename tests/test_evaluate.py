@@ -28,6 +28,7 @@ from linearize.evaluate import suite as suites
 from linearize.evaluate.suite import Suite, TaskSpec, TextSpec
 from linearize.modeling import branches, linearize_
 from linearize.recipe import package_folder
+from linearize.results_schema import COLUMNS
 from linearize.sources import load_source, locate
 
 W, S = 16, 2
@@ -187,7 +188,7 @@ def test_each_column_is_the_model_that_it_says(
 
     trained = AutoModelForCausalLM.from_pretrained(student).eval()
     found = {name: column["perplexity"]["value"] for name, column in compared["columns"].items()}
-    assert list(found) == [name for name in results_file.COLUMNS if name != "other"]
+    assert list(found) == [name for name in COLUMNS if name != "other"]
     assert found["source"] == pytest.approx(value_of(source(), text), rel=1e-5)
     window = linearize_(source(), {"name": "window", "window": W, "sinks": S})
     assert found["window"] == pytest.approx(value_of(window, text), rel=1e-5)

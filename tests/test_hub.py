@@ -25,6 +25,13 @@ from linearize.modeling import linearize_
 
 MIXER = {"name": "gla", "combine": "memory", "window": 8, "sinks": 2}
 SCORE = {"metric": "acc_norm", "stderr": 0.02, "n": 100, "higher_is_better": True}
+TEXT = {
+    "text": "wiki",
+    "length": 65,
+    "blocks": 1,
+    "tokens": 64,
+    "by_position": [{"start": 0, "end": 64, "ppl": 20.0, "tokens": 64}],
+}
 RESULTS = {
     "schema": 1,
     "model": "student",
@@ -33,11 +40,7 @@ RESULTS = {
     "columns": {
         name: {
             "tasks": {"arc_easy": SCORE | {"value": value}},
-            "perplexity": {
-                "value": perplexity,
-                "tokens": 64,
-                "by_position": [{"start": 0, "end": 64, "ppl": perplexity, "tokens": 64}],
-            },
+            "perplexity": (text := TEXT | {"value": perplexity}) | {"texts": [text]},
             "seconds": 1.0,
         }
         for name, value, perplexity in [("source", 0.51, 11.25), ("window", 0.41, 31.5), ("student", 0.47, 17.75)]

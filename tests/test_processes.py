@@ -20,7 +20,7 @@ from linearize.errors import InputError
 from linearize.evaluate import compare, evaluate
 from linearize.evaluate.processes import Processes
 from linearize.recipe import package_folder
-from linearize.results import COLUMNS
+from linearize.results_schema import COLUMNS
 
 LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d")
 LAUNCHER += ("--rdzv-endpoint", "localhost:0")

@@ -342,7 +342,9 @@ def test_the_table_shows_recall_by_length_and_why_cells_are_empty() -> None:
     del broken["columns"]["source"]["recall"][1]["skipped"], broken["columns"]["source"]["recall"][0]["n"]
     with pytest.raises(InputError) as error:
         results.validate(broken)
-    assert "recall.0.n: missing" in str(error.value) and "recall.1.value: found None" in str(error.value)
+    assert "recall.0.n: missing" in str(error.value) and "recall.1: value: found None, and no `skipped`" in str(
+        error.value
+    )
 
 
 # --- chosen positions -------------------------------------------------------------------------------------------------

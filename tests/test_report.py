@@ -15,6 +15,7 @@ from fake_results import full
 from linearize import results as results_file
 from linearize.errors import InputError
 from linearize.evaluate import charts, page, statistics, verdict
+from linearize.results_schema import Score
 from linearize.table import lay_out
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -194,6 +195,31 @@ def test_every_figure_is_there_in_order(results: dict[str, Any], read: Page) -> 
     points = results["columns"]["student"]["perplexity"]["by_position"]
     label = next(label for label in read.figures if label.startswith("Perplexity"))
     assert all(f"{bucket['ppl']:.4g} at" in label for bucket in points)
+
+
+def test_what_could_not_be_measured_leaves_its_figure_out(results: dict[str, Any], tmp_path: Path) -> None:
+    """A state of one vector per head has a norm and no rank; optional keys may all be missing."""
+    fewer = copy.deepcopy(results)
+    for column in fewer["columns"].values():
+        for row in column["behaviour"]["state"] or ():
+            row["effective_rank"] = None
+        del column["recall" if "recall" in column else "seconds"]
+        column["seconds"] = 1.0
+        for score in column["tasks"].values():
+            for key in Score.__optional_keys__ & score.keys():
+                del score[key]
+    del fewer["settings"], fewer["layers"]
+    results_file.validate(fewer)
+    figures = [label.split(",")[0] for label in Page(page.write([fewer], tmp_path / "r.html").read_text()).figures]
+    assert "Norm of the memory's state" in figures and "Effective rank of the state" not in figures
+    assert not any(label.startswith(("Recall", "Layers")) for label in figures)
+
+
+def test_an_interrupted_comparison_is_refused(results: dict[str, Any], tmp_path: Path) -> None:
+    partial = {key: value for key, value in results.items() if key != "summary"}
+    with pytest.raises(InputError, match="interrupted; finish it with `linearize eval --resume`"):
+        page.write([partial], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_bars_are_shares_of_the_source_with_the_interval_of_the_paired_difference() -> None:

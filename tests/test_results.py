@@ -2,12 +2,19 @@
 
 import copy
 import json
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, NotRequired, get_args, get_origin, get_type_hints
 
 import pytest
+from fake_results import full
+from typing_extensions import is_typeddict
 
 from linearize import results
 from linearize.errors import InputError
+from linearize.results_schema import Results
 from linearize.table import lay_out, markdown_table
 
 
@@ -80,7 +87,7 @@ def test_a_refused_file_leaves_the_old_one(content: dict, tmp_path: Path) -> Non
         del broken["columns"]["student"]["seconds"]
         results.write(broken, path)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        results.write(content | {"columns": {"student": column(float("nan"), 1.0)}}, path)
+        results.write(content | {"columns": content["columns"] | {"student": column(float("nan"), 1.0)}}, path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -93,8 +100,7 @@ def test_every_problem_is_named_at_once(content: dict) -> None:
     with pytest.raises(InputError) as error:
         results.validate(content, "here")
     for problem in (
-        "here: does not follow schema 1",
-        "results.suite: missing",
+        "here: does not follow schema 1: suite: missing",
         "columns.studnet: unknown column",
         "arc.value: found True",
         "arc.n: found 'many'",
@@ -104,6 +110,58 @@ def test_every_problem_is_named_at_once(content: dict) -> None:
     assert "stderr" not in str(error.value)
 
 
+def places(value: object, schema: object, at: tuple = ()) -> Iterator[tuple[tuple, bool]]:
+    """Every key of results that the schema names, the first entry for all of a list or mapping, and whether the schema
+    can do without it."""
+    while get_origin(schema) in (Annotated, NotRequired, UnionType):
+        schema = get_args(schema)[0]
+    if is_typeddict(schema) and isinstance(value, dict):
+        for key, kind in get_type_hints(schema, include_extras=True).items():
+            if key in value:
+                yield (*at, key), key in schema.__optional_keys__
+                yield from places(value[key], kind, (*at, key))
+    elif get_origin(schema) in (list, dict) and value:
+        key, inner = next(iter(value.items())) if isinstance(value, dict) else (0, value[0])
+        yield from places(inner, get_args(schema)[-1], (*at, key))
+
+
+def changed(content: dict, at: tuple, change: Callable[[Any, Any], None]) -> dict:
+    content = copy.deepcopy(content)
+    inner = content
+    for key in at[:-1]:
+        inner = inner[key]
+    change(inner, at[-1])
+    return content
+
+
+def test_a_key_that_is_missing_or_of_another_kind_is_named() -> None:
+    content, optional = full(), []
+    for at, without in places(content, Results):
+        if at == ("schema",):
+            continue
+        where = ".".join(map(str, at))
+        for change, message in (
+            (lambda inner, key: inner.pop(key), "missing"),
+            (lambda inner, key: inner.update({key: {1}}), "found {1}; input should be"),
+        ):
+            if without and message == "missing":
+                optional.append(at)
+                continue
+            with pytest.raises(InputError, match=re.escape(f"{where}: {message}")):
+                results.validate(changed(content, at, change))
+    assert {at[-1] for at in optional} >= {"label", "items", "losses", "speed", "recall", "behaviour"}
+    for at in optional:
+        fewer = changed(content, at, lambda inner, key: inner.pop(key))
+        results.validate(fewer)
+        assert lay_out(fewer).rows and markdown_table(fewer)
+
+
+def test_a_summary_of_a_column_that_is_not_there(content: dict) -> None:
+    del content["columns"]["source"]
+    with pytest.raises(InputError, match=r"summary\.paired\.source: there is no such column; columns: student"):
+        results.validate(content)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -111,8 +169,8 @@ def test_every_problem_is_named_at_once(content: dict) -> None:
         ("{", "no readable JSON"),
         ("[]", "no results file"),
         ('{"schema": 2}', "schema is 2; this version reads 1"),
-        ('{"schema": 1, "columns": []}', "results.columns: found"),
-        ('{"schema": 1, "columns": {"student": 1}}', "columns.student: expected an object"),
+        ('{"schema": 1, "columns": []}', "columns: found \\[\\]; input should be"),
+        ('{"schema": 1, "columns": {"student": 1}}', "columns.student: found 1; input should be"),
     ],
 )
 def test_unreadable_files(text: str | None, message: str, tmp_path: Path) -> None:

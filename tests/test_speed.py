@@ -244,7 +244,7 @@ def test_predictions_that_are_no_numbers_and_broken_cells(student: Path, tmp_pat
         bench(tmp_path / "broken", contexts=[32], steps=3, progress=False)
     column = {"tasks": {}, "seconds": 0.0, "speed": [{"context": 8, "batch": 1, "peak_bytes": 1.5}]}
     content = {"schema": 1, "model": "m", "source": "s", "suite": "x", "environment": {}, "columns": {"source": column}}
-    with pytest.raises(InputError, match=r"speed\.0\.cache_bytes: missing.*speed\.0\.peak_bytes: found 1\.5"):
+    with pytest.raises(InputError, match=r"speed\.0\.peak_bytes: found 1\.5; .*speed\.0\.cache_bytes: missing"):
         results_file.validate(content)
 
 

@@ -35,7 +35,7 @@ def evaluate(
         against: another student of the same source, for the column `other`: folder or Hub id.
         out: results file; None writes `results.json` into a local `folder`.
         limit: items per task, in place of the suite's.
-        columns: which of `linearize.results.COLUMNS`, in place of the suite's.
+        columns: which of `linearize.results_schema.COLUMNS`, in place of the suite's.
         batch_size: rows per forward pass of lm-eval.
         seed: of few-shot examples, sampling, bootstrap and untrained weights.
         dtype: of the weights of both families; `auto` is the student's.
@@ -45,7 +45,7 @@ def evaluate(
         progress: show on stderr what is running.
 
     Returns:
-        The content of results.json, see `linearize.results`.
+        The content of results.json, see `linearize.results_schema`.
 
     Raises:
         InputError: see the messages; what was finished until then is kept.
@@ -102,7 +102,7 @@ def bench(
         out: results file; None writes none.
 
     Returns:
-        Results, see `linearize.results`; their columns hold `speed`.
+        Results, see `linearize.results_schema`; their columns hold `speed`.
 
     Raises:
         InputError: see the messages; what was finished until then is kept beside `out`.

@@ -130,7 +130,7 @@ class Models:
 
     @contextlib.contextmanager
     def column(self, name: str) -> Iterator[PreTrainedModel]:
-        """The model of a column, in evaluation mode. Columns come in the order of `linearize.results.COLUMNS`."""
+        """The model of a column, in evaluation mode. They come in the order of `results_schema.COLUMNS`."""
         family = "student" if name in BRANCHES else "other" if name == "other" else "source"
         if self._family != family:
             self._model = None

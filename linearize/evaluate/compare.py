@@ -181,7 +181,7 @@ def run(scorer: Scorer, loaded: Loaded, limit: int | None, seed: int) -> dict[st
         seed: of Python, numpy and torch, as `lm_eval --seed` sets them.
 
     Returns:
-        The score, as in `linearize.results`.
+        The score, as in `linearize.results_schema`.
     """
     random.seed(seed)
     np.random.seed(seed)

@@ -134,12 +134,11 @@ def behaviour(shown: View) -> str:
         ("norm", "Norm of the memory's state, by position", "norm"),
         ("effective_rank", "Effective rank of the state, by position", "effective rank"),
     ):
-        series = {
-            name: [(row["position"], row[key]) for row in found["state"]]
+        points = {
+            name: [(row["position"], row[key]) for row in found.get("state") or () if row[key] is not None]
             for name, found in columns.items()
-            if found.get("state")
         }
-        if series:
+        if series := {name: row for name, row in points.items() if row}:
             note = "Mean over layers and heads. A healthy state neither grows without bound nor collapses to rank 1."
             drawn.append(_lines(series, title, note, shown.styles, ylabel))
     return section("Behaviour", table(*_behaviour_rows(columns)), figures(drawn))

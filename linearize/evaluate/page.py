@@ -62,7 +62,7 @@ def write(reports: list[dict[str, Any]], path: str | Path) -> Path:
     """Write the report so that the file appears, complete, by one rename.
 
     Args:
-        reports: valid results, see `linearize.results`; of several the same source, suite, limit and seed.
+        reports: valid results, see `linearize.results_schema`; of several the same source, suite, limit and seed.
         path: file to write.
 
     Raises:

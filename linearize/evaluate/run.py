@@ -19,7 +19,7 @@ from linearize.evaluate.processes import Processes
 from linearize.evaluate.progress import Bar, quiet, stopwatch
 from linearize.evaluate.statistics import summarize
 from linearize.inspection import mixers_of
-from linearize.results import COLUMNS, SCHEMA
+from linearize.results_schema import COLUMNS, SCHEMA
 
 BLOCK = 512  # tokens of a block on which distributions are compared, where the suite has no text of its own
 PROBE = 256  # tokens of the forward pass that looks for broken numbers, where the suite has no text of its own
@@ -119,7 +119,7 @@ class _Saved:
 
     Args:
         target: the file to come; None keeps nothing.
-        settings: see `linearize.results`.
+        settings: see `linearize.results_schema`.
         other: model and weights of the column `other`; empty without one.
         resume: take over what an earlier run left, in however many processes.
         processes: of this run.

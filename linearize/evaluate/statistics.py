@@ -15,7 +15,7 @@ def summarize(columns: dict[str, Any], window: int | None, seed: int = 0) -> dic
     """The `summary` of results.json.
 
     Args:
-        columns: finished columns, as in `linearize.results`.
+        columns: finished columns, as in `linearize.results_schema`.
         window: tokens of exact attention; None for a model without a window.
         seed: of the bootstrap.
     """

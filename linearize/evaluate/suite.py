@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from linearize.errors import InputError, suggest
 from linearize.recipe import package_folder
-from linearize.results import COLUMNS
+from linearize.results_schema import COLUMNS
 
 DEFAULT_TEXT = "wikitext2_valid"
 STRICT = ConfigDict(extra="forbid")
@@ -113,7 +113,7 @@ class Suite:
         tasks: in the order of the table.
         perplexity: texts; the first one gives the headline perplexity, the one with the longest blocks the buckets.
         recall, behaviour, speed: what else is measured; None leaves it out.
-        columns: which of `linearize.results.COLUMNS` run when the user names none.
+        columns: which of `linearize.results_schema.COLUMNS` run when the user names none.
         limit: items per task; None means all.
     """
 

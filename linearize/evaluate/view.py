@@ -6,7 +6,7 @@ from typing import Any
 from linearize.errors import InputError
 from linearize.evaluate.charts import Styles, styles
 from linearize.evaluate.statistics import paired
-from linearize.results import COLUMNS
+from linearize.results_schema import COLUMNS
 
 SHARED = ("source", "suite", "limit", "seed")  # settings without which two results say nothing about each other
 
@@ -48,8 +48,13 @@ def view(reports: list[dict[str, Any]]) -> View:
     """Lay results side by side: one with all its columns, several with source, window control and their students.
 
     Raises:
-        InputError: they cannot be compared, or one of several has no student.
+        InputError: one is not complete, they cannot be compared, or one of several has no student.
     """
+    for report in reports:
+        if "summary" not in report:
+            raise InputError(
+                f"{report['model']}: its comparison was interrupted; finish it with `linearize eval --resume`"
+            )
     if len(reports) == 1:
         (report,) = reports
         columns, summary = report["columns"], report["summary"]
