@@ -3,6 +3,7 @@
 Tests import the helpers by name: ``from conftest import tiny_config, tiny_model, save_source``.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from linearize.modeling import linearize_
+
 torch.set_num_threads(1)
 
 VOCABULARY = 384  # 256 bytes, the special tokens, and some merges: every text can be written in it
@@ -28,6 +31,7 @@ TEXT = (
     "If the rain goes on for another day, said the miller, we shall have to carry the flour upstairs. "
     "Numbers: 0 1 2 3 4 5 6 7 8 9. Names: Anna, Boris, Chidi, Dolores. What is the name of the miller?\n"
 )
+MIXER = {"name": "gla", "combine": "memory", "window": 8, "sinks": 2}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -42,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens and what sources say of them are shared by the tests of a run, and kept out of the user's cache."""
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path_factory.getbasetemp() / "tokens"))
 
 
 def tiny_config(model_type: str = "llama", layers: int = 6, **changes: Any) -> PreTrainedConfig:
@@ -111,6 +121,14 @@ def save_source(folder: Path, model_type: str = "llama", layers: int = 6, **chan
     return folder
 
 
+def save_converted(folder: Path, mixer: dict = MIXER, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a tiny linearized model of two layers with its tokenizer."""
+    model = linearize_(tiny_model(layers=2), mixer)
+    model.to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
@@ -126,3 +144,17 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3 (normalised queries and keys, tied embeddings) as a Hugging Face folder; read-only too."""
     return save_source(tmp_path_factory.mktemp("source") / "tiny-qwen3", "qwen3", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny converted folder of the module that asks."""
+    return save_converted(tmp_path_factory.mktemp("model") / "converted")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty documents to train on, all different."""
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": TEXT[i % 50 :] + str(i)}) + "\n" for i in range(40)))
+    return file

@@ -8,9 +8,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import TEXT, save_source, tiny_model
+from conftest import TEXT, save_converted, save_source, tiny_model
 from safetensors.torch import load_file
-from test_train import losses, recipe_for, save_converted, weights, without_times
+from test_train import losses, recipe_for, weights, without_times
 from transformers import AutoModelForCausalLM
 
 from linearize import adapters, convert, optim, recipe
@@ -26,11 +26,6 @@ MIXER = {"name": "hedgehog", "combine": "memory", "window": 8, "sinks": 2, "cali
 # peft 0.21 asks the model for a name that transformers 5.23 calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 MIXERS = {f"model.layers.{i}.self_attn.mixer.{name}" for i in (0, 1) for name in ("gate", "query_map", "key_map")}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path_factory.getbasetemp() / "tokens"))
 
 
 @pytest.fixture(scope="module")

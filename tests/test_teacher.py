@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
-from test_train import MIXER, converted, losses, recipe_for, save_converted, start, weights, without_times
+from conftest import MIXER, save_converted, tiny_tokenizer
+from test_train import losses, recipe_for, start, weights, without_times
 
 from linearize import recipe, teacher
 from linearize.errors import InputError
@@ -18,7 +18,6 @@ from linearize.monitor import read_log
 from linearize.teacher import Known, Teacher
 from linearize.train import train
 
-__all__ = ["converted"]  # a fixture
 K = 20
 
 

@@ -1,6 +1,5 @@
 """Training: what a run writes, that it can be divided, interrupted and resumed, and that bad input is one paragraph."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, tiny_model, tiny_tokenizer
+from conftest import MIXER, save_converted, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,32 +21,7 @@ from linearize.monitor import read_log
 from linearize.train import merge, train
 
 T = 32
-MIXER = {"name": "gla", "combine": "memory", "window": 8, "sinks": 2}
 GATES = [f"model.layers.{layer}.self_attn.mixer.gate" for layer in (0, 1)]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path_factory.getbasetemp() / "tokens"))
-
-
-def save_converted(folder: Path, mixer: dict = MIXER, dtype: torch.dtype = torch.float32) -> Path:
-    model = linearize_(tiny_model(layers=2), mixer)
-    model.to(dtype).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory) -> Path:
-    return save_converted(tmp_path_factory.mktemp("train") / "converted")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    file.write_text("".join(json.dumps({"text": TEXT[i % 50 :] + str(i), "id": i}) + "\n" for i in range(40)))
-    return file
 
 
 def recipe_for(text: Path, steps: int = 4, **changes) -> recipe.Recipe:

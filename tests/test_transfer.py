@@ -1,13 +1,12 @@
 """Transfer: what each layer loses, whose gradients are made, and the stage around it: divided, resumed, stopped."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, tiny_model
+from conftest import MIXER, tiny_model
 from safetensors.torch import load_file
-from test_train import MIXER, T, recipe_for, save_converted, start, weights, without_times
+from test_train import T, recipe_for, start, weights, without_times
 
 from linearize import adapters, recipe
 from linearize import train as training
@@ -20,23 +19,6 @@ from linearize.train import train
 from linearize.transfer import transfer
 
 ONLY = {"transfer": 1.0, "kl": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path_factory.getbasetemp() / "tokens"))
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory) -> Path:
-    return save_converted(tmp_path_factory.mktemp("transfer") / "converted")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    file.write_text("".join(json.dumps({"text": TEXT[i % 50 :] + str(i)}) + "\n" for i in range(40)))
-    return file
 
 
 def with_adapters(model, roles=("q", "k", "v", "o"), std=0.1):
