@@ -1,5 +1,4 @@
-"""Folders that appear whole or not at all, copies that are hashed on the way, and the manifest that checks a folder
-later.
+"""Folders and texts that appear whole or not at all, copies hashed on the way, the manifest that checks a folder later.
 
 Standard library and a progress bar only: every stage that writes a folder goes through `output_folder`.
 """
@@ -242,6 +241,24 @@ def _ignore(count: int) -> None:
 
 def _no_look(offset: int, content: memoryview) -> None:
     pass
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file of text, UTF-8, that appears complete, by one rename, in a folder that is made if needed.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    return path
 
 
 def sha256(

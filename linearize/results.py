@@ -1,8 +1,6 @@
 """results.json, read, checked and written: what a comparison leaves behind; table.py lays it out."""
 
-import contextlib
 import json
-import os
 import re
 from functools import cache
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from linearize.errors import InputError
+from linearize.files import write_text
 from linearize.results_schema import SCHEMA, Results
 
 
@@ -42,16 +41,7 @@ def write(results: dict[str, Any], path: str | Path) -> Path:
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     # Lists of numbers, one per item, take one line each. No JSON string holds a raw line break: only lists match.
     text = re.sub(r"\[\n[-\d.eE+,\s]+\]", lambda match: "[" + " ".join(match[0][1:-1].split()) + "]", text)
-    partial = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    return path
+    return write_text(path, text + "\n")
 
 
 def validate(results: Any, where: str = "results") -> None:

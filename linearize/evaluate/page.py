@@ -4,18 +4,16 @@ Nothing is loaded from elsewhere and nothing needs JavaScript. Text of a results
 is escaped; charts come from `linearize.evaluate.charts`. What was not measured is left out.
 """
 
-import contextlib
-import os
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from linearize.errors import InputError
 from linearize.evaluate import charts, measured, verdict
 from linearize.evaluate.markup import checklist, figure, kind, legend, section, table
 from linearize.evaluate.statistics import APART
 from linearize.evaluate.view import View, view
+from linearize.files import write_text
 from linearize.table import Table, lay_out
 
 CSS = """
@@ -71,18 +69,7 @@ def write(reports: list[dict[str, Any]], path: str | Path) -> Path:
     Example:
         >>> write([results.read("runs/demo/results.json")], "runs/demo/report.html")
     """
-    path = Path(path)
-    text = render(reports)
-    partial = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    return path
+    return write_text(Path(path), render(reports))
 
 
 def beside(results: Path) -> Path:
