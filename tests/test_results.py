@@ -14,6 +14,7 @@ from typing_extensions import is_typeddict
 
 from linearize import results
 from linearize.errors import InputError
+from linearize.recipe import package_folder
 from linearize.results_schema import Results
 from linearize.table import lay_out, markdown_table
 
@@ -230,3 +231,9 @@ def test_columns_without_common_parts(content: dict) -> None:
 
 def test_the_file_is_plain_json(content: dict, tmp_path: Path) -> None:
     assert json.loads(results.write(content, tmp_path / "r.json").read_text(encoding="utf-8")) == content
+
+
+def test_committed_results_follow_the_schema() -> None:
+    found = {file: json.loads(file.read_text()) for file in (package_folder("eval") / "results").glob("*.json")}
+    comparisons = [file for file, content in found.items() if {"suite", "columns"} <= content.keys()]
+    assert len(comparisons) >= 5 and all(results.read(file) for file in comparisons)
