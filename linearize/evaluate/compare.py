@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from linearize.errors import InputError, suggest
 from linearize.evaluate import rotation
 from linearize.evaluate.progress import Bar
-from linearize.evaluate.suite import TaskSpec
+from linearize.evaluate.suite import TaskSpec, names
 from linearize.recipe import package_folder
 
 # Only perplexity-like metrics have no closed form for their standard error; lm-eval resamples those in plain Python.
@@ -85,7 +85,7 @@ def load(specs: list[TaskSpec], include_path: str | Path | None = None, model: s
         ]
         raise InputError(
             f"tasks: lm-eval has no {'; no '.join(near)}; `lm_eval ls tasks` lists its {len(manager.all_tasks)} names, "
-            "and --include-path adds a folder of your own"
+            f"and --include-path adds a folder of your own. Suites: {', '.join(names())}"
         )
     loaded = [entry for spec in specs for entry in _load(manager, spec, seed)]
     twice = {entry.name for entry in loaded if sum(other.name == entry.name for other in loaded) > 1}
