@@ -187,6 +187,15 @@ def test_shares_are_neighbours_and_cover_every_column(monkeypatch: pytest.Monkey
             assert shares == [["source", "window", "converted"], ["student", "student/window", "student/memory"]]
 
 
+def test_what_an_earlier_run_left_undone_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, shares = [*COLUMNS][:6], []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(Processes().share(names, kept=["window", "source"]))
+    assert shares == [["source", "window", "converted", "student"], ["student/window", "student/memory"]]
+
+
 def test_weights_that_a_launcher_would_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -7,7 +7,7 @@ ends with an error, the launcher ends the others, whose finished tasks are on di
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -65,10 +65,12 @@ class Processes:
         finally:
             distributed.destroy_process_group()
 
-    def share(self, names: list[str]) -> list[str]:
-        """This process's columns: neighbours, which share weights, and as many as others have, give or take one."""
-        start, end = (-(-len(names) * rank // self.count) for rank in (self.rank, self.rank + 1))
-        return names[start:end]
+    def share(self, names: list[str], kept: Collection[str] = ()) -> list[str]:
+        """This process's columns: neighbours, which share weights, and as many as others have, give or take one. Those
+        kept from an earlier run cost nothing: the main process has them besides."""
+        left = [name for name in names if name not in kept]
+        start, end = (-(-len(left) * rank // self.count) for rank in (self.rank, self.rank + 1))
+        return [name for name in names if name in left[start:end] or self.is_main and name in kept]
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in each of them, when the last one has come here."""

@@ -80,7 +80,8 @@ def run(
             }
         with processes.agreed():  # nobody writes before all have read what an earlier run left
             saved.clear(resume)
-        mine = processes.share(names)
+        found = saved.results["columns"]
+        mine = processes.share(names, [name for name in names if name in found and work.complete(found[name])])
         with contextlib.closing(work):
             work.refer(mine, saved)
             for name in mine:
