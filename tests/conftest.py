@@ -5,6 +5,8 @@ Tests import the helpers by name: ``from conftest import tiny_config, tiny_model
 
 import json
 import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,11 @@ def save_converted(folder: Path, mixer: dict = MIXER, dtype: torch.dtype = torch
     model.to(dtype).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def interruptible(command: list[str], **options: Any) -> subprocess.Popen:
+    """A process that SIGINT interrupts, also where a shell started the tests in the background, which ignores it."""
+    return subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from conftest import interruptible
 
 from linearize import cli, recipe
 from linearize.schema import STAGES
@@ -368,9 +369,7 @@ def test_another_recipe_keeps_the_conversion(llama_folder: Path, run, tmp_path: 
 
 def test_interrupt_ends_with_130_and_leaves_nothing(llama_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "linearize.cli", "generate", str(llama_folder)]  # a chat waits for input
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = interruptible(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.read(1) == ">"
     time.sleep(2)  # from the prompt to the read that waits behind it

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import save_source
+from conftest import interruptible, save_source
 from test_evaluate import student_of
 
 from linearize import results as results_file
@@ -159,7 +159,7 @@ def test_an_interrupt_of_this_process_alone_reaches_those_of_the_launcher(tmp_pa
     code = "import sys; from linearize.run import launch; launch('eval', sys.argv[1:], 'sleeps', [])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     command = [sys.executable, "-c", code, *FLAGS]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = interruptible(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     files, began = [tmp_path / f"{rank}.pid" for rank in (0, 1)], time.monotonic()
     while not all(file.exists() and file.read_text() for file in files):
         assert process.poll() is None and time.monotonic() < began + 120
