@@ -33,7 +33,7 @@ def normalise(a: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 class _Softmax(torch.autograd.Function):
-    """Both at once: autograd would go through the largest scores, at twice the time of the softmax itself."""
+    """Both at once: autograd would go through the largest scores, which takes longer than the softmax itself."""
 
     @staticmethod
     def forward(ctx, a):  # type: ignore[override]
