@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.ops.window import normalise, scores
+from linearize.ops.window import bias_of, normalise, scores
 
 ELEMENTS = 2**22
 """Scores that exist at a time (16 MiB)."""
@@ -47,9 +47,8 @@ def causal_attention(
         new = q[:, :, start : start + C]
         n = new.shape[2]
         end = N - T + start + n  # no row sees a slot behind it
-        a = scores(new.reshape(B, G, rep * n, K), k[:, :, :end], scaling, softcap).view(B, G, rep, n, end)
         token = seen + start + torch.arange(n, device=q.device)[:, None]
-        hidden = torch.arange(end, device=q.device) > token
-        p, _ = normalise(a.masked_fill(hidden[:, None, None], float("-inf")), extra)
+        bias = bias_of(torch.arange(end, device=q.device) <= token)[:, None, None]
+        p, _ = normalise(scores(new.view(B, G, rep, n, K), k[:, :, :end], bias, scaling, softcap), extra)
         parts.append((p.to(q.dtype).view(B, G, rep * n, end) @ v[:, :, :end]).view(B, H, n, V))
     return torch.cat(parts, 2)

@@ -114,15 +114,18 @@ def _run(
         return q.new_zeros(B, H, 0, values.shape[-1], dtype=values.dtype), q.new_zeros(B, H, 0), state
     # All rows on one tape: where token i of a row that holds f clusters lies at f + i, rows merge at the same places.
     taken, count = (n[:, 0, :, 0] > 0).sum(1, keepdim=True), real.sum(1, keepdim=True)
-    used = int((taken + count).max())
+    used, first = int((taken + count).max()), int(taken[0])
     merges = -(-max(used - M, 0) // chunk)
     length = M + merges * chunk if merges else max(used, 1)
     at = torch.arange(length, device=q.device)
     on = ((at >= taken) & (at < taken + count))[:, None, :, None]
+    even = bool((taken == first).all() & real.all())  # rows lie on the tape as they are: nothing to gather
     order = real.logical_not().sort(dim=1, stable=True).indices
     token = order.gather(1, (at - taken).clamp(0, T - 1))[:, None, :, None]
 
     def lay(x: Tensor) -> Tensor:
+        if even:
+            return F.pad(x.to(keys.dtype), (0, 0, first, length - first - T))
         x = x.gather(2, token.expand(-1, x.shape[1], -1, x.shape[-1])).to(keys.dtype)
         return torch.where(on, x, 0)
 
@@ -147,11 +150,14 @@ def _run(
         part = _read(later, *then, seen, scaling, softcap)
         part = (x.unflatten(0, (merges, B)).movedim(0, 2).flatten(2, 3) for x in part)
         y, weight = (torch.cat(x, 2) for x in zip((y, weight), part, strict=True))
-    place = taken + real.cumsum(1) - 1
-    none = (place < 0)[:, None]
-    place = place.clamp(min=0)[:, None].expand(-1, H, -1)
-    weight = weight.gather(2, place).masked_fill(none, float("-inf"))
-    y = y.gather(2, place.unsqueeze(-1).expand(-1, -1, -1, y.shape[-1])).masked_fill(none.unsqueeze(-1), 0)
+    if even:
+        y, weight = y[:, :, first : first + T], weight[:, :, first : first + T]
+    else:
+        place = taken + real.cumsum(1) - 1
+        none = (place < 0)[:, None]
+        place = place.clamp(min=0)[:, None].expand(-1, H, -1)
+        weight = weight.gather(2, place).masked_fill(none, float("-inf"))
+        y = y.gather(2, place.unsqueeze(-1).expand(-1, -1, -1, y.shape[-1])).masked_fill(none.unsqueeze(-1), 0)
     squares = torch.cat([metric[:, :, -1:], real[:, -1:, None, None].to(metric).expand(-1, G, -1, -1)], -1)
     # Of copies: a view would keep the clusters of every chunk in memory.
     return y, weight, (keys[-1].clone(), values[-1].clone(), n[-1].clone(), squares)
@@ -221,11 +227,10 @@ def _read(
     """Attention of q [B, H, L, K] over the clusters, those of `seen` [L, M]."""
     B, H, L, K = q.shape
     G, M = keys.shape[1:3]
-    a = scores(q.to(keys.dtype).reshape(B, G, -1, K), keys, scaling, softcap).view(B, G, -1, L, M)
     size = n.clamp(min=1).log().masked_fill(n == 0, EMPTY).mT
     if seen is not None:
         size = torch.where(seen, size, EMPTY)
-    a = a + size.unsqueeze(2)
+    a = scores(q.to(keys.dtype).reshape(B, G, -1, L, K), keys, size.unsqueeze(2), scaling, softcap)
     p, weight = normalise(a, None)
     y = p.view(B, G, -1, M) @ values
     weight = weight.masked_fill(weight < EMPTY / 2, float("-inf"))
@@ -244,15 +249,16 @@ def _destinations(keys: Tensor, values: Tensor, n: Tensor, metric: Tensor, chunk
     """Where each of M taken clusters goes, to one of M − C places in their order: [B, G, M], rows of all of them as
     [B·G·M, ·]."""
     B, G, M = n.shape[:3]
-    never = torch.full((M, M), float("inf"), device=n.device).triu()  # adding is much faster than masking
-    cost = (_distances(keys * metric.sqrt()) * _distances(values)).mul_(torch.minimum(n, n.mT)).add_(never)
+    cost = _distances(keys * metric.sqrt()).mul_(_distances(values)).mul_(torch.minimum(n, n.mT))
+    cost += cost.new_full((M, M), float("inf")).triu()  # adding is much faster than masking
     gone = cost.amin(-1).topk(chunk, largest=False, sorted=False).indices
-    partner = cost.gather(2, gone.unsqueeze(-1).expand(-1, -1, -1, M)).argmin(-1)
+    first = M * torch.arange(B * G, device=n.device).view(B, G, 1)
+    partner = cost.flatten(0, 2).index_select(0, (gone + first).flatten()).argmin(-1).view_as(gone)
     into = torch.arange(M, device=n.device).expand(B, G, -1).scatter(2, gone, partner)
     for _ in range((chunk - 1).bit_length()):  # where a partner goes too, to where it goes
         into = into.gather(2, into)
     place = torch.ones_like(into).scatter_(2, gone, 0).cumsum(2) - 1
-    return place.gather(2, into) + M * torch.arange(B * G, device=n.device).view(B, G, 1)
+    return place.gather(2, into) + first
 
 
 def _gathered(x: Tensor, to: Tensor) -> Tensor:
@@ -265,4 +271,4 @@ def _distances(x: Tensor) -> Tensor:
     """Squares of the distances between all: [B, G, M, D] -> [B, G, M, M]; of equal ones, zero but for rounding."""
     square = x.square().sum(-1, keepdim=True)
     both = (square + square.mT).flatten(0, 1)
-    return torch.baddbmm(both, x.flatten(0, 1), x.mT.flatten(0, 1), alpha=-2).unflatten(0, x.shape[:2])
+    return both.baddbmm_(x.flatten(0, 1), x.mT.flatten(0, 1), alpha=-2).unflatten(0, x.shape[:2])

@@ -12,16 +12,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 64
-"""Queries per block: 64 makes the matrix products large enough for a CPU while W = 64 wastes only half of each
+BLOCK = 32
+"""Queries per block: 32 makes the matrix products large enough for a CPU while W = 64 wastes only a third of each
 block."""
 
 
-def scores(q: Tensor, k: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """The source's own attention scores, at least in fp32: q [..., M, K], k [..., N, K] -> [..., M, N]."""
-    a = q @ k.mT
-    a = a.to(torch.promote_types(a.dtype, torch.float32)) * scaling
-    return a if softcap is None else softcap * torch.tanh(a / softcap)
+def scores(q: Tensor, k: Tensor, bias: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """The source's own attention scores, at least in fp32, of R heads that share their keys: q [..., R, M, K] and
+    k [..., N, K] -> [..., R, M, N], plus `bias`, which broadcasts to it: 0 where a key is seen and −inf elsewhere."""
+    shape = *q.shape[:-1], k.shape[-2]
+    rows, keys = q.reshape(-1, shape[-3] * shape[-2], q.shape[-1]), k.reshape(-1, *k.shape[-2:])
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if softcap is None and q.dtype == dtype:
+        # The product is added to the bias in place: two passes over the scores less, and as many in the gradient.
+        a = bias.to(dtype).expand(shape).clone(memory_format=torch.contiguous_format)
+        return a.view(*rows.shape[:2], -1).baddbmm_(rows, keys.mT, alpha=scaling).view(shape)
+    a = (rows @ keys.mT).to(dtype).view(shape) * scaling
+    return (a if softcap is None else softcap * torch.tanh(a / softcap)) + bias
+
+
+def bias_of(seen: Tensor) -> Tensor:
+    """fp32: 0 where `seen`, −inf elsewhere."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 def normalise(a: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -83,29 +95,24 @@ def window_attention(
     pad = N * C - T
     rep = H // G
 
-    qb = F.pad(q, (0, 0, 0, pad)).view(B, G, rep, N, C, K).transpose(2, 3).reshape(B, G, N, rep * C, K)
-    kb = F.pad(local_k, (0, 0, 0, pad)).unfold(2, C + window, C).mT
-    vb = F.pad(local_v, (0, 0, 0, pad)).unfold(2, C + window, C).mT
+    qb = F.pad(q, (0, 0, 0, pad)).view(B, G, rep, N, C, K).transpose(2, 3)
 
+    def blocks(local: Tensor, sink: Tensor) -> Tensor:
+        near = F.pad(local, (0, 0, 0, pad)).unfold(2, C + window, C).mT
+        return torch.cat([sink[:, :, None].expand(-1, -1, N, -1, -1), near], 3)
+
+    kb, vb = blocks(local_k, sink_k), blocks(local_v, sink_v)
     i = torch.arange(C, device=q.device)
     e = torch.arange(C + window, device=q.device)
     near = (e > i[:, None]) & (e <= i[:, None] + window)
     seen = torch.as_tensor(seen, device=q.device).view(-1, 1)
     block = torch.arange(N, device=q.device) * C
     token = seen[:, :, None] + (block[:, None] + e) - window
-    mask = (token >= s)[:, :, None] & near
-    a = scores(qb, kb, scaling, softcap)
-    if s:
-        t = seen[:, :, None] + (block[:, None] + i)
-        mask = torch.cat([torch.arange(s, device=q.device) <= t[..., None], mask], dim=-1)
-        a = torch.cat([scores(qb, sink_k[:, :, None], scaling, softcap), a], dim=-1)
-    a = a.view(B, G, N, rep, C, s + C + window)
+    t = seen[:, :, None] + (block[:, None] + i)
+    mask = torch.cat([torch.arange(s, device=q.device) <= t[..., None], (token >= s)[:, :, None] & near], -1)
     extra = None if extra is None else extra.float().view(G, 1, rep, 1, 1)
-    p, lse = normalise(a.masked_fill(~mask[:, None, :, None], float("-inf")), extra)
-    p = p.to(q.dtype).view(B, G, N, rep * C, s + C + window)
-    y = p[..., s:] @ vb
-    if s:
-        y = y + p[..., :s] @ sink_v[:, :, None]
+    p, lse = normalise(scores(qb, kb, bias_of(mask)[:, None, :, None], scaling, softcap), extra)
+    y = p.to(q.dtype).flatten(3, 4) @ vb
     y = y.view(B, G, N, rep, C, V).transpose(2, 3).reshape(B, H, N * C, V)[:, :, :T]
     return y, lse.transpose(2, 3).reshape(B, H, N * C)[:, :, :T]
 
@@ -135,9 +142,9 @@ def slot_attention(
     groups, S, V = v.shape
     grouped = q.reshape(groups, -1, K)
     if softcap is None and q.dtype == torch.float32:
-        a = torch.baddbmm(bias, grouped, k, alpha=scaling)
+        a = torch.baddbmm(bias, grouped, k, alpha=scaling)  # the same in one call: calls are what a step takes
     else:
-        a = scores(grouped, k.mT, scaling, softcap) + bias
+        a = scores(grouped.unsqueeze(1), k.mT, bias.unsqueeze(1), scaling, softcap).squeeze(1)
     m = None if memory is None else memory.view(groups, -1, V + 1)
     if m is not None:
         a = torch.cat([a, m[..., V:]], -1)
@@ -170,7 +177,7 @@ def naive_window_attention(
     t = torch.arange(T, device=q.device)
     distance = t[:, None] - t
     mask = (distance >= 0) & ((distance < window) | (t < sinks))
-    a = scores(q.view(B, G, H // G, T, K), k[:, :, None], scaling, softcap)
+    a = scores(q.view(B, G, H // G, T, K), k, bias_of(mask), scaling, softcap)
     extra = None if extra is None else extra.float().view(G, H // G, 1, 1)
-    p, lse = normalise(a.masked_fill(~mask, float("-inf")), extra)
+    p, lse = normalise(a, extra)
     return (p.to(q.dtype) @ v[:, :, None]).reshape(B, H, T, -1), lse.reshape(B, H, T)
