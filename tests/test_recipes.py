@@ -265,14 +265,20 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, expected: str) -> N
         recipe.load(tmp_path / "absent.yaml")
 
 
-def test_another_mixer_keeps_what_it_knows() -> None:
-    gla = recipe.load("smollm2-135m", ["convert.mixer.window=32", "convert.mixer.gate_normalizer=8.0"])
-    window = recipe.switch_mixer(gla, "window")
+def test_another_mixer_keeps_what_it_knows_and_takes_settings_of_its_own() -> None:
+    mine = ["convert.mixer.window=32", "convert.mixer.gate_normalizer=8.0"]
+    gla = recipe.load("smollm2-135m", mine)
+    window = recipe.from_dict(recipe.to_dict(gla), ["convert.mixer.name=window"])
     assert window.convert.mixer["name"] == "window" and window.convert.mixer["window"] == 32
     assert "gate_normalizer" not in window.convert.mixer
-    recipe.validate(window)
+    clusters = recipe.load("smollm2-135m", ["convert.mixer.clusters=96", "convert.mixer.name=clusters"])
+    assert clusters.convert.mixer["clusters"] == 96 and clusters.convert.mixer["window"] == 64
+    same = recipe.load("smollm2-135m", ["convert.mixer.name=gla", *mine])
+    assert same.convert == gla.convert
     with pytest.raises(InputError, match="unknown mixer 'windo'. Did you mean 'window'"):
-        recipe.switch_mixer(gla, "windo")
+        recipe.load("smollm2-135m", ["convert.mixer.name=windo"])
+    with pytest.raises(InputError, match="gate_normalizer: unknown key"):
+        recipe.load("smollm2-135m", [*mine, "convert.mixer.name=window"])
 
 
 def test_stage_by_name() -> None:

@@ -39,9 +39,8 @@ def convert(
     """
     from linearize import recipe as recipes
 
-    resolved = recipes.resolve(model, set_ or (), recipe)
-    if mixer is not None:
-        resolved = recipes.switch_mixer(resolved, mixer)
+    named = [] if mixer is None else [f"{recipes.NAME}={mixer}"]
+    resolved = recipes.resolve(model, [*named, *(set_ or ())], recipe)
     flags = {
         "convert.mixer.window": window,
         "convert.mixer.sinks": sinks,

@@ -30,9 +30,8 @@ def read_config(folder: str | Path) -> Any:
         config = AutoConfig.from_pretrained(_base(folder))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"{folder}: cannot be opened as a model ({reason}); give a folder written by linearize"
-        ) from error
+        found = "cannot be opened as a model" if Path(folder).exists() else "is no folder, nor found on the Hub"
+        raise InputError(f"{folder}: {found} ({reason}); give a folder written by linearize") from error
     if config.model_type != "linearized":
         raise InputError(
             f"{folder}: is a plain {config.model_type}, not a linearized model; convert it first with `linearize "
