@@ -140,9 +140,8 @@ def launch(verb: str, flags: Sequence[str], module: str, arguments: Sequence[str
         InputError: the flags are none, or the launched processes failed (they have said why).
     """
     if not flags[0].startswith("-"):
-        raise InputError(
-            f"{verb}: found {flags[0]!r} after the folder; flags of `accelerate launch` start with -, after --"
-        )
+        instead = "give each override its own --set" if "=" in flags[0] else "flags for `accelerate launch` go after --"
+        raise InputError(f"{verb}: found {flags[0]!r} after the folder; {instead}")
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", module, *arguments]
     process = subprocess.Popen(command, stdout=stdout)
     try:

@@ -355,6 +355,12 @@ def test_flags_go_to_accelerate(run, llama_folder: Path, tmp_path: Path) -> None
     ended = run("train", converted, "--out", tmp_path / "x", *SETTINGS, "--", "--no_such_flag")
     refused(ended, "`accelerate launch --no_such_flag` ended with code 2")
     assert not (tmp_path / "x").exists()
+    refused(
+        run("train", converted, "--out", tmp_path / "x", "no_such_flag"),
+        "found 'no_such_flag' after the folder; flags for `accelerate",
+    )
+    ended = run("train", converted, "--out", tmp_path / "x", "--set", "train.distil.seed=1", "train.distil.batch=2")
+    refused(ended, "found 'train.distil.batch=2' after the folder; give each override its own --set")
 
 
 def test_another_recipe_keeps_the_conversion(llama_folder: Path, run, tmp_path: Path) -> None:
