@@ -13,12 +13,12 @@ from linearize import autoload
 __version__ = "0.1.0"
 
 _HOME = {
-    "LinearizedConfig": "modeling",
-    "LinearizedForCausalLM": "modeling",
-    "branches": "modeling",
-    "linearize_": "modeling",
-    "MIXERS": "mixers",
-    "build_config": "mixers",
+    "LinearizedConfig": "model.modeling",
+    "LinearizedForCausalLM": "model.modeling",
+    "branches": "model.branches",
+    "linearize_": "model.modeling",
+    "MIXERS": "model.mixers",
+    "build_config": "model.mixers",
     "InputError": "errors",
 }
 

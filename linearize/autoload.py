@@ -38,7 +38,7 @@ def _running(module: ModuleType) -> bool:
 
 def _register() -> None:
     try:
-        importlib.import_module("linearize.modeling")
+        importlib.import_module("linearize.model.modeling")
     except ImportError as error:
         # A program that only shares the environment must not break because this package does not fit.
         warnings.warn(f"linearized models cannot be opened here: {error}", RuntimeWarning, stacklevel=2)

@@ -5,7 +5,7 @@ import gzip
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from linearize.recipe import package_folder
+from linearize.recipe.resources import package_folder
 
 Cell = dict[str, Any]
 LIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}

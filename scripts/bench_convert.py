@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from linearize.checkpoint.atomic import check_space
+from linearize.checkpoint.shards import INDEX, read_folder, read_header, shard_name, write_index
 from linearize.errors import InputError
-from linearize.files import check_space, format_bytes
-from linearize.weights import INDEX, read_folder, read_header, shard_name, write_index
+from linearize.formats import format_bytes
 
 RESULTS = Path(__file__).parent.parent / "eval" / "results" / "bench-convert"
 SHARD = 5 << 30
@@ -49,7 +50,7 @@ import json, re, sys, time
 from pathlib import Path
 from linearize import recipe
 from linearize.convert import convert, plan
-from linearize.sources import locate
+from linearize.checkpoint.sources import locate
 source, out, dtype, link = sys.argv[1:]
 values = {"source": {"id": source}, "convert": {"mixer": {"name": "gla"}, "dtype": dtype}}
 wanted, located = recipe.from_dict(values), locate(source)

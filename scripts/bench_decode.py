@@ -36,13 +36,13 @@ from bench_common import Cell, numbers, some, validation_text
 from bench_report import KINDS, claims, write
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-import linearize.modeling
-from linearize import recipe
-from linearize.evaluate.columns import sharing_copy
-from linearize.evaluate.environment import environment
-from linearize.evaluate.measure import PEAK, in_process, read_task, rotated, status, summary, timed
-from linearize.evaluate.speed import cache_bytes, decode, prefill, resident_peak, stretch
-from linearize.sources import load_source, locate
+import linearize.model.modeling
+from linearize.checkpoint.sources import load_source, locate
+from linearize.evaluation.clock import PEAK, in_process, read_task, rotated, status, summary, timed
+from linearize.evaluation.columns import sharing_copy
+from linearize.evaluation.environment import environment
+from linearize.evaluation.speed import cache_bytes, decode, prefill, resident_peak, stretch
+from linearize.recipe import load as recipes
 
 PARTS = ("decode", "memory", "prefill", "long", "profile")
 
@@ -60,7 +60,7 @@ def as_kind(source: PreTrainedModel, kind: str, mixer: dict[str, Any]) -> PreTra
         return source
     if kind == "window":
         mixer = {"name": "window", "window": mixer["window"], "sinks": mixer["sinks"]}
-    return linearize.modeling.linearize_(sharing_copy(source), mixer)
+    return linearize.linearize_(sharing_copy(source), mixer)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, count: int) -> torch.Tensor:
@@ -235,7 +235,7 @@ def main() -> None:
         return print(json.dumps(worker(**read_task())))
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
-    wanted = recipe.load(given.recipe, given.set)
+    wanted = recipes.load(given.recipe, given.set)
     mixer = dict(wanted.convert.mixer)
     name = given.name or f"{platform.machine()}-{os.cpu_count()}-cores"
     target = given.out / f"bench-decode-{name}.json"

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from bench_common import claim
 
-from linearize.evaluate.environment import environment
-from linearize.evaluate.measure import rotated, summary, timed
-from linearize.recipe import package_folder
+from linearize.evaluation.clock import rotated, summary, timed
+from linearize.evaluation.environment import environment
+from linearize.recipe.resources import package_folder
 
 RESULTS = Path(__file__).parents[1] / "eval" / "results" / "bench-eval.json"
 TASKS = "embedded_piqa,embedded_arc_easy,embedded_hellaswag,embedded_winogrande,embedded_lambada_openai"

@@ -27,10 +27,10 @@ from bench_common import LIVE, Cell, claim, claims_table, find, numbers, some
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.evaluate.environment import environment
-from linearize.evaluate.measure import PEAK, forget_peak, in_process, read_task, rotated, status, summary, timed
-from linearize.ops import additive
-from linearize.ops.window import window_attention
+from linearize.evaluation.clock import PEAK, forget_peak, in_process, read_task, rotated, status, summary, timed
+from linearize.evaluation.environment import environment
+from linearize.model.ops import additive
+from linearize.model.ops.window import window_attention
 
 HEADS, WIDTH, WINDOW, SINKS = 9, 64, 64, 4
 TAU = 16.0
@@ -68,10 +68,10 @@ def prepare(row: str, length: int) -> tuple[Callable[..., Tensor], list[Tensor]]
     elif row == "window":
         form, leaves = window, [q, k, v]
     elif row == "diagonal":
-        chunked = importlib.import_module("linearize.ops.diagonal").chunked
+        chunked = importlib.import_module("linearize.model.ops.diagonal").chunked
         form, leaves = lambda *x: chunked(*x)[0], [v, channel]
     elif row.startswith("delta"):
-        chunked = importlib.import_module("linearize.ops.delta").chunked
+        chunked = importlib.import_module("linearize.model.ops.delta").chunked
         form, leaves = (
             lambda *x: chunked(*x)[0],
             [q, F.normalize(k, dim=-1), v, torch.rand(1, HEADS, length, 1), *decay],

@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from bench_common import numbers, some, validation_text
 
-from linearize import recipe
-from linearize.calibrate import fit
-from linearize.data import blocks
-from linearize.evaluate import perplexity
-from linearize.evaluate.environment import environment
-from linearize.mixers import MIXERS
-from linearize.modeling import branches, linearize_
-from linearize.sources import load_source, locate
+from linearize.checkpoint.sources import load_source, locate
+from linearize.evaluation import perplexity
+from linearize.evaluation.environment import environment
+from linearize.model.branches import branches
+from linearize.model.mixers import MIXERS
+from linearize.model.modeling import linearize_
+from linearize.recipe import load as recipes
+from linearize.recovery.calibrate import fit
+from linearize.recovery.data import blocks
 
 MEMORIES = [name for name, mixer in MIXERS.items() if "memory" in mixer.combines]
 BIN, POINT = 32, 8
@@ -53,7 +54,7 @@ def measure(model: Any, texts: dict[int, torch.Tensor], window: int) -> dict[str
 
 def columns(given: argparse.Namespace, results: dict[str, Any]):
     """Name and measurement, one after the other."""
-    wanted = recipe.load(given.recipe, given.set)
+    wanted = recipes.load(given.recipe, given.set)
     base = {key: wanted.convert.mixer[key] for key in ("window", "sinks")}
     located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
     model, tokenizer = load_source(located, "float32")

@@ -11,8 +11,8 @@ from typing import Any
 from bench_common import Cell, claim, claims_table, find
 
 from linearize.errors import InputError
-from linearize.evaluate.speed import COLUMNS as KINDS
-from linearize.plot import Points, draw_speed
+from linearize.evaluation.speed import COLUMNS as KINDS
+from linearize.reporting.plot import Points, draw_speed
 
 SOURCE, WINDOW, STUDENT = ({"kind": kind} for kind in KINDS)
 

@@ -35,14 +35,16 @@ from bench_decode import as_kind, open_model, token_ids
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearize import adapters, optim, recipe
+from linearize.checkpoint import adapters
+from linearize.checkpoint.sources import load_source, locate
 from linearize.errors import InputError
-from linearize.evaluate.columns import sharing_copy
-from linearize.evaluate.environment import environment
-from linearize.evaluate.measure import PEAK, forget_peak, in_process, read_task, rotated, status, summary, timed
-from linearize.losses import count_targets, token_losses
-from linearize.schema import Stage
-from linearize.sources import load_source, locate
+from linearize.evaluation.clock import PEAK, forget_peak, in_process, read_task, rotated, status, summary, timed
+from linearize.evaluation.columns import sharing_copy
+from linearize.evaluation.environment import environment
+from linearize.recipe import load as recipes
+from linearize.recipe.schema import Stage
+from linearize.recovery import optim
+from linearize.recovery.losses import count_targets, token_losses
 
 ROWS = {"source": ("source", False), "window": ("window", False), "student": ("student", False)}
 ROWS["student+kl"] = "student", True
@@ -201,7 +203,7 @@ def main() -> None:
         return print(json.dumps(worker(**read_task())))
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
-    wanted = recipe.load(given.recipe, given.set)
+    wanted = recipes.load(given.recipe, given.set)
     mixer, stage = dict(wanted.convert.mixer), wanted.stage()
     target = given.out / f"{given.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -27,12 +27,12 @@ from bench_common import Cell, numbers
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize import ops
-from linearize.costs import CONTEXT, context, decoder, make
-from linearize.evaluate.environment import environment
-from linearize.evaluate.measure import summary, timed
-from linearize.mixers import MIXERS, Geometry, Mixer
-from linearize.ops import additive, average, delta, diagonal, dplr, fla_backend, slots
+from linearize.conversion.costs import CONTEXT, context, decoder, make
+from linearize.evaluation.clock import summary, timed
+from linearize.evaluation.environment import environment
+from linearize.model import ops
+from linearize.model.mixers import MIXERS, Geometry, Mixer
+from linearize.model.ops import additive, average, delta, diagonal, dplr, fla_backend, slots
 
 TAU = 16.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -32,19 +32,21 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from zero_training import value
 
-from linearize import adapters, recipe
-from linearize.archs import attention_layers
-from linearize.calibrate import calibrate
-from linearize.convert import convert, plan
-from linearize.data import blocks
+from linearize.checkpoint import adapters, companions
+from linearize.checkpoint.sources import Located, load_source, load_tokenizer, locate
+from linearize.conversion.convert import convert
+from linearize.conversion.plan import plan
 from linearize.errors import InputError, suggest
-from linearize.evaluate import perplexity
-from linearize.evaluate.environment import commit, environment
-from linearize.evaluate.measure import timed
-from linearize.modeling import linearize_
-from linearize.recipe import Recipe
-from linearize.sources import Located, load_source, load_tokenizer, locate
-from linearize.train import Loop
+from linearize.evaluation import perplexity
+from linearize.evaluation.clock import timed
+from linearize.evaluation.environment import commit, environment
+from linearize.model.architectures import attention_layers
+from linearize.model.modeling import linearize_
+from linearize.recipe import load as recipes
+from linearize.recipe.load import Recipe
+from linearize.recovery.calibrate import calibrate
+from linearize.recovery.data import blocks
+from linearize.recovery.loop import Loop
 
 Point = dict[str, Any]
 NEAR = 1.6
@@ -73,7 +75,7 @@ def variants(path: Path, overrides: list[str], only: list[str] | None) -> dict[s
         if name not in named:
             raise InputError(f"--only: unknown variant {name!r}. {suggest(name, named)}")
     shared = dict(text.partition("=")[::2] for text in overrides)
-    found = {name: recipe.load(base, {**named[name], **shared}) for name in only or named}
+    found = {name: recipes.load(base, {**named[name], **shared}) for name in only or named}
     first = next(iter(found.values()))
     for name, wanted in found.items():
         for key, mine, theirs in (
@@ -149,7 +151,7 @@ def curve(wanted: Recipe, located: Located, ids: Tensor, every: int) -> Iterator
             read += steps * per_step
             after = place / f"{number}-{stage.name}"
             after.mkdir()
-            adapters.carry(folder, after)
+            companions.carry(folder, after)
             adapters.save(loop.plain, loop.weights(), folder, after)
             folder = after
 
@@ -187,7 +189,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
 
-        from linearize.plot import COLOURS
+        from linearize.reporting.plot import COLOURS
     except ImportError:
         return print("no plot: matplotlib is not installed", file=sys.stderr)
     figure = Figure(figsize=(13, 5.5), layout="constrained")
@@ -250,7 +252,7 @@ def measure(given: argparse.Namespace) -> str:
     if not {"source", *controls.values()} <= results["lines"].keys():
         results["lines"] |= lines(located, list(wanted.values()), ids)
     for name, each in wanted.items():
-        made = json.loads(json.dumps(recipe.to_dict(each)))
+        made = json.loads(json.dumps(recipes.to_dict(each)))
         if results["variants"].get(name, {}).get("recipe") == made:
             print(f"{name}: finished earlier, kept", file=sys.stderr)
             continue

@@ -14,8 +14,9 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from linearize import archs, probe
+from linearize.conversion import probe
 from linearize.errors import InputError
+from linearize.model import architectures
 
 SECONDS = 30
 
@@ -31,9 +32,9 @@ def verdict(kind: str) -> str:
     except InputError as error:
         return str(error).partition(": ")[2]
     except Late:
-        return f"{archs.UNTRIED} that answers within {SECONDS} s"
+        return f"{architectures.UNTRIED} that answers within {SECONDS} s"
     except Exception as error:
-        return f"{archs.UNTRIED} that runs ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        return f"{architectures.UNTRIED} that runs ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     finally:
         signal.alarm(0)
     return "; ".join(f"{check.name}: {check.found}" for check in checks if not check.ok)
@@ -62,7 +63,7 @@ def main() -> None:
             "passes": [kind for kind, why in found.items() if not why],
             "fails": {kind: why for kind, why in found.items() if why},
         }
-        archs.RECORD.write_text(json.dumps(content, indent=1) + "\n")
+        architectures.RECORD.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from bench_common import validation_text
 
-from linearize import recipe
-from linearize.archs import attention_layers, full_layers
-from linearize.evaluate import perplexity
-from linearize.files import sha256
-from linearize.modeling import linearize_
-from linearize.sources import load_source, locate
+from linearize.checkpoint.copying import sha256
+from linearize.checkpoint.sources import load_source, locate
+from linearize.evaluation import perplexity
+from linearize.model.architectures import attention_layers, full_layers
+from linearize.model.modeling import linearize_
+from linearize.recipe import load as recipes
 
 LENGTH, WINDOW, SINKS = 512, 64, 4
 RESULTS = Path(__file__).parent.parent / "eval" / "results" / "zero-training"
@@ -71,7 +71,7 @@ def main() -> None:
     rows = []
     for argument in given.models:
         name, _, path = argument.partition("=")
-        source = recipe.resolve(path or name).source
+        source = recipes.resolve(path or name).source
         rows.append(measure(name, source.id, source.package, given.blocks))
         print(json.dumps(rows[-1], indent=1), flush=True)
     settings = {

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from helpers.tiny import tiny_model
 
-from linearize.modeling import linearize_
+from linearize.model.modeling import linearize_
 
 ORDERS = {
     "before": "import linearize; from transformers import AutoModelForCausalLM",
@@ -38,14 +38,16 @@ def test_a_folder_opens_in_every_order_of_imports(order: str, tmp_path: Path):
 
 
 def test_an_environment_that_does_not_fit_costs_a_warning_not_the_program(tmp_path: Path):
-    code = f"import sys; sys.modules['linearize.modeling'] = None\n{ORDERS['without']}; print('on')"
+    code = f"import sys; sys.modules['linearize.model.modeling'] = None\n{ORDERS['without']}; print('on')"
     done = python(code, tmp_path)
     assert done.stdout.strip() == "on", done.stderr
     assert "RuntimeWarning: linearized models cannot be opened here" in done.stderr
 
 
 def test_torch_alone_stays_alone(tmp_path: Path):
-    done = python("import torch, sys; print({'transformers', 'linearize.modeling'} & sys.modules.keys())", tmp_path)
+    done = python(
+        "import torch, sys; print({'transformers', 'linearize.model.modeling'} & sys.modules.keys())", tmp_path
+    )
     assert done.stdout.strip() == "set()", done.stderr
 
 

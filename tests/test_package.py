@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from linearize import recipe
+from linearize.recipe import load as recipes
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,8 +60,8 @@ def test_installed_wheel_works_from_any_folder(wheel: Path, tmp_path: Path) -> N
         ).stdout
 
     assert python("-c", "import linearize; print(linearize.__file__)").startswith(str(target))
-    assert [row["name"] for row in json.loads(python("-m", "linearize.cli", "recipes", "--json"))] == recipe.names()
-    found = python("-c", "from linearize.evaluate.suite import load; print(load('smoke').name)")
+    assert [row["name"] for row in json.loads(python("-m", "linearize.cli", "recipes", "--json"))] == recipes.names()
+    found = python("-c", "from linearize.evaluation.suite import load; print(load('smoke').name)")
     assert found.strip() == "smoke"
     assert (target / "bin" / "linearize").is_file()
     assert list(elsewhere.iterdir()) == []

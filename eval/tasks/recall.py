@@ -8,7 +8,7 @@ import datasets
 from transformers import AutoTokenizer
 
 from linearize.errors import InputError
-from linearize.evaluate import recall
+from linearize.evaluation import recall
 
 
 def load(

@@ -37,7 +37,7 @@ def convert(
     Example:
       linearize convert --model smollm2-135m --out runs/demo/0-converted
     """
-    from linearize import recipe as recipes
+    from linearize.recipe import load as recipes
 
     named = [] if mixer is None else [f"{recipes.NAME}={mixer}"]
     resolved = recipes.resolve(model, [*named, *(set_ or ())], recipe)
@@ -52,12 +52,13 @@ def convert(
     given = {key: value for key, value in flags.items() if value is not None}
     resolved = recipes.from_dict(recipes.to_dict(resolved), given, "command line")
 
-    from linearize import convert as stage
-    from linearize.sources import locate
+    from linearize.checkpoint.sources import locate
+    from linearize.conversion import convert as stage
+    from linearize.conversion.plan import plan as make_plan
 
     source = resolved.source
     located = locate(source.id, source.revision, package=source.package)
-    plan = stage.plan(located, resolved)
+    plan = make_plan(located, resolved)
     if dry_run:
         return show(plan.to_dict(), as_json, plan.text())
     note(plan.text())
@@ -83,10 +84,10 @@ def calibrate(
     Example:
       linearize calibrate runs/demo/0-converted --out runs/demo/calibrated
     """
-    from linearize import calibrate as stage
-    from linearize import run as runs
+    from linearize.recipe import load as recipes
+    from linearize.recovery import calibrate as stage
 
-    wanted = runs.recipe_of(folder, recipe, set_ or ())
+    wanted = recipes.recipe_of(folder, recipe, set_ or ())
     out = stage.calibrate(folder, wanted, out, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
     show({"out": str(out)}, as_json, str(out))
 
@@ -118,13 +119,13 @@ def select(
       linearize select runs/demo/0-converted --keep 4 --by recall --out runs/demo/selected
       linearize select runs/demo/0-converted --keep 12 --per heads --out runs/demo/selected
     """
-    from linearize import run as runs
-    from linearize import select as stage
-    from linearize.plot import check_target, draw_selection
+    from linearize.recipe import load as recipes
+    from linearize.recovery import select as stage
+    from linearize.reporting.plot import check_target, draw_selection
 
     if plot is not None:
         check_target(plot)  # before the measurement, which takes minutes
-    wanted = runs.recipe_of(folder, recipe, set_ or ())
+    wanted = recipes.recipe_of(folder, recipe, set_ or ())
     given: dict[str, Any] = {"keep": keep, "by": by, "per": per, "tokens": tokens, "seq_len": seq_len}
     found = stage.select(folder, wanted, out, **given, overwrite=overwrite)
     if plot is not None:

@@ -45,9 +45,10 @@ def train(
     Example:
       linearize train runs/demo/0-converted --out runs/demo/1-distil --set train.distil.tokens=50000
     """
-    from linearize import run as runs
+    from linearize import pipeline as runs
+    from linearize.recipe import load as recipes
 
-    resolved = runs.recipe_of(folder, recipe, set_ or ())
+    resolved = recipes.recipe_of(folder, recipe, set_ or ())
     out = runs.train_stage(folder, resolved, stage, out, resume=resume, overwrite=overwrite, flags=flags or ())
     show({"out": str(out)}, as_json, str(out))
 
@@ -70,10 +71,10 @@ def _stage_verb(name: str, about: str) -> None:
         as_json: Json = False,
         flags: Flags = None,
     ) -> None:
-        from linearize import recipe as recipes
-        from linearize import run as runs
+        from linearize import pipeline as runs
+        from linearize.recipe import load as recipes
 
-        known = recipes.to_dict(recipes.with_stage(runs.recipe_of(folder, recipe), name))
+        known = recipes.to_dict(recipes.with_stage(recipes.recipe_of(folder, recipe), name))
         wanted = recipes.from_dict(known, set_ or (), "command line")
         out = runs.train_stage(folder, wanted, name, out, resume=resume, overwrite=overwrite, flags=flags or ())
         show({"out": str(out)}, as_json, str(out))
@@ -99,7 +100,7 @@ def merge(
     Example:
       linearize merge runs/demo/1-distil --out runs/demo/merged
     """
-    from linearize import train as stage
+    from linearize.recovery import merge as stage
 
     out = stage.merge(folder, out, overwrite=overwrite)
     show({"out": str(out)}, as_json, str(out))
@@ -123,8 +124,8 @@ def run(
     Example:
       linearize run smollm2-135m --out runs/demo
     """
-    from linearize import recipe as recipes
-    from linearize import run as runs
+    from linearize import pipeline as runs
+    from linearize.recipe import load as recipes
 
     resolved = recipes.resolve(model, set_ or ())
     out = out or recipes.run_folder(resolved)
@@ -168,11 +169,11 @@ def evaluate(
     Example:
       linearize eval runs/demo/merged --suite smoke
     """
-    from linearize import results as results_file
-    from linearize import run as runs
-    from linearize.evaluate import evaluate as stage
-    from linearize.evaluate import suite as suites
-    from linearize.evaluate import verdict
+    from linearize import launch
+    from linearize.evaluation import suite as suites
+    from linearize.evaluation.evaluate import evaluate as stage
+    from linearize.reporting import verdict
+    from linearize.results import file as results_file
 
     limits = verdict.parse_limits(fail_under or [])  # before the work
     target = out or (folder / "results.json" if folder.is_dir() else None)
@@ -194,7 +195,7 @@ def evaluate(
         suites.check_columns(columns.split(",") if columns else suites.load(suite).columns, "columns")
         given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
         arguments = ["eval", str(folder), *given, *["--resume"] * resume, *["--json"] * as_json]
-        runs.launch("eval", flags, "linearize.cli", arguments)
+        launch.launch("eval", flags, "linearize.cli", arguments)
         results = results_file.read(target) if target is not None and limits else {}
     else:
         results = stage(folder, **{**options, "columns": columns.split(",") if columns else None}, resume=resume)
@@ -226,9 +227,9 @@ def bench(
     Example:
       linearize bench runs/demo/merged --contexts 1024,8192
     """
-    from linearize.evaluate import bench as stage
-    from linearize.evaluate import report
-    from linearize.plot import check_target, draw_speed
+    from linearize.evaluation.evaluate import bench as stage
+    from linearize.reporting import terminal
+    from linearize.reporting.plot import check_target, draw_speed
 
     if plot is not None:
         check_target(plot)  # before the measurement, which takes minutes
@@ -242,11 +243,11 @@ def bench(
         dtype=dtype,
     )
     if plot is not None:
-        note(f"picture: {draw_speed(report.speed_panels(results), plot)}")
+        note(f"picture: {draw_speed(terminal.speed_panels(results), plot)}")
     if as_json:
         show(results, as_json)
     else:
-        report.show_speed(results)
+        terminal.show_speed(results)
 
 
 @app.command()
@@ -261,8 +262,8 @@ def report(
     Example:
       linearize report runs/demo/results.json --out report.html
     """
-    from linearize import results as results_file
-    from linearize.evaluate import page
+    from linearize.reporting import page
+    from linearize.results import file as results_file
 
     if out is None and len(files) > 1:
         raise InputError(f"report: {len(files)} files make one page; say by --out where to write it")
@@ -279,14 +280,14 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def _show_results(results: dict[str, Any], as_json: bool, file: Path | None) -> None:
     """Print results; where they lie in a file, write the page beside it and say where."""
-    from linearize.evaluate import page, report
+    from linearize.reporting import page, terminal
 
     if file is not None:
         note(f"report: {page.write([results], page.beside(file))}")
     if as_json:
         show(results, as_json)
     else:
-        report.show(results)
+        terminal.show(results)
 
 
 @app.command()
@@ -307,7 +308,7 @@ def generate(
     Example:
       linearize generate runs/demo/merged --prompt "Why is the sky blue?" --max-new-tokens 60
     """
-    from linearize import generate as stage
+    from linearize import generation as stage
 
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     if prompt is None:
@@ -340,7 +341,7 @@ def push(
     Example:
       linearize push runs/demo/merged --repo my-org/smollm2-135m-gla --dry-run
     """
-    from linearize import hub as stage
+    from linearize.hub import push as stage
 
     if dry_run and as_json:
         return show(stage.plan(folder, repo, with_code).to_dict(), as_json)
@@ -363,7 +364,7 @@ def export(
     Example:
       linearize export runs/demo/merged --to source --out runs/demo/as-source
     """
-    from linearize import export as stage
+    from linearize.conversion import export as stage
 
     done = stage.export(folder, to, out, overwrite, link)
     show({"out": str(done)}, as_json, str(done))

@@ -23,14 +23,14 @@ def inspect(
     Example:
       linearize inspect runs/demo/merged --json
     """
-    from linearize import inspection
+    from linearize.checkpoint import describe
 
-    found = inspection.inspect(folder)
+    found = describe.inspect(folder)
     if plot is not None:
-        from linearize.plot import draw
+        from linearize.reporting.plot import draw
 
         note(f"picture: {draw(found, plot)}")
-    show(found, as_json, inspection.text(found))
+    show(found, as_json, describe.text(found))
 
 
 @app.command()
@@ -44,7 +44,7 @@ def recipes(
     Example:
       linearize recipes smollm2-135m
     """
-    from linearize import recipe as stage
+    from linearize.recipe import load as stage
 
     if name is not None:
         resolved = stage.load(name)
@@ -70,8 +70,8 @@ def check(
     Example:
       linearize check recipes/smollm2-135m.yaml runs/demo/0-converted
     """
-    from linearize import recipe as stage
-    from linearize.files import verify
+    from linearize.checkpoint.manifest import verify
+    from linearize.recipe import load as stage
 
     problems = []
     for file in files:
@@ -101,12 +101,12 @@ def mixers(
     Example:
       linearize mixers --model smollm2-135m
     """
-    from linearize import costs
+    from linearize.conversion import costs
 
     if model is None:
         listed = costs.describe()
         return show(listed, as_json, costs.text(listed))
-    from linearize import recipe as recipes
+    from linearize.recipe import load as recipes
 
     found = costs.costs(recipes.resolve(model, set_ or ()))
     show(found, as_json, costs.table(found))
@@ -127,13 +127,13 @@ def archs(
       linearize archs --probe my-org/my-model --tiny
     """
     if probe is None:
-        from linearize.archs import record
+        from linearize.model.architectures import record
 
         found = record()
         count = f"{len(found['passes'])} model types of transformers {found['transformers']}"
         return show(found, as_json, f"{', '.join(found['passes'])}\n\n{count}")
-    from linearize import probe as stage
-    from linearize import recipe as recipes
+    from linearize.conversion import probe as stage
+    from linearize.recipe import load as recipes
 
     source = recipes.resolve(probe).source
     checks = stage.probe_named(source.id, source.package, tiny)

@@ -1,0 +1,1 @@
+"""What lies on disk: sources, folders, shards, adapters, manifests."""

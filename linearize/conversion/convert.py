@@ -1,0 +1,260 @@
+"""Source model -> linearized folder. Tensors that do not change are copied as bytes and never become torch tensors.
+
+The folder holds the source's weights under their own names, the mixers' new weights (if any) in one more shard, a
+config.json with the `linearize` block, the source's tokenizer and small files, the resolved recipe, and a manifest.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from linearize import __version__, progress
+from linearize.checkpoint import atomic, copying, manifest, remote_code, shards
+from linearize.checkpoint.shards import Tensor
+from linearize.checkpoint.sources import Located, check_tokenizer, fetch, materialise
+from linearize.conversion.plan import build, build_source, new_tensors
+from linearize.errors import InputError
+from linearize.recipe.load import to_yaml
+from linearize.recipe.schema import Recipe
+
+# Never carried over: weights in other formats, code that describes the source's class, and the source's own model card.
+_LEFT_BEHIND = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".index.json",
+    ".py",
+    ".md",
+)
+_SMALL = 128 << 20  # bytes; the largest tokenizers have a third of it
+_STAGE = ".source"  # inside the unfinished folder: weights of a source that is no safetensors folder
+
+
+def check_weights(located: Located, tensors: Mapping[str, Tensor]) -> None:
+    """Check that a source's tensors are those that its configuration asks for: every name and shape. No values are
+    read.
+
+    Args:
+        located: the source; its architecture is built without values for this.
+        tensors: headers of its weights.
+
+    Raises:
+        InputError: names missing and unexpected tensors, and shapes that differ.
+    """
+    model = build_source(located)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # transformers renames, joins and splits tensors of some architectures as it loads them: so do we with the names.
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    ignored = {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())}
+    found, unexpected, mismatched = set(), [], []
+    for tensor in tensors.values():
+        name, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, expected)
+        found.add(name)
+        if name not in expected:
+            if not any(re.search(pattern, tensor.name) for pattern in ignored):
+                unexpected.append(tensor)
+        elif pattern is None and tensor.shape != expected[name]:
+            mismatched.append(f"{name} is {list(tensor.shape)}, the configuration makes it {list(expected[name])}")
+    tied = model.all_tied_weights_keys
+    present = found | {target for target, source in tied.items() if source in found}
+    present |= {source for target, source in tied.items() if target in found}
+    missing = [name for name in expected if name not in present]
+    problems = [f"missing: {shards.names(missing)}"] if missing else []
+    if unexpected:
+        where = shards.names(f"{tensor.name} in {tensor.file.name}" for tensor in unexpected)
+        problems.append(f"unexpected: {where}")
+    if mismatched:
+        problems.append(f"of another shape: {shards.names(mismatched)}")
+    if problems:
+        raise InputError(
+            f"{located.path}: the weights do not fit config.json ({model.config.model_type}); {'; '.join(problems)}. "
+            "Configuration and weights must come from the same model: download both again"
+        )
+
+
+def convert(
+    located: Located,
+    recipe: Recipe,
+    out: str | Path,
+    overwrite: bool = False,
+    *,
+    link: bool = False,
+    allow_pickle: bool = False,
+    with_code: bool = False,
+) -> Path:
+    """Write the linearized folder of a source. It appears complete, by rename, or not at all.
+
+    Weights are copied inside the kernel, shard by shard; with another dtype they are cast piece by piece; memory stays
+    small either way. A GGUF file is dequantized in memory. A conversion that was killed continues where it stopped.
+
+    Args:
+        located: the source, from `linearize.checkpoint.sources.locate`.
+        recipe: its `convert` part names mixer, layers and dtype.
+        out: folder to appear.
+        overwrite: replace a model folder in its place, once the new one is complete.
+        link: hard-link unchanged shards instead of copying them: no time and no space, but writing into a shard in
+            place then changes the source too. A hash is recorded only where it is known already.
+        allow_pickle: read PyTorch ``.bin`` files where there are no safetensors, with the restricted loader.
+        with_code: bring the code along, so that ``trust_remote_code=True`` opens it where this package is missing.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: anything wrong with the source, the recipe, the disk or `out`; nothing is left behind.
+    """
+    out = Path(out)
+    atomic.check_output(out, overwrite)
+    if located.path.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out}: is the source, or holds it; choose another output folder")
+    model = build(located, recipe)
+    check_tokenizer(located)
+    located = fetch(located, allow_pickle)
+    dtype = None if recipe.convert.dtype == "auto" else getattr(torch, recipe.convert.dtype)
+    pickles = shards.pickles(located.path) if allow_pickle and not located.gguf else []
+    staged = located.gguf is not None or bool(pickles) and not any(located.path.glob("*.safetensors"))
+    tensors: dict[str, Tensor] = {}
+    if not staged:
+        tensors = shards.read_folder(located.path)
+        check_weights(located, tensors)
+    read = [located.path / located.gguf] if located.gguf else pickles if staged else _files(tensors)
+    with atomic.output_folder(out, overwrite, _key(read, recipe, link), keep="model*.safetensors") as folder:
+        done = sum(path.stat().st_size for path in folder.iterdir())
+        atomic.check_space(out, _needed(model, tensors, dtype, link) - done)
+        plain = located.path
+        if staged:
+            plain = folder / _STAGE
+            materialise(located, plain, dtype)
+            tensors = shards.read_folder(plain)
+            check_weights(located, tensors)
+        place = _move if staged else copying.link if link else copying.copy
+        candidates = (dtype, model.config.dtype, shards.main_dtype(tensors))
+        stored = next(each for each in candidates if isinstance(each, torch.dtype))
+        hashes = _write_weights(model, tensors, folder, dtype, stored, place)
+        model.config.dtype = stored
+        if with_code:
+            model.config.auto_map = remote_code.AUTO_MAP
+            (folder / remote_code.FILE).write_text(remote_code.code(), encoding="utf-8")
+        model.config.save_pretrained(folder)
+        _carry(plain if located.gguf else located.path, folder, model)
+        (folder / "recipe.yaml").write_text(to_yaml(recipe))
+        if staged:
+            shutil.rmtree(plain)
+        facts = {
+            "source": model.config.linearize["source"],
+            "recipe_sha256": copying.sha256(folder / "recipe.yaml"),
+            "versions": {"linearize": __version__, "torch": torch.__version__, "transformers": transformers_version},
+        }
+        manifest.write_manifest(folder, facts, hashes)
+    return out
+
+
+def _files(tensors: Mapping[str, Tensor]) -> list[Path]:
+    return list(dict.fromkeys(tensor.file for tensor in tensors.values()))
+
+
+def _key(read: list[Path], recipe: Recipe, link: bool) -> str:
+    """What decides names and bytes of the shards: those of a killed run are used again if all of it is the same."""
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+    return json.dumps([stamps, asdict(recipe.convert), link, __version__])
+
+
+def _cast(model: PreTrainedModel, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor as it is to be written: what the architecture wants in float32 keeps its dtype."""
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    if dtype is None or any(re.search(rf"(^|\.){name}(\.|$)", tensor.name) for name in kept):
+        return tensor
+    return tensor.cast(dtype)
+
+
+def _needed(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, link: bool) -> int:
+    """Bytes of disk that the weights will take."""
+    if not tensors:
+        return sum(tensor.numel() for tensor in model.state_dict().values()) * (dtype or torch.float32).itemsize
+    total = sum(tensor.nbytes for tensor in new_tensors(model).values())
+    for file in _files(tensors):
+        shard = [tensor for tensor in tensors.values() if tensor.file == file]
+        cast = [_cast(model, tensor, dtype) for tensor in shard]
+        if not link or cast != shard:
+            total += sum(tensor.size for tensor in cast)
+    return total
+
+
+def _write_weights(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype | None,
+    stored: torch.dtype,
+    place: Callable[..., str | None],
+) -> dict[str, str | None]:
+    """Write all shards and the index: tensors in `dtype` (None: as they are), the mixers' own in `stored`.
+
+    Args:
+        place: moves, links or copies an unchanged shard: (source, target, advance, look) -> its hash, if known.
+
+    Returns:
+        File name -> sha256, or None where it was not computed.
+    """
+    new, sources = new_tensors(model), _files(tensors)
+    count = len(sources) + bool(new)
+    hashes: dict[str, str | None] = {}
+    with progress.byte_progress("Writing weights", sum(tensor.size for tensor in tensors.values())) as advance:
+        for number, file in enumerate(sources, 1):
+            shard = [tensor for tensor in tensors.values() if tensor.file == file]
+            cast = [_cast(model, tensor, dtype) for tensor in shard]
+            target = folder / shards.shard_name(number, count)
+            if target.exists():  # complete, from a run that was killed later
+                hashes[target.name] = copying.sha256(target, advance)
+            elif cast == shard:
+                hashes[target.name] = place(file, target, advance, shards.no_nan(shard))
+            else:
+                writers = [shards.cast_tensor(old, to, advance) for old, to in zip(shard, cast, strict=True)]
+                shards.write_shard(target, zip(cast, writers, strict=True))
+                hashes[target.name] = copying.sha256(target)
+    if new:
+        target, own = folder / shards.shard_name(count, count), folder / ".own.safetensors"
+        save_file({name: tensor.to(stored) for name, tensor in new.items()}, own, metadata={"format": "pt"})
+        hashes[target.name] = _move(own, target, lambda count: None, shards.no_nan([]))
+    if count > 1:
+        shards.write_index(folder, {k: v for name in hashes for k, v in shards.read_header(folder / name).items()})
+    return hashes
+
+
+def _move(source: Path, target: Path, advance: Callable[[int], None], look: Callable[[int, memoryview], None]) -> str:
+    source.replace(target)
+    target.chmod(0o666 & target.parent.stat().st_mode)  # safetensors lets only the owner read
+    return copying.sha256(target, advance, look)
+
+
+def _carry(source: Path, folder: Path, model: PreTrainedModel) -> None:
+    """Copy the source's tokenizer, chat templates, generation settings, licence and other small files."""
+    for path in source.iterdir():
+        left_behind = path.name == "config.json" or path.name.startswith(".") or path.name.endswith(_LEFT_BEHIND)
+        if path.is_file() and not left_behind and path.stat().st_size <= _SMALL:
+            shutil.copyfile(path, folder / path.name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
+    if not (folder / "generation_config.json").exists():
+        generation = GenerationConfig.from_model_config(model.config)
+        generation._from_model_config = False  # else every load makes it anew and says so
+        generation.save_pretrained(folder)

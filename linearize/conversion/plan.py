@@ -1,0 +1,135 @@
+"""What a conversion will do, from the configuration alone."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from linearize.checkpoint.describe import cache_sizes
+from linearize.checkpoint.sources import Located, read_config
+from linearize.errors import InputError
+from linearize.formats import format_bytes
+from linearize.model import architectures
+from linearize.model.attention import linearized_modules
+from linearize.model.mixers import build_config
+from linearize.model.modeling import linearize_
+from linearize.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do, from the configuration alone.
+
+    Attributes:
+        source: id, model_type and where it was found.
+        mixer: name and settings.
+        layers: layers that get the mixer.
+        kept: attention layers that stay softmax.
+        parameters: of the source.
+        new_parameters: that the mixers add.
+        dtype: of the converted weights; ``auto`` means as stored.
+        cache: bytes of cache of one row by context length, for the source and the converted model: see `cache_sizes`.
+    """
+
+    source: dict[str, Any]
+    mixer: dict[str, Any]
+    layers: list[int]
+    kept: list[int]
+    parameters: int
+    new_parameters: int
+    dtype: str
+    cache: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """The plan for a terminal, one fact per line."""
+        settings = ", ".join(f"{key} {value}" for key, value in self.mixer.items() if key != "name")
+        at_32k = next(row for row in self.cache["contexts"] if row["context"] == 32768)
+        share = at_32k["linearized"] / at_32k["source_kv"]
+        growth = self.cache["bytes_per_token"]
+        rows = {
+            "source": f"{self.source['id']} ({self.source['model_type']}{', GGUF' if self.source['gguf'] else ''})",
+            "mixer": f"{self.mixer['name']} ({settings})",
+            "layers": f"{len(self.layers)} of {len(self.layers) + len(self.kept)} linearized"
+            + (f"; softmax stays in {', '.join(map(str, self.kept))}" if self.kept else ""),
+            "weights": f"{self.parameters / 1e6:,.1f} M, {self.new_parameters:,} new; dtype {self.dtype}",
+            "cache per token": f"{growth['linearized']:,} bytes (source {growth['source_kv']:,})",
+            "cache at 32K": f"{format_bytes(at_32k['linearized'])} (source {format_bytes(at_32k['source_kv'])}), "
+            f"{share:.1%}",
+        }
+        return "\n".join(f"{name:<16} {value}" for name, value in rows.items())
+
+
+def plan(located: Located, recipe: Recipe) -> Plan:
+    """Work out what a conversion would do. Reads the source's configuration, never its weights.
+
+    Args:
+        located: the source, from `linearize.checkpoint.sources.locate`.
+        recipe: its `convert` part names mixer, layers and dtype.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: unreadable configuration, unsupported architecture, wrong mixer settings, or a layer out of range.
+    """
+    return _plan(build(located, recipe), located, recipe)
+
+
+def _plan(model: PreTrainedModel, located: Located, recipe: Recipe) -> Plan:
+    linearized = sorted(map(int, model.config.linearize["layers"]))
+    new = new_tensors(model)
+    return Plan(
+        source={"model_type": model.config.linearize["source"]["model_type"], **located.to_dict()},
+        mixer=build_config(recipe.convert.mixer).to_dict(),
+        layers=linearized,
+        kept=[layer for layer in architectures.attention_layers(model) if layer not in linearized],
+        parameters=sum(parameter.numel() for name, parameter in model.named_parameters() if name not in new),
+        new_parameters=sum(tensor.numel() for tensor in new.values()),
+        dtype=recipe.convert.dtype,
+        cache=cache_sizes(model.config),
+    )
+
+
+def build_source(located: Located) -> PreTrainedModel:
+    """The source without values (meta device): its names, shapes and configuration."""
+    config = read_config(located)
+    config._name_or_path = ""
+    # Code that came with the source describes the source's class, not ours; a GGUF file's title is not needed.
+    for attribute in ("auto_map", "_model_name_or_path"):
+        config.__dict__.pop(attribute, None)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise InputError(
+            f"{located.id}: transformers has no causal language model of type {config.model_type!r}; give a "
+            "decoder-only text model"
+        ) from error
+
+
+def build(located: Located, recipe: Recipe) -> PreTrainedModel:
+    """The linearized model without values (meta device)."""
+    model = build_source(located)
+    architectures.check_supported(model.config.model_type)
+    layers, paths = recipe.convert.layers, architectures.attention_layers(model)
+    if isinstance(layers, Mapping):
+        kept = architectures.check_layers(paths, layers["keep"], model.config)
+        layers = [layer for layer in architectures.full_layers(paths, model.config) if layer not in kept]
+    chosen = {"full": None, "all": list(paths)}.get(layers, layers) if isinstance(layers, str) else layers
+    return linearize_(model, recipe.convert.mixer, chosen, source=located.to_dict())
+
+
+def new_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Initial values of the weights that the mixers of a model on the meta device add, by their full names."""
+    names = {id(module): name for name, module in model.named_modules()}
+    new = {}
+    for module in linearized_modules(model):
+        mixer = type(module.mixer)(module.mixer.config, module.mixer.geometry)
+        new |= {f"{names[id(module)]}.mixer.{name}": tensor for name, tensor in mixer.state_dict().items()}
+    return new

@@ -1,0 +1,354 @@
+"""Text from a converted folder: one prompt streamed, several in a left-padded batch, or a chat that keeps its cache."""
+
+import copy
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from linearize.checkpoint import adapters
+from linearize.checkpoint.open import is_adapter, open_model
+from linearize.errors import InputError
+
+Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer per prompt, and how long they took together."""
+
+    texts: list[str]
+    prompt_tokens: list[int]
+    new_tokens: list[int]
+    prefill_seconds: float  # until the first new token
+    seconds: float
+    tokens_per_second: float  # new tokens of all prompts per second of decoding; the prefill is left out
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def load(
+    folder: str | Path, dtype: str = "auto", device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a model folder or a model of the Hub, with its tokenizer, ready to generate.
+
+    Args:
+        folder: what ``linearize convert``, ``train`` or ``merge`` wrote; any other causal language model works as well.
+        dtype: of the weights; ``auto`` is what the folder holds.
+        device: None for the GPU if there is one.
+
+    Raises:
+        InputError: there is no such folder, or it holds no model or no tokenizer.
+    """
+    name = str(folder)
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise InputError(
+            f"{name}: no such folder; expected one written by linearize, or the Hub id of a model (org/name)"
+        )
+    try:
+        if is_adapter(Path(name)):
+            model: Any = adapters.put_on(open_model(Path(name), dtype), Path(name)).get_base_model()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: cannot be opened as a language model: {' '.join(str(error).split())}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{name}: no usable tokenizer ({reason}); copy the source's tokenizer files into it"
+        ) from error
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.to(target).eval(), tokenizer  # pyright: ignore[reportArgumentType] (typed too narrowly there)
+
+
+def generate(
+    folder: str | Path | PreTrainedModel,
+    prompt: str | Sequence[str] | Sequence[Message],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_new_tokens: int = 256,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    raw: bool = False,
+    stream: TextIO | None = None,
+) -> Generation:
+    """Continue one or several prompts.
+
+    Args:
+        folder: a folder or Hub id (see ``load``), or a model that is already loaded; then ``tokenizer`` is needed too.
+        prompt: a text, several texts (one left-padded batch), or the messages of one chat, the last one from the user.
+        max_new_tokens: upper limit per prompt; an end-of-text token ends a prompt earlier.
+        temperature: 0 takes the most likely token; None does what the model's generation_config.json says.
+        top_p: sample from the most likely tokens that together have this probability.
+        seed: makes sampling repeatable.
+        raw: give texts to the model as they are, even if the tokenizer has a chat template.
+        stream: where the text is written while it comes into being; only with one prompt.
+
+    Example:
+        >>> generate("runs/merged", "Why is the sky blue?", max_new_tokens=40).texts[0]
+
+    Raises:
+        InputError: for an empty prompt, a setting out of range, messages without a chat template, or a folder that
+            cannot be opened.
+    """
+    problems = _problems(prompt, max_new_tokens, temperature, top_p, stream)
+    if problems:
+        raise InputError(f"generate: {'; '.join(problems)}")
+    if isinstance(folder, PreTrainedModel):
+        if tokenizer is None:
+            raise InputError("generate: a loaded model was given without its tokenizer; pass tokenizer=")
+        model = folder
+    else:
+        model, own = load(folder)
+        tokenizer = tokenizer or own
+    ids = [_tokens(tokenizer, text, special) for text, special in _texts(prompt, tokenizer, raw)]
+    settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p)
+    new, clock, _ = _decode(model, tokenizer, ids, settings, seed, stream)
+    answers = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in new]
+    return clock.report(answers, [len(tokens) for tokens in ids], [len(tokens) for tokens in new])
+
+
+class Chat:
+    """A conversation whose cache is kept from turn to turn: only what is new since the last answer is read.
+
+    A linearized model's cache does not grow, so neither does the cost of a turn. When a chat template rewrites earlier
+    turns (some drop the assistant's reasoning), what the cache holds is of no use, and the conversation is
+    read again from its start.
+
+    Args:
+        model: as loaded by ``load``.
+        tokenizer: must have a chat template.
+        system: the first message, if any.
+        max_new_tokens, temperature, top_p, seed: as in ``generate``; the seed is set once, before the first answer.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ):
+        problems = _problems("hello", max_new_tokens, temperature, top_p, None)
+        if problems:
+            raise InputError(f"chat: {'; '.join(problems)}")
+        if not tokenizer.chat_template:
+            raise InputError("chat: the tokenizer has no chat template; give the text to continue as a prompt instead")
+        self.model, self.tokenizer = model, tokenizer
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p)
+        self.seed = seed
+        self._cache: Cache | None = None
+        self._ids = torch.empty(0, dtype=torch.long)  # [tokens] of the conversation so far
+        self._text = ""  # the same conversation as the template writes it, up to the end of the last answer
+
+    def say(self, content: str, stream: TextIO | None = None) -> Generation:
+        """Send one message and return the answer; ``prompt_tokens`` counts what had to be read, not the whole chat."""
+        self.messages.append({"role": "user", "content": content})
+        rendered = _rendered(self.tokenizer, self.messages)
+        known = len(self._ids)
+        if self._cache is not None and rendered.startswith(self._text):
+            ids = torch.cat([self._ids, _tokens(self.tokenizer, rendered[len(self._text) :])])
+        else:
+            self._cache, known = None, 0
+            ids = _tokens(self.tokenizer, rendered)
+        (new,), clock, self._cache = _decode(
+            self.model, self.tokenizer, [ids], self.settings, self.seed, stream, self._cache
+        )
+        self.seed = None
+        answer = str(self.tokenizer.decode(new, skip_special_tokens=True))
+        self.messages.append({"role": "assistant", "content": answer})
+        self._ids = torch.cat([ids, new])
+        # With its special tokens, because the template writes the one that ends an answer too.
+        self._text = rendered + str(self.tokenizer.decode(new, skip_special_tokens=False))
+        return clock.report([answer], [len(ids) - known], [len(new)])
+
+
+def chat(chat: Chat, lines: Iterator[str], out: TextIO = sys.stdout) -> list[Message]:
+    """Answer every line until there are no more: ``linearize generate DIR`` on a terminal.
+
+    Args:
+        chat: the conversation.
+        lines: what the user types, for example ``sys.stdin``; empty lines are passed over.
+        out: where prompts and answers are written.
+
+    Returns:
+        The messages of the whole conversation.
+    """
+    out.write("> ")
+    out.flush()
+    for line in lines:
+        if line.strip():
+            chat.say(line.strip(), stream=out)
+        out.write("> ")
+        out.flush()
+    out.write("\n")
+    return chat.messages
+
+
+# -- one call of transformers' generate --------------------------------------------------------------------------------
+
+
+class _Clock(BaseStreamer):
+    """Notes when tokens arrive, and passes them to a text streamer if there is one. Takes batches, unlike that."""
+
+    def __init__(self, text: TextStreamer | None):
+        self.text = text
+        self.times: list[float] = [time.perf_counter()]
+
+    def put(self, value: torch.Tensor) -> None:
+        # transformers sends the prompt first; that moment is not interesting.
+        if value.ndim < 2:
+            self.times.append(time.perf_counter())
+        if self.text:
+            self.text.put(value)
+
+    def end(self) -> None:
+        if self.text:
+            self.text.end()
+
+    def report(self, texts: list[str], prompt_tokens: list[int], new_tokens: list[int]) -> Generation:
+        prefill, seconds = self.times[1] - self.times[0], self.times[-1] - self.times[0]
+        # The first token of each prompt comes out of the prefill.
+        rate = (sum(new_tokens) - len(new_tokens)) / max(seconds - prefill, 1e-9)
+        return Generation(texts, prompt_tokens, new_tokens, prefill, seconds, rate)
+
+
+class _FileStreamer(TextStreamer):
+    """A TextStreamer that writes to any stream instead of stdout."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.out = out
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, file=self.out, end="\n" if stream_end else "", flush=True)
+
+
+def _decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[torch.Tensor],
+    settings: GenerationConfig,
+    seed: int | None,
+    stream: TextIO | None,
+    cache: Cache | None = None,
+) -> tuple[list[torch.Tensor], _Clock, Cache]:
+    """Generate for prompts of different lengths.
+
+    Args:
+        ids: token ids, one [tokens] int64 tensor per prompt.
+        cache: holds the first tokens of the (single) prompt already.
+
+    Returns:
+        The new ids of each prompt, without padding and with the end token if there was one; the times; the cache.
+    """
+    batch = pad_sequence(ids, batch_first=True, padding_value=int(settings.pad_token_id or 0), padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
+    if seed is not None:
+        torch.manual_seed(seed)
+    clock = _Clock(_FileStreamer(tokenizer, stream) if stream else None)
+    output = model.generate(  # pyright: ignore[reportCallIssue]
+        batch.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=settings,
+        past_key_values=cache,
+        streamer=clock,
+    )
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    new = []
+    for row in output.sequences[:, batch.shape[1] :].cpu():
+        stops = [position for position, token in enumerate(row.tolist()) if token in ends]
+        new.append(row[: stops[0] + 1] if stops else row)
+    return new, clock, output.past_key_values
+
+
+def _settings(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+) -> GenerationConfig:
+    settings = copy.deepcopy(model.generation_config) or GenerationConfig()
+    settings.max_new_tokens, settings.max_length = max_new_tokens, None
+    settings.return_dict_in_generate = True  # for the cache
+    if settings.eos_token_id is None:
+        settings.eos_token_id = tokenizer.eos_token_id
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if temperature is not None:
+        settings.do_sample, settings.temperature = temperature > 0, temperature or None
+    if top_p is not None:
+        settings.top_p = top_p
+    if not settings.do_sample:
+        settings.temperature = settings.top_p = settings.top_k = None  # set, they draw a warning per call
+    return settings
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> torch.Tensor:
+    """Ids of a text, int64 [tokens]; ``special`` lets the tokenizer add its own start of text."""
+    return torch.tensor(tokenizer(text, add_special_tokens=special).input_ids)
+
+
+def _texts(
+    prompt: str | Sequence[str] | Sequence[Message], tokenizer: PreTrainedTokenizerBase, raw: bool
+) -> list[tuple[str, bool]]:
+    """What the model reads, and whether the tokenizer adds its special tokens (a chat template has written them)."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    is_chat = not isinstance(prompts[0], str)
+    if is_chat and not tokenizer.chat_template:
+        raise InputError("generate: messages were given, but the tokenizer has no chat template; give a text instead")
+    if not is_chat and (raw or not tokenizer.chat_template):
+        return [(str(text), True) for text in prompts]
+    conversations = [prompts] if is_chat else [[{"role": "user", "content": text}] for text in prompts]
+    return [(_rendered(tokenizer, messages), False) for messages in conversations]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _problems(
+    prompt: str | Sequence[str] | Sequence[Message],
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    stream: TextIO | None,
+) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    texts = [text for text in prompts if isinstance(text, str)]
+    checks = [
+        (not prompts or any(not text for text in texts), "the prompt is empty; give at least one character"),
+        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}; expected at least 1"),
+        (temperature is not None and temperature < 0, f"temperature is {temperature}; expected 0 or more"),
+        (top_p is not None and not 0 < top_p <= 1, f"top_p is {top_p}; expected more than 0, at most 1"),
+        (stream is not None and len(texts) > 1, f"{len(texts)} prompts cannot be streamed; give one, or stream=None"),
+    ]
+    return [message for failed, message in checks if failed]

@@ -1,0 +1,1 @@
+"""All that a checkpoint needs to run: torch and transformers only, relative imports."""

@@ -1,0 +1,91 @@
+"""One decoding step of the layers that are alike.
+
+A token enters the memory W steps after it arrived, so nothing of that depends on the layers before: it is done for all
+layers at once, before the first of them runs, and what the new token will be remembered by is computed after the last.
+What remains inside a layer is attention over its slots and one look into its state. On a small model, decoding time is
+the number of operations.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cache import LinearizedCacheLayer, Stack
+from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from .mixers.base import Mixer
+
+
+class Step:
+    """One token of each row, in all layers of a stack.
+
+    Args:
+        mixer: of any of these layers.
+        stack: their caches.
+
+    Attributes:
+        slot: [B, G, 1, D] int64, where the new token goes in each layer's slots.
+        bias: [B·G, 1, s + W] fp32, 0 where a slot will be filled, −inf elsewhere.
+        one: [B, G, 1, 1], in the dtype of the slots.
+        slots: layer's place in the stack -> its keys [B·G, K, s + W] and values [B·G, s + W, V], new token included.
+        positions: layer index -> the position embeddings its attention was called with, in the order of the layers.
+    """
+
+    def __init__(self, mixer: "Mixer", stack: Stack):
+        self.mixer, self.stack = mixer, stack
+        self.positions: dict[int, Any] = {}
+        first, tokens = stack.layers[0], stack.tensors["tokens"]
+        B = first.tensors["count"].shape[0]
+        heads, width = mixer.token_shape
+        self._slot = first.slot_of_next(stack.tensors["count"])[:, None, None, None].expand(-1, heads, 1, width)
+        self.slot = self._slot[:B]
+        bias = torch.zeros((), device=tokens.device).masked_fill(~first.filled(), float("-inf"))
+        self.bias = bias.repeat_interleave(heads, 0).unsqueeze(1)
+        self.one = tokens.new_ones(B, heads, 1, 1)
+        if mixer.windowed:
+            kept = Tokens(tokens, mixer.geometry)
+            size = B * heads
+            self.slots = list(zip(kept.k.flatten(0, 1).mT.split(size), kept.v.flatten(0, 1).split(size), strict=True))
+        if mixer.delayed:
+            leaving = Tokens(tokens.gather(2, self._slot), mixer.geometry)
+            mixer.absorb(mixer.write(leaving), stack.state)
+
+    def finish(self, unrotate: Callable[[Tensor], Tensor]) -> None:
+        """Once the new token lies in the slots of every layer.
+
+        Args:
+            unrotate: keys [L·B, G, 1, K] of the layers one after the other -> the same before RoPE, fp32.
+        """
+        if self.mixer.delayed and self.mixer.carry_width:
+            tokens = self.stack.tensors["tokens"]
+            arrived = Tokens(tokens.gather(2, self._slot), self.mixer.geometry)
+            carry = self.mixer.carry(arrived.k, unrotate)
+            assert carry is not None
+            place = tokens[..., -self.mixer.carry_width :]
+            place.scatter_(2, self._slot[..., : self.mixer.carry_width], carry.to(place.dtype))
+        self.stack.advance()
+
+
+def steps(mixers: "dict[int, Mixer]", layers: list) -> "dict[int, tuple[Step, int]]":
+    """Layer index -> its step, one for all layers that are alike, and its place in the stack.
+
+    A mixer with weights of its own writes in its own way, and a layer that has seen nothing has no slots: they are left
+    out.
+
+    Args:
+        mixers: layer index -> mixer.
+        layers: of the Cache.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for index, mixer in mixers.items():
+        layer = layers[index] if index < len(layers) else None
+        if isinstance(layer, LinearizedCacheLayer) and layer.is_initialized and mixer.alike:
+            groups.setdefault((*mixer.alike, layer.device, layer.dtype), []).append(index)
+    found = {}
+    for indices in groups.values():
+        step = Step(mixers[indices[0]], Stack.of([layers[i] for i in indices]))
+        found |= {index: (step, place) for place, index in enumerate(indices)}
+    return found

@@ -1,0 +1,99 @@
+"""The mixers a user can name. One file each; the file name is the mixer's name."""
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from ...errors import InputError, suggest
+from ..mixers import (
+    aaren,
+    clusters,
+    delta_net,
+    gated_deltanet,
+    gateloop,
+    gla,
+    gsa,
+    hedgehog,
+    hgrn,
+    hgrn2,
+    kda,
+    lightnet,
+    linear,
+    lru,
+    mamba2,
+    min_gru,
+    min_lstm,
+    retnet,
+    rg_lru,
+    rwkv6,
+    rwkv7,
+    softmax,
+    window,
+)
+from ..mixers.base import Context, Geometry, Mixer, MixerConfig
+
+_FILES = (
+    softmax,
+    window,
+    linear,
+    hedgehog,
+    gla,
+    hgrn2,
+    gsa,
+    retnet,
+    mamba2,
+    lightnet,
+    gateloop,
+    rwkv6,
+    rwkv7,
+    clusters,
+    delta_net,
+    gated_deltanet,
+    kda,
+    rg_lru,
+    hgrn,
+    min_gru,
+    min_lstm,
+    lru,
+    aaren,
+)
+
+MIXERS: dict[str, type[Mixer]] = {m.Mixer.name: m.Mixer for m in _FILES}
+
+__all__ = ["MIXERS", "Context", "Geometry", "Mixer", "MixerConfig", "build_config"]
+
+
+def build_config(values: dict[str, Any]) -> MixerConfig:
+    """The checked configuration of the mixer that `values["name"]` names.
+
+    Raises:
+        InputError: one paragraph that lists every problem: unknown name, unknown key, wrong type, value out of range.
+    """
+    name = values.get("name")
+    if name not in MIXERS:
+        raise InputError(f"mixer.name: unknown mixer {name!r}. {suggest(str(name), list(MIXERS))}")
+    cls = MIXERS[name].Config
+    known = {f.name: f for f in fields(cls)}
+    problems = [f"mixer.{k}: unknown key. {suggest(k, list(known))}" for k in values if k not in known]
+    good = {}
+    for key, value in values.items():
+        if key not in known:
+            continue
+        expected = type(known[key].default) if known[key].default is not MISSING else str
+        if expected is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if expected is tuple and isinstance(value, list) and all(type(x) is int for x in value):
+            value = tuple(value)  # JSON has lists only
+        what = "a list of whole numbers" if expected is tuple else expected.__name__
+        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+            problems.append(f"mixer.{key}: found {value!r}; expected {what}")
+        else:
+            good[key] = value
+    config = cls(**cls.preset(good.get("combine", cls.combine)) | good)
+    problems += [f"mixer.{p}" for p in config.problems()]
+    if config.combine not in MIXERS[name].combines:
+        problems.append(
+            f"mixer.combine: {config.combine!r} is not possible for {name}; allowed: {', '.join(MIXERS[name].combines)}"
+        )
+    if problems:
+        raise InputError("; ".join(problems))
+    return config

@@ -1,0 +1,22 @@
+"""Control: the source's softmax attention over the last W tokens and s sinks, nothing behind them (StreamingLLM, arXiv
+2309.17453).
+
+y_t = Σ_{j ∈ E_t} softmax(a_t)_j v_j. Cache per layer: (W + s) keys and values. No new weights. What a linearized model
+must beat.
+"""
+
+from dataclasses import dataclass
+
+from ..mixers import base
+
+
+@dataclass(frozen=True)
+class Config(base.MixerConfig):
+    combine: str = "none"
+
+
+class Mixer(base.Mixer):
+    name = "window"
+    Config = Config
+    combines = ("none",)
+    recurrent = False

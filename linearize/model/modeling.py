@@ -1,0 +1,221 @@
+"""Class surgery: any transformers causal LM becomes a linearized one, with its own code, weights and names.
+
+`linearize_` swaps the class of each attention module for a subclass that keeps the source's forward (projections,
+biases, norms, RoPE, output projection) and routes the attention function inside it to a mixer. `LinearizedConfig` and
+`LinearizedForCausalLM` are made on demand as subclasses of the source's own classes and registered with the Auto
+classes, so that a saved folder opens with plain `AutoModelForCausalLM.from_pretrained` after `import linearize`.
+Nothing here names an architecture.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..errors import InputError
+from . import architectures
+from .attention import hook_decoder, linearized_modules, swap_attention
+from .cache import cache_layer
+from .mixers import MixerConfig, build_config
+
+FORMAT = 1
+"""Version of the `linearize` block in config.json."""
+
+_home: dict[str, str | None] = {"module": __name__, "config": None, "model": None}
+"""Where saving looks for the classes: their module, and the Auto classes that the saved code is registered with."""
+# The mixed-in classes rely on the source's class that follows them; a type checker is told so.
+if TYPE_CHECKING:
+    from typing import Any as _Source
+else:
+    _Source = object
+
+
+# --- factories
+
+
+class LinearizedConfig(PreTrainedConfig):
+    """Opens the config.json of a linearized folder: a subclass of the source's own configuration, made on demand."""
+
+    model_type = "linearized"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+        block = config_dict.get("linearize")
+        if not isinstance(block, dict) or "source" not in block or "layers" not in block:
+            raise InputError(
+                "config.json: model_type is 'linearized' but there is no complete `linearize` block; "
+                "expected format, source and layers; convert the source again"
+            )
+        if block.get("format", 0) > FORMAT:
+            raise InputError(
+                f"config.json: linearize.format is {block['format']}; this version reads up to {FORMAT}; "
+                "upgrade linearize"
+            )
+        for values in block["layers"].values():
+            build_config(values)
+        source = block["source"]["model_type"]
+        if source not in CONFIG_MAPPING:
+            raise InputError(
+                f"config.json: linearize.source.model_type is {source!r}, which this version of "
+                "transformers does not know"
+            )
+        return config_class(CONFIG_MAPPING[source]).from_dict(config_dict, **kwargs)
+
+
+@cache
+def config_class(source: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The linearized subclass of a source's configuration class, registered together with its model class."""
+    # One __name__ for all, because saving and registering compare names; a distinct __qualname__, because registries of
+    # recorded outputs are keyed by it.
+    names: dict[str, Any] = {"__module__": _home["module"], "__qualname__": f"LinearizedConfig[{source.model_type}]"}
+    names["_auto_class"] = _home["config"]
+    linearized = type("LinearizedConfig", (source,), {"model_type": "linearized", **names})
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[source]
+    AutoModelForCausalLM.register(linearized, model_class(model, linearized), exist_ok=True)
+    return linearized
+
+
+class LinearizedForCausalLM(_Source):
+    """Mixed into the source's causal LM class; `AutoModelForCausalLM.from_pretrained` returns such a model."""
+
+    _is_stateful = True
+    config: Any
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        paths = architectures.attention_layers(self)
+        for index, values in config.linearize["layers"].items():
+            swap_attention(self, paths[int(index)], config, build_config(values))
+        hook_decoder(self)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
+        _inherit_conversions(cls)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = {k: sorted(info[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)}
+        if wrong:
+            found = "; ".join(
+                f"{k.replace('_', ' ')}: {', '.join(map(str, v[:5]))} ({len(v)})" for k, v in wrong.items()
+            )
+            raise InputError(f"{args[0]}: the tensors do not fit its config.json: {found}; convert the source again")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        _inherit_conversions(type(self))
+        super().save_pretrained(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any):
+        raise ValueError(
+            "continuous batching pages a softmax cache, which a linearized model does not have; use `generate` with a "
+            "padded batch"
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any):
+        inputs = super().prepare_inputs_for_generation(*args, attention_mask=attention_mask, **kwargs)
+        # With a static cache the padding is already folded into a 4-D mask, where rows of real tokens cannot be seen
+        # any more.
+        if attention_mask is not None and inputs.get("attention_mask") is not attention_mask:
+            inputs["linearize_mask"] = attention_mask
+        return inputs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
+        # Layers are swapped before the first step: a static cache would otherwise answer for the masks as if it were
+        # softmax.
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        past = model_kwargs.get("past_key_values")
+        if past is not None and not self.training:
+            for module in linearized_modules(self):
+                if module.mixer.name != "softmax" and module.branch != "source":
+                    grows = bool(module.softmax_heads)
+                    cache_layer(past, module.layer_idx, module.mixer.window, module.mixer.sinks, grows)
+
+
+def _inherit_conversions(cls: type) -> None:
+    """Let transformers rename and join the checkpoint's tensors as it does for the source (fused experts, old names).
+
+    It finds these rules by class name or model type, and all linearized classes share both; so they are set anew
+    whenever a model is opened or saved.
+    """
+    source: Any = cls.__mro__[2]
+    names = (source.__name__, source.config_class.model_type)
+    rules = next((rules for name in names if (rules := get_checkpoint_conversion_mapping(name)) is not None), [])
+    register_checkpoint_conversion_mapping("LinearizedForCausalLM", rules, overwrite=True)
+
+
+@cache
+def model_class(source: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The linearized subclass of a source's causal LM class, with the configuration class that belongs to it."""
+    names: dict[str, Any] = {"__module__": _home["module"], "__qualname__": f"LinearizedForCausalLM[{source.__name__}]"}
+    names["_auto_class"] = _home["model"]
+    return type("LinearizedForCausalLM", (LinearizedForCausalLM, source), {"config_class": config, **names})
+
+
+AutoConfig.register("linearized", LinearizedConfig, exist_ok=True)
+
+
+def live_in(module: str) -> None:
+    """Let the classes belong to a file that a folder brings along (checkpoint/remote_code.py): what is saved by them
+    takes that file along again.
+
+    Args:
+        module: name of the imported file.
+    """
+    _home.update(module=module, config="AutoConfig", model="AutoModelForCausalLM")
+    LinearizedConfig.__module__ = LinearizedForCausalLM.__module__ = module
+
+
+# --- verbs
+
+
+def linearize_(
+    model: PreTrainedModel,
+    mixer: MixerConfig | dict[str, Any],
+    layers: list[int] | None = None,
+    source: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Replace the attention of a causal LM by a mixer, in place; the weights stay where they are.
+
+    Args:
+        model: a source model, or a linearized one, whose named layers then get another mixer.
+        mixer: which, and its numbers.
+        layers: indices of the layers to replace; None means those whose attention sees the whole text: sliding-window
+            layers stay, unless the source has no others.
+        source: where the weights came from (id, revision, path, …), stored in the configuration.
+
+    Returns:
+        The same object.
+
+    Raises:
+        InputError: a layer out of range, an unknown mixer, or an architecture whose attention cannot be routed.
+
+    Example:
+        >>> linearize_(model, {"name": "gla", "window": 64, "sinks": 4})
+    """
+    config = build_config(mixer) if isinstance(mixer, dict) else mixer
+    paths = architectures.attention_layers(model)
+    chosen = architectures.check_layers(paths, layers, model.config)
+    block = getattr(model.config, "linearize", None)
+    if block is None:
+        origin = {"model_type": model.config.model_type, "id": model.config._name_or_path or None, **(source or {})}
+        model.config.__class__ = config_class(type(model.config))
+        model.__class__ = model_class(type(model), type(model.config))
+        model.config.linearize = block = {"format": FORMAT, "source": origin, "layers": {}}
+        model.config.architectures = ["LinearizedForCausalLM"]
+    for index in chosen:
+        swap_attention(model, paths[index], model.config, config)
+        block["layers"][str(index)] = config.to_dict()
+    block["layers"] = {str(i): block["layers"][str(i)] for i in sorted(map(int, block["layers"]))}
+    hook_decoder(model)
+    return model

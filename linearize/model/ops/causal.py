@@ -1,0 +1,54 @@
+"""The source's softmax attention over all past tokens, for rows of different length.
+
+Letters as in ops/window.py, N slots: slot j of a row holds its token j.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops.window import bias_of, normalise, scores
+
+ELEMENTS = 2**22
+"""Scores that exist at a time (16 MiB)."""
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    seen: Tensor | int,
+    scaling: float,
+    softcap: float | None = None,
+    extra: Tensor | None = None,
+) -> Tensor:
+    """Exact attention of the new tokens over all tokens of their row.
+
+    Args:
+        q: [B, H, T, K], of T new tokens.
+        k, v: [B, G, N, K or V], slots with the new tokens in them, N = T + slots that were there before.
+        seen: tokens before the new ones, [B] int64, or one int for all rows; at most N − T.
+        scaling, softcap: the source's.
+        extra: [H] logits that take part in the normaliser only (gpt_oss), or None.
+
+    Returns:
+        y [B, H, T, V] in q's dtype.
+    """
+    B, H, T, K = q.shape
+    G, N, V = k.shape[1], k.shape[2], v.shape[-1]
+    if T == N and T > 1 and softcap is None and extra is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=H != G)
+    rep, C = H // G, max(1, ELEMENTS // (B * H * N))
+    extra = None if extra is None else extra.float().view(G, rep, 1, 1)
+    seen = torch.as_tensor(seen, device=q.device).view(-1, 1, 1)
+    parts = []
+    for start in range(0, T, C):
+        new = q[:, :, start : start + C]
+        n = new.shape[2]
+        end = N - T + start + n  # no row sees a slot behind it
+        token = seen + start + torch.arange(n, device=q.device)[:, None]
+        bias = bias_of(torch.arange(end, device=q.device) <= token)[:, None, None]
+        p, _ = normalise(scores(new.view(B, G, rep, n, K), k[:, :, :end], bias, scaling, softcap), extra)
+        parts.append((p.to(q.dtype).view(B, G, rep * n, end) @ v[:, :, :end]).view(B, H, n, V))
+    return torch.cat(parts, 2)

@@ -1,0 +1,121 @@
+"""Softmax attention over tokens out of reach, to first order around their mean score.
+
+Let the tokens out of reach have scores a_j = q·k_j (q scaled), n their number and μ = Σ a_j / n their mean for this
+query. Then e^{a_j} ≈ e^μ (1 + a_j − μ), so that
+
+    Σ e^{a_j} v_j ≈ e^μ [ (1 − μ) Σ v_j + qᵀ Σ k_j v_jᵀ ],    Σ e^{a_j} ≈ n e^μ,
+
+and everything the query needs is in two sums of fixed size, S = Σ k_j [v_j, 1]ᵀ (K×(V+1)) and m = Σ [v_j, 1] (V+1). The
+weight is positive whatever the query, and the output is an average of values plus their covariance with the key along
+the query. It is the first-order case of what Taylor feature maps do (arXiv 2402.18668), taken around the mean instead
+of zero, where real scores are not. A decay g ≤ 0 per token fades both sums, so that n, μ and the average weigh recent
+tokens more.
+
+Kept from token to token are n, the covariance beside the mean key, S = [Σ k vᵀ / n − k̄ v̄ᵀ, k̄], and m = [v̄, log n]: for
+one query, qᵀ S + m is then the output and its log weight at once. Shapes as in ops/additive.py; keys and values come
+with their column of ones.
+"""
+
+import torch
+from torch import Tensor
+
+from ..ops import additive, run_additive
+
+State = tuple[Tensor, ...]
+"""S, m and n of `empty_state`."""
+
+
+def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
+    """S [B, G, K, V + 1], m [B, G, 1, V + 1] and n [B, G, 1, 1], fp32 zeros: log n is set by the first `absorb`."""
+    S = torch.zeros(batch, kv_heads, key_width, value_width + 1, device=device)
+    return S, S.new_zeros(batch, kv_heads, 1, value_width + 1), S.new_zeros(batch, kv_heads, 1, 1)
+
+
+def run(
+    q: Tensor,
+    k1: Tensor,
+    v1: Tensor,
+    log_decay: Tensor,
+    state: State,
+    *,
+    scaling: float = 1.0,
+    strength: float = 0.0,
+) -> tuple[Tensor, Tensor, State]:
+    """Read the expansion at every token.
+
+    Args:
+        q: [B, H, T, K]; k1: [B, G, T, K + 1] and v1: [B, G, T, V + 1] with ones in the last column (all zeros for a
+            token that does not exist); log_decay: [B, G, T, 1].
+        state: as `empty_state` makes it.
+        scaling: of the scores q·k.
+        strength: added to the log weight.
+
+    Returns:
+        y [B, H, T, V], the log weight n e^μ [B, H, T] (−inf where there is no token), and the new state.
+    """
+    B, H, T, K = q.shape
+    G = k1.shape[1]
+    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    S, m, n = state
+    mean_k, mean_v = S[..., -1:], m[..., :-1]
+    whole = torch.cat([S[..., :-1] + mean_k * mean_v, mean_k], -1) * n
+    part = torch.cat([mean_v, torch.ones_like(n)], -1) * n
+    x, S = run_additive(q * scaling, k1[..., :K], v1, log_decay, whole)
+    one = torch.ones_like(log_decay, dtype=q.dtype)
+    sums, m = additive.chunked(one, one, v1, log_decay, part)
+    x, sums = x.view(B, G, H // G, T, -1), sums[:, :, None]
+    n, count = _count(sums)
+    mean = x[..., -1:] / count
+    y = torch.addcmul(x[..., :-1], 1 - mean, sums[..., :-1]) / count
+    # Not n.log(): its gradient at zero is 0/0.
+    weight = (count.log() + mean + strength).masked_fill(n == 0, float("-inf"))
+
+    n, count = _count(m)
+    S, mean_v = S / count, m[..., :-1] / count
+    S = torch.cat([S[..., :-1] - S[..., -1:] * mean_v, S[..., -1:]], -1)
+    m = torch.cat([mean_v, n.log() + strength], -1)
+    return y.view(B, H, T, -1), weight.view(B, H, T), (S, m, n)
+
+
+def _count(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The last column, and the same safe to divide by."""
+    n = sums[..., -1:]
+    return n, n.clamp(min=torch.finfo(n.dtype).tiny)
+
+
+def absorb(k1: Tensor, v1: Tensor, log_decay: Tensor, state: State, *, strength: float = 0.0) -> None:
+    """One token into the state, in place: means and covariance, updated as Welford does."""
+    S, m, n = state
+    k1, v1 = k1.float(), v1.float()
+    n.mul_(log_decay.float().exp()).add_(v1[..., -1:])
+    part = v1[..., -1:] / n.clamp(min=torch.finfo(n.dtype).tiny)
+    rest = 1 - part
+    dk, dv = k1[..., :-1] - S[..., -1:].mT, v1[..., :-1] - m[..., :-1]
+    S[..., :-1].mul_(rest)
+    S.addcmul_((part * dk).mT, torch.cat([rest * dv, torch.ones_like(n)], -1))
+    m[..., :-1].add_(part * dv)
+    m[..., -1:].copy_(n.log() + strength)
+
+
+def look(q: Tensor, state: State, *, scaling: float = 1.0) -> Tensor:
+    """What one token reads, [B, H, 1, V + 1]: y, and its log weight in the last column."""
+    B, H, _, K = q.shape
+    S, m = state[0].flatten(0, 1), state[1].flatten(0, 1)
+    grouped = q.float().reshape(S.shape[0], -1, K)
+    return torch.baddbmm(m, grouped, S, alpha=scaling).view(B, H, 1, -1)
+
+
+def naive(q: Tensor, k: Tensor, v1: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """The oracle: the same from explicit T×T scores, for rows that start empty; q scaled, no strength."""
+    rep = q.shape[1] // k.shape[1]
+    a = q @ k.repeat_interleave(rep, 1).mT
+    ones = torch.ones_like(q[..., :1])
+    weight = (
+        additive.materialise(ones, ones, log_decay.repeat_interleave(rep, 1))
+        * v1[..., -1].repeat_interleave(rep, 1)[:, :, None, :]
+    )
+    n = weight.sum(-1, keepdim=True)
+    safe = n.clamp(min=torch.finfo(n.dtype).tiny)
+    mean = (a * weight).sum(-1, keepdim=True) / safe
+    y = (weight * (1 + a - mean) / safe) @ v1[..., :-1].repeat_interleave(rep, 1)
+    return y, (n.log() + mean).squeeze(-1)

@@ -1,0 +1,46 @@
+"""Bytes of cache, by arithmetic from a configuration."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedConfig,
+)
+
+from . import architectures, softmax_heads
+from .mixers import MIXERS, build_config
+
+
+def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_bytes: int = 2) -> dict[str, Any]:
+    """Bytes of cache after `context` tokens, by arithmetic from a linearized configuration; recurrent layers of the
+    source itself are left out.
+
+    Args:
+        config: a configuration with a `linearize` block.
+        context: tokens per row.
+        batch: rows.
+        dtype_bytes: bytes per cached key or value element (the state itself is fp32).
+
+    Returns:
+        source_kv: bytes of the source's key/value cache; linearized: bytes of this model's; per_layer: the latter by
+            layer.
+    """
+    per_layer = []
+    total = 0
+    g = architectures.geometry(config)
+    for index in range(config.get_text_config().num_hidden_layers):
+        reach = architectures.reach(config, index)
+        kept = context if reach is None else min(context, reach)
+        grown = batch * kept * g.kv_heads * (g.key_width + g.value_width) * dtype_bytes
+        total += grown
+        values = config.linearize["layers"].get(str(index))
+        if values is None or values["name"] == "softmax":
+            per_layer.append(grown)
+        else:
+            mixer = build_config(values)
+            with torch.device("meta"):
+                own = MIXERS[mixer.name](mixer, softmax_heads.others(g, mixer.softmax_heads)).state_bytes(
+                    batch, dtype_bytes
+                )
+            per_layer.append(own + grown * len(mixer.softmax_heads) // g.kv_heads)
+    return {"source_kv": total, "linearized": sum(per_layer), "per_layer": per_layer}

@@ -1,0 +1,98 @@
+"""Heads that stay softmax inside a linearized layer: some key/value heads, with their query heads, keep the source's
+attention over all tokens and a cache that grows; the mixer has the others, as if the layer had no more than those.
+
+Few heads of a model look far back, and they are spread over its layers (RecurFormer, arXiv 2410.12850; DuoAttention,
+arXiv 2410.10819).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .cache import cache_layer
+from .mixers.base import Context
+from .ops.causal import causal_attention
+from .tokens import Geometry
+
+
+def others(geometry: Geometry, kept: Sequence[int], whole: bool = True) -> Geometry:
+    """The shapes of a layer without the heads that stay softmax; `whole`: the source's attention sees the whole text.
+
+    Raises:
+        InputError: an index that no key/value head has, or none is left for the mixer; or a sliding window.
+    """
+    if kept and not whole:
+        raise InputError(
+            "mixer.softmax_heads: the source's attention slides a window in a layer of these, so there is no cache of "
+            "all tokens to keep; name layers whose attention sees the whole text (layers: full)"
+        )
+    G = geometry.kv_heads
+    if any(g >= G for g in kept) or len(kept) == G:
+        raise InputError(
+            f"mixer.softmax_heads: found {list(kept)}; the layer has {G} key/value heads, so indices from 0 to {G - 1} "
+            "are possible, and one head at least must be left for the mixer (where all stay softmax, leave the layer "
+            "out)"
+        )
+    left = G - len(kept)
+    return replace(geometry, heads=geometry.heads // G * left, kv_heads=left, missing=tuple(kept))
+
+
+@lru_cache
+def _places(kept: tuple[int, ...], groups: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the kept heads, of the others, and what puts the two, joined, back into order."""
+    rest = [g for g in range(groups) if g not in kept]
+    there = torch.tensor([*kept, *rest], device=device)
+    return there[: len(kept)], there[len(kept) :], there.argsort()
+
+
+def pick(x: Tensor, groups: int, index: Tensor) -> Tensor:
+    """Of x [B, n·groups, ...], the n entries of each group in `index`."""
+    return x.unflatten(1, (groups, -1)).index_select(1, index).flatten(1, 2)
+
+
+def run(mixer: Any, kept: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    """A layer's attention, q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> y [B, H, T, V].
+
+    Args:
+        mixer: of the other heads, or what stands in its place; it is called as a mixer is.
+        kept: key/value heads that stay softmax.
+        q, k, v: of all heads, as the source made them.
+        context: of the whole layer.
+    """
+    if not kept:
+        return mixer(q, k, v, context)
+    G = k.shape[1]
+    own, rest, order = _places(kept, G, q.device)
+
+    def part(index: Tensor) -> tuple[list[Tensor], Context]:
+        extra = None if context.extra is None else pick(context.extra[None], G, index)[0]
+        # The source knows all of its heads, and no fewer.
+        inside = replace(context, extra=extra, attend=lambda *_: pick(context.attend(q, k, v), G, index))
+        return [pick(x, G, index) for x in (q, k, v)], inside
+
+    (qs, ks, vs), inside = part(own)
+    rows, layer = context.rows, None
+    if context.cache is not None:
+        layer = cache_layer(context.cache, context.layer_idx, mixer.window, mixer.sinks, grows=True)
+        layer.check_start(rows)
+    if rows is not None:
+        qs, ks, vs = (rows.gather(x) for x in (qs, ks, vs))
+    x, seen = torch.cat([ks, vs], -1), 0
+    if layer is not None and layer.is_initialized:
+        seen = layer.tensors["count"]
+    if layer is not None:
+        x = layer.grow(x)
+    ks, vs = x.split([ks.shape[-1], vs.shape[-1]], -1)
+    y = causal_attention(
+        qs, ks, vs, seen=seen, scaling=context.scaling, softcap=context.softcap, extra=inside.extra
+    )  # fmt: skip
+    y = y if rows is None else rows.scatter(y)
+    # Behind it: this counts the new tokens.
+    arguments, inside = part(rest)
+    both = [each.unflatten(1, (len(index), -1)) for each, index in ((y, own), (mixer(*arguments, inside), rest))]
+    return torch.cat(both, 1).index_select(1, order).flatten(1, 2)

@@ -1,0 +1,1 @@
+"""Recipes: what decides how a model is converted, recovered and measured."""

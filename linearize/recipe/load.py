@@ -1,0 +1,292 @@
+"""Recipes: all that decides how a model is converted, recovered and measured, read from YAML.
+
+A recipe is a file; its stem is the name a user types. What the file leaves out takes the defaults in schema.py. Single
+values are overridden with dotted keys (``convert.mixer.window=128``, ``train.distil.tokens=1000``). All problems
+of a file are reported at once. Importing this module does not import torch; checking the mixer's own settings does.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ArgsKwargs
+
+from linearize.errors import InputError, suggest
+from linearize.recipe.resources import package_folder
+from linearize.recipe.schema import (
+    DEFAULT_MIXER,
+    STAGES,
+    Calibrate,
+    Convert,
+    Data,
+    Eval,
+    Peft,
+    Recipe,
+    Select,
+    Source,
+    Stage,
+)
+
+SUFFIXES = (".yaml", ".yml")
+NAME = "convert.mixer.name"
+"""The key that, overridden, also drops what the new mixer does not know."""
+
+
+def names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(path.stem for path in package_folder("recipes").glob("*.yaml"))
+
+
+def path_of(name: str) -> Path:
+    """File of a shipped recipe.
+
+    Raises:
+        InputError: no shipped recipe has this name.
+    """
+    if name not in names():
+        raise InputError(f"unknown recipe {name!r}. {suggest(name, names())}. A file is named with its ending, .yaml")
+    return package_folder("recipes") / f"{name}.yaml"
+
+
+def load(name_or_path: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
+    """Read, complete and check a recipe.
+
+    Args:
+        name_or_path: name of a shipped recipe, or a YAML file.
+        overrides: ``{"convert.mixer.window": 128}`` or ``["convert.mixer.window=128"]``.
+
+    Returns:
+        The resolved recipe.
+
+    Raises:
+        InputError: the file is missing or not YAML, or one line per problem in it.
+
+    Example:
+        >>> load("smollm2-135m", ["convert.mixer.window=128"]).convert.mixer["window"]
+        128
+    """
+    path, where = Path(name_or_path), str(name_or_path)
+    if path.suffix not in SUFFIXES:
+        path, where = path_of(where), f"recipes/{where}.yaml"
+    elif not path.is_file():
+        raise InputError(f"{where}: there is no such recipe file. Shipped recipes: {', '.join(names())}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(
+            f"{where}: found {type(raw).__name__}; a recipe is a mapping with at least source: {{id: ...}}"
+        )
+    return from_dict({"name": path.stem, **raw}, overrides, where)
+
+
+def default(source_id: str, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
+    """Recipe for a model that was named without one: the shipped recipe with this source, else this file's defaults.
+
+    Where several have it, the one that bears the model's name: the others are baselines, which must be asked for.
+    """
+    for name in sorted(names(), key=lambda name: name not in source_id.lower()):
+        if yaml.safe_load(path_of(name).read_text(encoding="utf-8"))["source"]["id"] == source_id:
+            return load(name, overrides)
+    return from_dict({"source": {"id": source_id}}, overrides, where="defaults")
+
+
+def resolve(model: str, overrides: Mapping[str, Any] | Iterable[str] = (), recipe: str | Path | None = None) -> Recipe:
+    """Recipe for whatever a user names as a model.
+
+    Args:
+        model: a recipe, a recipe file, a Hub id, a folder or a GGUF file.
+        overrides: as in :func:`load`.
+        recipe: a recipe to use for this model instead of its own.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    if recipe is not None:
+        there = load(recipe, overrides)
+        return replace(there, source=resolve(model).source)
+    if Path(model).suffix in SUFFIXES or model in names():
+        return load(model, overrides)
+    return default(model, overrides)
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where the stages of a recipe go when the user names no folder."""
+    return Path("runs") / (recipe.name or Path(recipe.source.id).stem)
+
+
+def with_stage(recipe: Recipe, name: str) -> Recipe:
+    """The same recipe; behind its own stages one of `STAGES`, where it has none of that name."""
+    known = any(stage.name == name for stage in recipe.train)
+    return recipe if known else replace(recipe, train=(*recipe.train, STAGES[name]))
+
+
+def from_dict(
+    values: Mapping[str, Any], overrides: Mapping[str, Any] | Iterable[str] = (), where: str = "recipe"
+) -> Recipe:
+    """Build and check a recipe from plain values.
+
+    Args:
+        values: the content of a recipe file.
+        overrides: as in :func:`load`.
+        where: named at the start of every error.
+
+    Raises:
+        InputError: one line per problem.
+    """
+    values = _override(values, overrides)
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors(include_url=False)]
+        convert = values.get("convert")
+        mixer = convert.get("mixer") if isinstance(convert, dict) else None
+        problems += _mixer_problems(mixer) if isinstance(mixer, dict) else []
+        raise InputError("\n".join(f"{where}: {problem}" for problem in problems)) from error
+    validate(recipe, where)
+    return recipe
+
+
+def validate(recipe: Recipe, where: str = "recipe") -> None:
+    """Check what the types cannot: the settings of the mixer, by the mixer itself.
+
+    Raises:
+        InputError: one line per problem.
+    """
+    problems = _mixer_problems(recipe.convert.mixer)
+    if problems:
+        raise InputError("\n".join(f"{where}: {problem}" for problem in problems))
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain values; ``from_dict(to_dict(recipe)) == recipe``."""
+    return _plain(asdict(recipe))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as the text of a file that :func:`load` reads."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _mixer_problems(mixer: dict[str, Any]) -> list[str]:
+    from linearize.model.mixers import build_config  # imports torch
+
+    try:
+        build_config(mixer)
+    except InputError as error:
+        return [f"convert.{error}"]
+    return []
+
+
+def _explain(problem: Any) -> str:
+    """One problem as pydantic reports it, as ``key: found; allowed``."""
+    location = [str(part) for part in problem["loc"]]
+    key, found = ".".join(location), problem["input"]
+    message = problem["msg"].removeprefix("Value error, ").replace("a dictionary or an instance of", "a mapping, see")
+    match problem["type"]:
+        case "unexpected_keyword_argument":
+            return f"{key}: unknown key. {suggest(location[-1], _fields(location[:-1]))}"
+        case "missing":
+            return f"{key}: missing; it has no default"
+        case "value_error" if isinstance(found, ArgsKwargs):  # a check of several keys, whose text says what was found
+            return f"{key}: {message}" if key else message
+    return f"{key}: found {found!r}; {message[0].lower()}{message[1:]}"
+
+
+def _fields(location: list[str]) -> list[str]:
+    """Keys that are allowed at a place of the recipe."""
+    kinds: dict[str, Any] = {"source": Source, "convert": Convert, "data": Data, "calibrate": Calibrate}
+    kinds |= {"select": Select, "train": Stage, "eval": Eval, "peft": Peft}
+    parts = [part for part in location if part in kinds]
+    return [field.name for field in fields(kinds[parts[-1]] if parts else Recipe)]
+
+
+def _override(values: Mapping[str, Any], overrides: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
+    if not isinstance(overrides, Mapping):
+        overrides = dict(_split(text) for text in overrides)
+    result = copy.deepcopy(dict(values))
+    if overrides:  # a key may reach into a part that the file leaves to the defaults
+        result = {"data": [_plain(asdict(Data()))], "train": [_plain(asdict(Stage()))], "convert": {}, **result}
+        if isinstance(result["convert"], dict):
+            result["convert"].setdefault("mixer", dict(DEFAULT_MIXER))
+            if NAME in overrides and isinstance(result["convert"]["mixer"], dict):
+                result["convert"]["mixer"] = _switched(result["convert"]["mixer"], overrides[NAME])
+    for key, value in overrides.items():
+        try:
+            _set(result, key, yaml.safe_load(value) if isinstance(value, str) else value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {key}={value}: the value is not valid YAML; put it in quotes") from error
+    return result
+
+
+def _switched(mixer: dict[str, Any], name: Any) -> dict[str, Any]:
+    """Settings of another mixer: those of the old one that it knows too."""
+    from linearize.model.mixers import MIXERS  # imports torch
+
+    if name not in MIXERS or name == mixer.get("name"):
+        return mixer
+    known = {field.name for field in fields(MIXERS[name].Config)}
+    kept = {key: value for key, value in mixer.items() if key in known}
+    if kept.get("combine") not in MIXERS[name].combines:
+        kept.pop("combine", None)
+    return kept
+
+
+def _split(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {text}: expected KEY=VALUE with a dotted key, such as convert.mixer.window=128")
+    return key.strip(), value
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set one dotted key in place; an entry of a list is named by its number or its name (``train.distil.lr``)."""
+    *parents, last = key.split(".")
+    at: Any = values
+    for depth, name in enumerate([*parents, last]):
+        part: Any = name
+        if isinstance(at, list):
+            entries = {str(i): i for i in range(len(at))}
+            entries |= {
+                str(entry["name"]): i for i, entry in enumerate(at) if isinstance(entry, dict) and "name" in entry
+            }
+            if name not in entries:
+                raise InputError(f"--set {key}: there is no entry {name!r}. {suggest(name, entries)}")
+            part = entries[name]
+        elif not isinstance(at, dict):
+            raise InputError(f"--set {key}: {'.'.join(parents[:depth])} holds {at!r}, which has no keys below it")
+        elif depth < len(parents) and at.get(name) is None:
+            at[name] = {}
+        if depth == len(parents):
+            at[part] = value
+        at = at[part]
+
+
+def recipe_of(folder: Path, name: str | None, overrides: Iterable[str] = ()) -> Recipe:
+    """Recipe for training a folder: its own, or a named one, which then says nothing about source and conversion.
+
+    Raises:
+        InputError: bad recipe, or the folder holds none and none is named.
+    """
+    own = folder / "recipe.yaml"
+    if not own.is_file():
+        if name is None:
+            raise InputError(
+                f"{folder}: holds no recipe.yaml, so was not written by linearize; name a recipe by --recipe"
+            )
+        return load(name, overrides)
+    if name is None:
+        return load(own, overrides)
+    made = load(own)
+    return replace(load(name, overrides), source=made.source, convert=made.convert)

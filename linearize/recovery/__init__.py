@@ -1,0 +1,1 @@
+"""What recovers the quality that a conversion costs: calibration, selection, training, merging."""

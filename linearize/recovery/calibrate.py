@@ -1,0 +1,181 @@
+"""Closed-form calibration: how much each head should trust its memory, from one pass of the source over a little text.
+
+Every attention layer of the source is watched while it reads: its own output is the target, window and memory of the
+student are computed beside it from the same queries, keys and values (so no layer sees another's error), and one number
+per head is chosen that brings the student's output nearest to the source's, in squared error:
+
+- a memory with a log weight w: the shift c of w among GRID that is best, error (y + σ(w + c − lse)(m − y) − target)²;
+- any other memory: the factor γ of y + γ m, which is a regression of target − y on m.
+
+What is nearest layer by layer need not be best for the whole model: all numbers are scaled by that one of SCALES with
+which the model predicts a block of other text best, 0 where they do not help.
+
+No gradient, no change of any source weight. The numbers are the weight `gate` [H] of each layer's mixer.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linearize import progress
+from linearize.checkpoint.atomic import check_output, output_folder
+from linearize.errors import InputError
+from linearize.model.attention import linearized_modules
+from linearize.model.mixers import Context, Mixer
+from linearize.model.modeling import linearize_
+from linearize.recipe import load as recipes
+from linearize.recovery import reading
+
+GRID = torch.arange(-6.0, 6.01, 0.25)
+LARGEST = 0.99
+"""Of |γ|, because a gate is tanh of its weight."""
+SCALES = (1.0, 0.5, 0.0)
+"""How far to go towards the fit."""
+
+
+class Watched(nn.Module):
+    """In the place of a mixer: returns the source's own attention and sums what the fit needs."""
+
+    name = "softmax"
+
+    def __init__(self, mixer: Mixer):
+        super().__init__()
+        self.mixer = mixer
+        self.sums: Tensor | float = 0.0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        target = context.attend(q, k, v)
+        near, far = self.mixer.branches(q, k, v, context)
+        if near is None or far is None:
+            return target
+        reach = self.mixer.config.window + self.mixer.config.sinks
+        y, m, wanted = (x[:, :, reach:].float() for x in (near[0], far[0], target))
+        miss, step = y - wanted, m - y
+        if far[1] is None or near[1] is None:
+            self.sums = self.sums - torch.stack([(m * miss).sum((0, 2, 3)), -(m * m).sum((0, 2, 3))])
+        else:
+            weight, lse = far[1][:, :, reach:], near[1][:, :, reach:]
+            share = (weight - lse + GRID.to(lse.device).view(-1, 1, 1, 1)).sigmoid()
+            products = (miss * step).sum(-1), (step * step).sum(-1)
+            self.sums = self.sums + (2 * share * products[0] + share.square() * products[1]).sum((1, 3))
+        return target
+
+    def gate(self) -> Tensor:
+        """What fits best, [H]."""
+        if not isinstance(self.sums, Tensor):
+            raise InputError(
+                "calibrate: no text reached beyond window and sinks; use longer blocks (--seq-len) than they are"
+            )
+        if self.mixer.weighted:
+            return GRID.to(self.sums.device)[self.sums.argmin(0)]
+        toward, size = self.sums
+        return (toward / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(-LARGEST, LARGEST).atanh()
+
+
+@torch.inference_mode()
+def fit(model: PreTrainedModel, ids: Tensor, advance: Callable[[], None] = lambda: None) -> dict[int, list[float]]:
+    """Calibrate a converted model in place.
+
+    Args:
+        model: with `combine: memory` in every layer that has a mixer other than a control.
+        ids: int64 [blocks, T] of text, T beyond window + sinks.
+        advance: called after each block.
+
+    Returns:
+        Layer index -> its gate, one number per head.
+
+    Raises:
+        InputError: no layer has a memory, or the blocks are too short.
+    """
+    chosen = [m for m in linearized_modules(model) if m.mixer.delayed]
+    if not chosen:
+        raise InputError("calibrate: no layer of this model has a memory (combine: memory); there is nothing to fit")
+    for module in chosen:
+        # From zero, so that a model that was calibrated before is calibrated anew.
+        config = replace(module.mixer.config, calibrated=True)
+        linearize_(model, config, [module.layer_idx])
+        module.mixer = Watched(module.mixer)
+    try:
+        for block in ids:
+            model(block[None].to(model.device), use_cache=False, logits_to_keep=1)
+            advance()
+        gates = {module.layer_idx: module.mixer.gate() for module in chosen}
+    finally:
+        for module in chosen:
+            module.mixer = module.mixer.mixer
+    for module in chosen:
+        module.mixer.gate.data.copy_(gates[module.layer_idx])
+    return {index: gate.tolist() for index, gate in gates.items()}
+
+
+@torch.inference_mode()
+def scale(model: PreTrainedModel, block: Tensor) -> dict[float, float]:
+    """Scale the gates of a calibrated model in place, as text that they were not fitted to wants it.
+
+    Args:
+        model: as `fit` leaves it.
+        block: int64 [T].
+
+    Returns:
+        Each of SCALES -> the loss of the next token, the best first.
+    """
+    block = block[None].to(model.device)
+    gates = [(m.mixer.gate.data, m.mixer.gate.data.clone()) for m in linearized_modules(model) if m.mixer.delayed]
+
+    def turn(factor: float) -> None:
+        for gate, fitted in gates:
+            gate.copy_(factor * fitted)
+
+    losses = {}
+    for factor in SCALES:
+        turn(factor)
+        losses[factor] = float(model(block, labels=block, use_cache=False).loss)
+    losses = dict(sorted(losses.items(), key=lambda item: item[1]))
+    turn(next(iter(losses)))
+    return losses
+
+
+def calibrate(
+    model_dir: str | Path,
+    wanted: recipes.Recipe,
+    out: str | Path,
+    *,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Fit the memory of a converted folder to its source, on the recipe's data.
+
+    Args:
+        model_dir: a converted folder.
+        wanted: the recipe that names the data.
+        out: folder to appear.
+        tokens, seq_len: how much text to fit to, in blocks of how many tokens; one block more is read for `scale`.
+            None: as the recipe's `calibrate` says.
+        overwrite: replace a model folder in the place of `out`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: bad input; see `fit`.
+
+    Example:
+        >>> calibrate("runs/demo/0-converted", recipe.load("smollm2-135m"), "runs/demo/calibrated")
+    """
+    folder, out = Path(model_dir), Path(out)
+    check_output(out, overwrite)
+    wanted, settings = reading.settle(wanted, "calibrate", tokens=tokens, seq_len=seq_len)
+    model, ids = reading.read(folder, wanted, replace(settings, tokens=settings.tokens + settings.seq_len))
+    with output_folder(out, overwrite) as work:
+        with progress.step_progress("calibrating", len(ids)) as advance:
+            fit(model, ids[:-1], advance)
+            losses = scale(model, ids[-1])
+            advance()
+        model.save_pretrained(work)
+        reading.finish(folder, work, wanted, "calibration", asdict(settings) | {"loss_by_scale": losses})
+    return out

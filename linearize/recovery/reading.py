@@ -1,0 +1,72 @@
+"""What the stages between conversion and training share: their block of the recipe, a converted folder with a little
+text to read, and what they leave beside the weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from linearize.checkpoint import companions, manifest
+from linearize.checkpoint.manifest import MANIFEST, write_manifest
+from linearize.checkpoint.open import is_adapter, open_model
+from linearize.errors import InputError
+from linearize.recipe import load as recipes
+from linearize.recipe.schema import Reading
+from linearize.recovery.data import blocks
+
+
+def settle(wanted: recipes.Recipe, block: str, **given: Any) -> tuple[recipes.Recipe, Any]:
+    """The recipe with this block in it, and the block: values that are given (not None) go before those it has.
+
+    Raises:
+        InputError: a value that the block does not allow.
+    """
+    values = recipes.to_dict(wanted)
+    values[block] = {**(values[block] or {}), **{key: value for key, value in given.items() if value is not None}}
+    settled = recipes.from_dict(values)
+    return settled, getattr(settled, block)
+
+
+def read(folder: Path, wanted: recipes.Recipe, settings: Reading) -> tuple[Any, Tensor]:
+    """A converted model, on the GPU if there is one, and text of the recipe's data for it.
+
+    Returns:
+        The model, in evaluation mode, and int64 [tokens // seq_len, seq_len].
+
+    Raises:
+        InputError: the folder holds adapters or no linearized model, or the data cannot be read.
+    """
+    if is_adapter(folder):
+        raise InputError(f"{folder}: these are adapters; fold them in first: linearize merge {folder} --out DIR")
+    model: Any = open_model(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = blocks(wanted.data, tokenizer, settings.seq_len, settings.tokens // settings.seq_len)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), ids[:]
+
+
+def finish(
+    folder: Path,
+    work: Path,
+    wanted: recipes.Recipe,
+    name: str,
+    made: dict[str, Any],
+    hashes: dict[str, str | None] | None = None,
+) -> None:
+    """Write what stands beside the weights: the small files of `folder`, the recipe, and a manifest.
+
+    Args:
+        folder: that was read.
+        work: that is written; its weights and config.json are there.
+        wanted: the recipe, from `settle`.
+        name, made: what the manifest tells of this stage, JSON-safe, and under which name.
+        hashes: as for `write_manifest`.
+    """
+    companions.carry(folder, work)
+    (work / "recipe.yaml").write_text(recipes.to_yaml(wanted))
+    origin = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
+    facts = {key: value for key, value in origin.items() if key in ("source", "calibration", "selection")}
+    facts |= {name: {**made, "data": recipes.to_dict(wanted)["data"]}, "versions": manifest.versions()}
+    write_manifest(work, {"source": None, **facts}, hashes or {})

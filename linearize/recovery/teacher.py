@@ -1,0 +1,210 @@
+"""The source that a student learns from; and what it says, computed once: its likeliest tokens, kept on disk.
+
+One file per block of text, in a folder that is named by all that decides its content: the source's weights and
+settings, k, the temperature, and the precision it runs in. So a second pass over the data, a resumed run, another
+student of the same source and another order of the data find what there is, and the source runs for the rest only.
+The source reads one block at a time: what is kept does not depend on how a step is divided.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from linearize.checkpoint import adapters, shards
+from linearize.checkpoint.atomic import check_space
+from linearize.checkpoint.copying import CHUNK
+from linearize.checkpoint.describe import is_new
+from linearize.checkpoint.open import base_folder, is_adapter, open_model
+from linearize.errors import InputError
+from linearize.recipe.schema import Stage
+from linearize.recovery.data import cache_folder
+from linearize.recovery.losses import Likeliest, likeliest
+
+# Of a configuration, what does not change what the source computes.
+OTHER = {"linearize", "_name_or_path", "transformers_version", "auto_map", "architectures", "dtype", "model_type"}
+
+
+class Teacher:
+    """The source, for one stage of training.
+
+    Args:
+        student: linearized, with adapters or without.
+        stage: says what is learned of it.
+        folder: the student was opened from.
+        device, autocast: how the source runs.
+        blocks: token ids [T] of every block of the run, once each.
+        any_process: as for `Known`.
+
+    Attributes:
+        about: part of a line for people; empty where nothing is kept.
+
+    Raises:
+        InputError: k is more than the vocabulary has, or what the source says cannot be kept.
+    """
+
+    def __init__(
+        self, student: Any, stage: Stage, folder: Path, device: torch.device,
+        autocast: Callable[[], AbstractContextManager], blocks: Iterable[Tensor], any_process: Callable[[bool], bool],
+    ):  # fmt: skip
+        self.student, self.stage, self.folder = student, stage, folder
+        self.device, self.autocast = device, autocast
+        self.known, self.about = None, ""
+        if k := stage.top_k:
+            if k > (size := student.config.get_text_config().vocab_size):
+                raise InputError(f"train.{stage.name}.top_k: found {k}; expected at most the vocabulary, {size} tokens")
+            where = place(folder, student.config, k, stage.temperature, stage.dtype)
+            self.known = Known(where, k, stage.temperature, self.logits, any_process)
+            there, missing = self.known.prepare(blocks)
+            self.about = f"; the source's {k} likeliest tokens: {there} of {there + missing} blocks known, in {where}"
+
+    @cached_property
+    def model(self) -> Any:
+        """What is turned into the source: the student itself, unless all of it is trained."""
+        if adapters.keeps_source(self.stage.peft):
+            return self.student
+        with torch.random.fork_rng():  # opened in the first step that needs it, whose random numbers must not move
+            model: Any = open_model(self.folder, getattr(torch, self.stage.dtype))
+        return model.requires_grad_(False).to(self.device)
+
+    def __call__(self, ids: Tensor, **keep: int) -> Tensor | Likeliest:
+        """What the source says of ids [B, T]: logits [B, T, V], or their likeliest tokens."""
+        return self.logits(ids, **keep) if self.known is None else self.known(ids)
+
+    def logits(self, ids: Tensor, **keep: int) -> Tensor:
+        with self.autocast(), adapters.as_source(self.model):
+            return self.model(input_ids=ids, use_cache=False, **keep).logits
+
+
+class Known:
+    """The k likeliest tokens of the source after each token of a text.
+
+    Args:
+        folder: where they are kept, from `place`.
+        k: how many tokens.
+        temperature: of the distribution.
+        run: the source: ids [1, T] -> logits [1, T, V].
+        any_process: told whether this process needs the source for a micro batch, says whether any does: where its
+            weights are divided over processes, all must run it together.
+    """
+
+    def __init__(
+        self, folder: Path, k: int, temperature: float, run: Callable[[Tensor], Tensor],
+        any_process: Callable[[bool], bool] = bool,
+    ):  # fmt: skip
+        self.folder, self.k, self.temperature = folder, k, temperature
+        self.run, self.any_process = run, any_process
+
+    def __call__(self, ids: Tensor) -> Likeliest:
+        """For token ids [B, T]: [B, T, k] on their device.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written or read.
+        """
+        rows = ids.cpu()
+        found = [self._read(self._file(row), len(row)) for row in rows]
+        if self.any_process(None in found):
+            for place, row in enumerate(ids):
+                known = likeliest(self.run(row[None])[0], self.k, self.temperature)
+                if found[place] is None:
+                    found[place] = known = Likeliest(*(x.cpu() for x in known))
+                    self._write(self._file(rows[place]), known)
+        return Likeliest(*(torch.stack(each).to(ids.device) for each in zip(*found, strict=True)))
+
+    def prepare(self, rows: Iterable[Tensor]) -> tuple[int, int]:
+        """Make the folder, and check that the disk has room for what is missing of these blocks [T].
+
+        Returns:
+            How many blocks are there, and how many are not.
+
+        Raises:
+            InputError: the disk has no room, or the folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+        sizes = {self._file(row): len(row) * (6 * self.k + 4) for row in rows}
+        missing = [size for file, size in sizes.items() if not file.is_file()]
+        check_space(self.folder, sum(missing))
+        return len(sizes) - len(missing), len(missing)
+
+    def _file(self, row: Tensor) -> Path:
+        return self.folder / f"{hashlib.sha256(row.numpy().tobytes()).hexdigest()[:32]}.safetensors"
+
+    def _read(self, file: Path, length: int) -> Likeliest | None:
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, "pt") as content:
+                known = Likeliest(*(content.get_tensor(name) for name in Likeliest._fields))
+                good = content.metadata()["crc32"] == _checksum(known) and known.ids.shape == (length, self.k)
+        except (SafetensorError, KeyError, TypeError):
+            good, known = False, None
+        except OSError as error:
+            raise self._unusable(error) from error
+        if not good:
+            print(f"{file}: is damaged, so the source reads this block again", file=sys.stderr)
+        return known if good else None
+
+    def _write(self, file: Path, known: Likeliest) -> None:
+        content = save(known._asdict(), {"crc32": _checksum(known)})
+        # Written beside its place and renamed: whoever looks sees all of it or nothing.
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as out:
+                try:
+                    out.write(content)
+                except BaseException:
+                    os.unlink(out.name)
+                    raise
+            os.replace(out.name, file)
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> InputError:
+        return InputError(
+            f"{self.folder}: the source's likeliest tokens cannot be kept there ({error.strerror}); free some space, "
+            "set LINEARIZE_CACHE to another folder, or train without top_k; --resume goes on from the last checkpoint"
+        )
+
+
+def _checksum(known: Likeliest) -> str:
+    value = 0
+    for x in known:
+        value = zlib.crc32(x.numpy().tobytes(), value)
+    return str(value)
+
+
+def place(model_dir: Path, config: Any, k: int, temperature: float, dtype: str) -> Path:
+    """The folder in the user's cache for one source and one way of asking it.
+
+    Args:
+        model_dir: a converted folder, or adapters on one.
+        config: of its model.
+        k, temperature, dtype: how many tokens, of which distribution, computed in which precision.
+    """
+    base = base_folder(model_dir) if is_adapter(model_dir) else model_dir
+    settings = {key: value for key, value in config.to_dict().items() if key not in OTHER}
+    settings["model_type"] = config.linearize["source"]["model_type"]
+    digest = hashlib.sha256(json.dumps([settings, k, temperature, dtype], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(shards.read_folder(base).items()):
+        if is_new(name):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start)
+            for start in range(0, tensor.size, CHUNK):
+                digest.update(file.read(min(CHUNK, tensor.size - start)))
+    return cache_folder() / f"source-{digest.hexdigest()[:32]}"

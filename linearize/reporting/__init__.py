@@ -1,0 +1,1 @@
+"""Results for people: the page, its charts and verdict, tables on the terminal, plots."""

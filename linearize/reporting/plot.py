@@ -1,0 +1,194 @@
+"""Pictures of what `inspect`, `select` and `bench` found, and a report's charts as SVG. matplotlib is only here."""
+
+import hashlib
+import html
+import io
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from linearize.errors import InputError
+from linearize.formats import format_bytes
+
+Points = list[tuple[int, float, int]]
+"""Of one model: context, seconds per token and bytes of the cache."""
+COLOURS = {"source": "#444444", "window": "#d98c21", "student": "#1f6fb4"}
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 11,
+    "grid.color": "#e2e2e2",
+    "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
+    "svg.hashsalt": "linearize",  # the same file from the same numbers
+    "text.parse_math": False,  # a name may hold a dollar
+}
+
+
+def draw(found: dict[str, Any], target: Path) -> Path:
+    """Write a picture of a model: its layers by mixer, and the cache of one row by context length.
+
+    Args:
+        found: what `linearize.checkpoint.describe.inspect` returned.
+        target: file to write; its suffix names the format (png, svg, pdf).
+
+    Returns:
+        `target`.
+
+    Raises:
+        InputError: the suffix names no format, or the file cannot be written.
+    """
+    figure = _figure(target, 11, 4.5)
+    origin = found["source"]
+    figure.suptitle(Path(found["path"]).name + (f", from {origin['id']}" if origin else ""))
+    layers, cache = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_layers(layers, found["layers"])
+    _draw_cache(cache, found["cache"]["contexts"])
+    return _save(figure, target)
+
+
+def draw_speed(panels: dict[str, dict[str, Points]], target: Path) -> Path:
+    """Write a picture of decoding: time per token and bytes of the cache against the context, on log axes.
+
+    Args:
+        panels: title -> name of a model -> its points; side by side.
+        target: as for `draw`.
+
+    Returns:
+        `target`.
+
+    Raises:
+        InputError: as `draw`, or there is no point to draw.
+    """
+    if not any(points for panel in panels.values() for points in panel.values()):
+        raise InputError(f"--plot {target}: nothing was measured, so there is nothing to draw")
+    figure = _figure(target, max(5.5, 4 * len(panels)), 6)
+    axes = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row")
+    for (times, sizes), (title, panel) in zip(axes.T, panels.items(), strict=True):
+        times.set_title(title)
+        sizes.set_xlabel("context (tokens)")
+        for name, points in panel.items():
+            x, seconds, held = zip(*sorted(points), strict=True) if points else ((), (), ())
+            colour = COLOURS.get(name)
+            times.loglog(x, [1e3 * value for value in seconds], "o-", color=colour, label=name)
+            sizes.loglog(x, [value / 2**20 for value in held], "o-", color=colour, label=name)
+        ticks = sorted({point[0] for points in panel.values() for point in points})
+        sizes.set_xticks(ticks, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in ticks])
+        sizes.xaxis.minorticks_off()
+    axes[0][0].set_ylabel("milliseconds per token")
+    axes[1][0].set_ylabel("cache (MiB)")
+    axes[0][0].legend(frameon=False)
+    return _save(figure, target)
+
+
+def draw_selection(found: dict[str, Any], target: Path) -> Path:
+    """Write a picture of what each budget of softmax layers or heads costs: KL to the source against cache at 32K.
+
+    Args:
+        found: what `linearize.recovery.select` returned.
+        target: as for `draw`.
+
+    Returns:
+        `target`.
+
+    Raises:
+        InputError: as `draw`.
+    """
+    figure = _figure(target, 7, 4.5)
+    axes = figure.subplots()
+    rows = found["budgets"]
+    sizes = [row["cache_32k"] / 2**20 for row in rows]
+    axes.plot(sizes, [row["predicted_kl"] for row in rows], ".-", color=COLOURS["student"], label="predicted (a sum)")
+    measured = [(size, row["kl"]) for size, row in zip(sizes, rows, strict=True) if row["kl"] is not None]
+    axes.plot(*zip(*measured, strict=True), "o", color=COLOURS["source"], label="measured")
+    axes.axvline(sizes[found["keep"]], color=COLOURS["window"], label=f"{found['keep']} {found['per']} stay softmax")
+    axes.set(xlabel="cache of one row at 32K tokens (MiB)", ylabel="KL to the source, nats per token")
+    axes.set_title(f"softmax {found['per']} by {found['by']}")
+    axes.legend()
+    return _save(figure, target)
+
+
+def check_target(target: Path) -> None:
+    """Refuse a picture that cannot be made, before long work on what it shows.
+
+    Raises:
+        InputError: the suffix names no format.
+    """
+    _figure(target, 1, 1)
+
+
+def _figure(target: Path, width: float, height: float) -> Any:
+    """An empty figure that can be saved as `target`."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    formats = FigureCanvasAgg(figure).get_supported_filetypes()
+    if target.suffix.lstrip(".").lower() not in formats:
+        raise InputError(f"--plot {target}: unknown kind of picture; expected a name ending in {', '.join(formats)}")
+    return figure
+
+
+def _save(figure: Any, target: Path) -> Path:
+    try:
+        figure.savefig(target, dpi=150)
+    except OSError as error:
+        raise InputError(f"--plot {target}: cannot be written ({error.strerror}); choose another place") from error
+    return target
+
+
+def svg(plot: Callable[[Any], None], label: str, height: float = 3.0) -> str:
+    """A chart as an `<svg>` element that stands in HTML and scales to the width it is given, from 360 px on.
+
+    Args:
+        plot: draws on the axes that it is called with.
+        label: what the chart shows, for those who cannot see it.
+        height: in inches, of 5 inches of width.
+    """
+    with rc_context(STYLE), warnings.catch_warnings():
+        # Letters that matplotlib's own font lacks: the browser, which draws the text, has others.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure = Figure(figsize=(5, height), layout="constrained")
+        plot(figure.subplots())
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = written.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
+    # Several charts share a page, and so its names.
+    prefix = hashlib.sha256(f"{label}{text}".encode()).hexdigest()[:8]
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    head = f'<svg {box[0]} role="img" aria-label="{html.escape(label)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return re.sub(r"<svg[^>]*>", lambda match: head, text, count=1).strip()
+
+
+def _draw_layers(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Parameters of every layer, coloured by its mixer; new ones on top."""
+    kinds = {row["mixer"] + (f", W {row['window']}" if "window" in row else "") for row in rows}
+    for kind in sorted(kinds):
+        own = [r for r in rows if r["mixer"] + (f", W {r['window']}" if "window" in r else "") == kind]
+        old = [(r["parameters"] - r["new_parameters"]) / 1e6 for r in own]
+        axes.bar([r["layer"] for r in own], old, label=kind)
+        if any(r["new_parameters"] for r in own):
+            new = [r["new_parameters"] / 1e6 for r in own]
+            axes.bar([r["layer"] for r in own], new, bottom=old, color="black", label="new weights")
+    axes.set(xlabel="layer", ylabel="parameters, millions", title="layers")
+    axes.legend(loc="lower right")
+
+
+def _draw_cache(axes: Any, rows: list[dict[str, Any]]) -> None:
+    contexts = [row["context"] for row in rows]
+    for column, label in (("source_kv", "source"), ("linearized", "this model")):
+        sizes = [row[column] for row in rows]
+        axes.loglog(contexts, sizes, marker="o", label=f"{label}, {format_bytes(sizes[-1])} at {contexts[-1] // 1024}K")
+    axes.set_xticks(contexts, [f"{context // 1024}K" for context in contexts])
+    axes.minorticks_off()
+    axes.set(xlabel="tokens of context", ylabel="bytes", title="cache of one row")
+    axes.legend()

@@ -1,0 +1,136 @@
+"""What follows from the columns: averages, recovery, paired differences, and what the memory adds."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
+APART = ("mmlu", "lettered")
+"""How the names of tasks begin that ask for a letter: shown, but no part of the average."""
+CONTROLS = ("source", "window", "converted", "student/window", "student/memory", "other")
+
+
+def summarize(columns: dict[str, Any], window: int | None, seed: int = 0) -> dict[str, Any]:
+    """The `summary` of results.json.
+
+    Args:
+        columns: finished columns, as in `linearize.results.schema`.
+        window: tokens of exact attention; None for a model without a window.
+        seed: of the bootstrap.
+    """
+    averages = {name: value for name, column in columns.items() if (value := average(column["tasks"])) is not None}
+    return {
+        "average": averages,
+        "recovery": recoveries(averages, columns),
+        "memory": memory_gain(columns, window, seed),
+        "paired": {
+            control: paired(columns["student"], columns[control], seed)
+            for control in CONTROLS
+            if "student" in columns and control in columns
+        },
+    }
+
+
+def headline(tasks: dict[str, Any]) -> list[str]:
+    """Tasks that enter the average: those with a chance level, without `APART`."""
+    return [name for name, score in tasks.items() if score.get("chance") is not None and not name.startswith(APART)]
+
+
+def average(tasks: dict[str, Any]) -> dict[str, Any] | None:
+    """Plain mean of the headline scores; its standard error treats the tasks as independent."""
+    scores = [tasks[name] for name in headline(tasks)]
+    if not scores:
+        return None
+    errors = [score["stderr"] for score in scores]
+    stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(scores)
+    return {"value": sum(score["value"] for score in scores) / len(scores), "stderr": stderr, "tasks": len(scores)}
+
+
+def recovery(score: float, source: float, chance: float) -> float | None:
+    """Share of the source's distance from chance that is kept, (s - r) / (t - r); None where there is none."""
+    return (score - chance) / (source - chance) if source > chance else None
+
+
+def recoveries(averages: dict[str, Any], columns: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Raw and chance-corrected share of the source's average, per column."""
+    if "source" not in averages:
+        return {}
+    source = averages["source"]
+    tasks = columns["source"]["tasks"]
+    chance = float(np.mean([tasks[name]["chance"] for name in headline(tasks)]))
+    # Of a source that guesses, nothing can be lost: a ratio of two noises would only look like a result.
+    guesses = source["value"] - chance <= 2 * (source["stderr"] or 0)
+    return {
+        name: {
+            "raw": entry["value"] / source["value"] if source["value"] > 0 else None,
+            "chance_corrected": None if guesses else recovery(entry["value"], source["value"], chance),
+        }
+        for name, entry in averages.items()
+        if name != "source"
+    }
+
+
+def bootstrap(differences: list[np.ndarray], seed: int) -> dict[str, float]:
+    """Mean over groups of the mean difference in each group, with its 95 % percentile interval.
+
+    Args:
+        differences: one array per group (task), one entry per item; items are drawn with replacement in their group.
+        seed: of the resampling.
+
+    Returns:
+        difference, low, high.
+    """
+    rng = np.random.default_rng(seed)
+    resampled = np.zeros(RESAMPLES)
+    for group in differences:
+        for i in range(RESAMPLES):
+            resampled[i] += group[rng.integers(0, len(group), len(group))].mean() / len(differences)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    exact = np.mean([group.mean() for group in differences])
+    return {"difference": float(exact), "low": float(low), "high": float(high)}
+
+
+def paired(student: dict[str, Any], control: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Student minus control on the same items: per task, over the headline tasks, and in loss on the first text."""
+    differences = {}
+    for name, score in student["tasks"].items():
+        other = control["tasks"].get(name)
+        if other is not None and score.get("items") is not None and other.get("items") is not None:
+            differences[name] = np.array(score["items"], float) - np.array(other["items"], float)
+    result: dict[str, Any] = {"tasks": {name: bootstrap([values], seed) for name, values in differences.items()}}
+    average_of = [differences[name] for name in headline(student["tasks"]) if name in differences]
+    if average_of:
+        result["average"] = bootstrap(average_of, seed)
+    if "perplexity" in student and "perplexity" in control:
+        ours, theirs = student["perplexity"]["texts"][0], control["perplexity"]["texts"][0]
+        tokens = np.array([bucket["end"] - bucket["start"] for bucket in ours["by_position"]], float)
+        blocks = [np.average(np.array(text["losses"]), axis=1, weights=tokens) for text in (ours, theirs)]
+        result["loss"] = bootstrap([blocks[0] - blocks[1]], seed)
+    return result
+
+
+def memory_gain(columns: dict[str, Any], window: int | None, seed: int) -> dict[str, float] | None:
+    """Loss that the memory takes away where it can be used: at positions from the window on, in the longest blocks."""
+    try:
+        on, off = (columns[name]["perplexity"] for name in ("student", "student/window"))
+    except KeyError:
+        return None
+    if window is None:
+        return None
+    longest = max(range(len(on["texts"])), key=lambda i: on["texts"][i]["length"])
+    buckets = on["texts"][longest]["by_position"]
+    beyond = [i for i, bucket in enumerate(buckets) if bucket["start"] >= window]
+    if not beyond:
+        return None
+    tokens = np.array([buckets[i]["end"] - buckets[i]["start"] for i in beyond], float)
+    losses = [np.array(entry["texts"][longest]["losses"])[:, beyond] @ tokens / tokens.sum() for entry in (on, off)]
+    interval = bootstrap([losses[1] - losses[0]], seed)
+    return {
+        "with": math.exp(losses[0].mean()),
+        "without": math.exp(losses[1].mean()),
+        "loss": interval["difference"],
+        "low": interval["low"],
+        "high": interval["high"],
+        "start": buckets[beyond[0]]["start"],
+    }

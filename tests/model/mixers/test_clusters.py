@@ -1,0 +1,135 @@
+"""The memory of clusters: its block form is its definition token by token, and exact where nothing was merged."""
+
+import pytest
+import torch
+from helpers.mixers import context
+from helpers.tiny import tiny_model
+from transformers import DynamicCache
+
+from linearize.errors import InputError
+from linearize.model.mixers import Geometry, build_config
+from linearize.model.mixers.clusters import Mixer
+from linearize.model.modeling import linearize_
+from linearize.model.ops import clusters as ops
+
+B, H, G, K, V, M, C = 2, 4, 2, 6, 5, 8, 2
+RULE = {"chunk": C, "scaling": 0.4, "softcap": 20.0}
+
+
+def drawn(T: int, dtype=torch.float64, holes: bool = True):
+    exists = (torch.rand(B, 1, T, 1) > (0.3 if holes else -1)).to(dtype).expand(-1, G, -1, -1)
+    q, k, v = (torch.randn(B, n, T, w, dtype=dtype) for n, w in ((H, K), (G, K), (G, V)))
+    return q, k * exists, v * exists, exists
+
+
+def empty(dtype=torch.float64):
+    return tuple(x.to(dtype) for x in ops.empty_state(B, G, K, V, M, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("T", [0, 1, 5, 8, 9, 10, 57])
+@pytest.mark.parametrize("holes", [False, True], ids=["whole", "holes"])
+def test_blocks_are_steps(T, holes):
+    x = drawn(T, holes=holes)
+    y, weight, state = ops.run(*x, empty(), **RULE)
+    if T == 0:
+        return
+    expected = ops.naive_recurrent(*x, empty(), **RULE)
+    real = x[3][:, :1, :, 0].expand(-1, H, -1) > 0
+    # fp64: sums of at most 57 terms in two orders.
+    for a, b in zip((y[real], weight[real], *state), (expected[0][real], expected[1][real], *expected[2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("cuts", [(3,), (8, 9), (20, 21, 40)])
+def test_pieces_are_the_whole(cuts, monkeypatch):
+    x = drawn(57)
+    with monkeypatch.context() as small:
+        small.setattr(ops, "PIECE", 16)  # and so are those that it makes itself
+        y, weight, last = ops.run(*x, empty(), **RULE)
+    state, parts = empty(), []
+    for start, end in zip((0, *cuts), (*cuts, 57), strict=True):
+        *part, state = ops.run(*(each[:, :, start:end] for each in x), state, **RULE)
+        parts.append(part)
+    real = x[3][:, :1, :, 0].expand(-1, H, -1) > 0
+    for whole, pieces in zip((y, weight), zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(pieces, 2)[real], whole[real], rtol=0, atol=1e-10)
+    for a, b in zip(state, last, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_gradients_are_those_of_the_definition():
+    found = []
+    for form in (ops.run, ops.naive_recurrent):
+        torch.manual_seed(3)
+        *x, exists = drawn(30, holes=False)
+        x = [each.requires_grad_() for each in x]
+        y, weight, state = form(*x, exists, empty(), **RULE)
+        total = y.square().sum() + weight.sin().sum() + state[0].square().sum() + state[1].sin().sum()
+        found.append(torch.autograd.grad(total, x))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_a_merge_is_the_cheapest_pairs_and_keeps_every_token():
+    """By hand: of eight clusters two go, each into the earlier one that changes outputs least; counts and sums stay."""
+    keys, values, n = torch.randn(1, 1, M, K), torch.randn(1, 1, M, V), torch.randint(1, 5, (1, 1, M, 1)).float()
+    squares = torch.rand(1, 1, 1, K + 1)
+    merged = ops._merge(keys, values, n, squares, C)
+    w, k, v, count = squares[0, 0, 0, :K], keys[0, 0], values[0, 0], n[0, 0, :, 0]
+    found = []
+    for i in range(1, M):
+        costs = [
+            min(count[i], count[j]) * (w * (k[i] - k[j]).square()).sum() * (v[i] - v[j]).square().sum()
+            for j in range(i)
+        ]
+        found.append((float(min(costs)), i, int(torch.stack(costs).argmin())))
+    for _, i, j in sorted(sorted(found)[:C], key=lambda row: -row[1]):  # the last one first: partners are earlier
+        k[j] = (k[i] * count[i] + k[j] * count[j]) / (count[i] + count[j])
+        v[j] = (v[i] * count[i] + v[j] * count[j]) / (count[i] + count[j])
+        count[j], count[i] = count[i] + count[j], 0
+    stays = count > 0
+    for a, b in zip(merged, (k, v, count[:, None]), strict=True):
+        torch.testing.assert_close(a[0, 0, : M - C], b[stays])
+        assert not a[0, 0, M - C :].any()
+
+
+def test_it_is_the_source_while_nothing_is_merged_and_merges_after():
+    model = tiny_model("llama", layers=2)
+    ids = torch.arange(3, 43).view(1, 40)
+    with torch.no_grad():
+        source = model(ids).logits
+        mixer = {"name": "clusters", "window": 6, "sinks": 2, "clusters": 16, "chunk": 4}
+        logits = linearize_(model, mixer)(ids).logits
+    reach = 6 + 2 + 16
+    # fp32, two softmaxes joined instead of one.
+    torch.testing.assert_close(logits[:, :reach], source[:, :reach], rtol=0, atol=1e-5)
+    assert (logits[:, reach + 4 :] - source[:, reach + 4 :]).abs().max() > 1e-3
+
+
+def test_equal_tokens_merge_without_loss():
+    """Two tokens, said again and again, are two clusters with counts: what full attention over all of them gives."""
+    T = 60
+    key, value = torch.randn(1, 1, 2, K).repeat(1, 1, T // 2, 1), torch.randn(1, 1, 2, V).repeat(1, 1, T // 2, 1)
+    q = torch.randn(1, 1, T, K)
+    state = ops.empty_state(1, 1, K, V, M, torch.device("cpu"))
+    y, weight, _ = ops.run(q, key, value, torch.ones(1, 1, T, 1), state, **RULE)
+    a = 20 * (0.4 * q @ key.mT / 20).tanh()
+    a = a.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), float("-inf"))
+    torch.testing.assert_close(y, a.softmax(-1) @ value, rtol=0, atol=1e-5)  # fp32, sums of 60 terms
+    torch.testing.assert_close(weight, a.logsumexp(-1), rtol=0, atol=1e-5)
+
+
+def test_a_mixer_decodes_what_it_prefills_across_merges():
+    config = build_config({"name": "clusters", "window": 3, "sinks": 1, "clusters": M, "chunk": C})
+    mixer = Mixer(config, Geometry(H, G, K, K))
+    q, k, v = (torch.randn(B, n, 40, K) for n in (H, G, G))
+    whole = mixer(q, k, v, context())
+    cache = DynamicCache()
+    parts = [mixer(*(x[:, :, a:b] for x in (q, k, v)), context(cache=cache)) for a, b in ((0, 15), (15, 30))]
+    parts += [mixer(*(x[:, :, t : t + 1] for x in (q, k, v)), context(cache=cache)) for t in range(30, 40)]
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-5)  # as every cached form
+
+
+def test_too_few_clusters_are_refused():
+    with pytest.raises(InputError, match=r"clusters: found 20; expected at least 2 x chunk = 32"):
+        build_config({"name": "clusters", "clusters": 20})

@@ -1,0 +1,246 @@
+"""The choice between PyTorch and fla's kernels, and the way to and from fla's layout.
+
+There is no GPU here: a module `fla` made of naive forms in fla's layout and with fla's signatures stands for the
+kernels, and CPU tensors count as CUDA ones.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from helpers.oracles import fla_naive
+from torch import Tensor
+from torch.nn import functional as F
+
+from linearize.errors import InputError
+from linearize.model import ops
+from linearize.model.ops import additive, fla_backend, run_additive, run_delta, slots
+
+B, H, G, T, K, V, M = 2, 6, 2, 20, 8, 5, 4
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv("LINEARIZE_BACKEND", raising=False)
+    fla_backend.missing.cache_clear()
+    ops._warn.cache_clear()
+    yield
+    fla_backend.missing.cache_clear()
+    ops._warn.cache_clear()
+
+
+def gla(q, k, v, g, scale=None, initial_state=None, output_final_state=False):
+    """fla's additive kernels, from the one naive form; what their asserts refuse is refused here too."""
+    assert q.shape == k.shape and v.shape[:3] == q.shape[:3] and q.dtype == k.dtype == v.dtype
+    assert all(x is None or x.is_contiguous() for x in (q, k, v, g, initial_state))
+    assert g is None or g.dtype == torch.float32
+    assert initial_state is None or initial_state.dtype == torch.float32
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if g is not None and g.dim() == 3:
+        g = g.unsqueeze(-1)
+    heads_first = [x if x is None else x.transpose(1, 2) for x in (q * scale, k, v, g)]
+    y, final = additive.naive_recurrent(*heads_first, initial_state)
+    return y.transpose(1, 2), final if output_final_state else None
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> list[str]:
+    """A fake fla; the list fills with the names of the kernels that were called."""
+    calls: list[str] = []
+    fakes: dict[str, ModuleType] = {}
+
+    def kernel(module: str, name: str, form) -> None:
+        def called(*args, **kwargs):
+            calls.append(name)
+            return form(*args, **kwargs)
+
+        full = f"fla.ops.{module}"
+        if full not in fakes:
+            fakes[full] = ModuleType(full)
+            monkeypatch.setitem(sys.modules, full, fakes[full])
+        setattr(fakes[full], name, called)
+
+    def gla_by_channel(q, k, v, g, **rest):
+        assert g.shape == q.shape
+        return gla(q, k, v, g, **rest)
+
+    def simple(q, k, v, g=None, **rest):
+        assert g is None or g.shape == q.shape[:3]
+        return gla(q, k, v, g, **rest)
+
+    def delta(q, k, v, beta, **rest):
+        assert q.dtype != torch.float32
+        return gated_delta(q, k, v, torch.zeros_like(beta), beta, **rest)
+
+    def gated_delta(q, k, v, g, beta, **rest):
+        assert q.shape == k.shape and g.shape == beta.shape == q.shape[:3]
+        return fla_naive("gated_delta_rule").naive_recurrent_gated_delta_rule(q, k, v, beta, g, **rest)
+
+    def gsa(q, k, v, s, g, scale, initial_state, output_final_state):
+        y, final = fla_naive("gsa").naive_recurrent_gsa(q, k, v, s, g.float(), scale, initial_state, output_final_state)
+        return y, list(final)
+
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    kernel("gla", "chunk_gla", gla_by_channel)
+    kernel("gla", "fused_recurrent_gla", lambda q, k, v, gk, **rest: gla_by_channel(q, k, v, gk, **rest))
+    kernel("simple_gla", "chunk_simple_gla", simple)
+    kernel("simple_gla", "fused_recurrent_simple_gla", simple)
+    kernel("delta_rule", "chunk_delta_rule", delta)
+    kernel("gated_delta_rule", "chunk_gated_delta_rule", gated_delta)
+    kernel("kda", "chunk_kda", fla_naive("kda").naive_recurrent_kda)
+    kernel("gsa", "chunk_gsa", gsa)
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    return calls
+
+
+def inputs(decay: str = "channel", dtype: torch.dtype = torch.float32, tokens: int = T) -> dict[str, Tensor | None]:
+    width = {"none": 0, "head": 1, "fixed": 1, "channel": K}[decay]
+    g = F.logsigmoid(torch.randn(B, G, tokens, width)) if width else None
+    return {
+        "q": torch.randn(B, H, tokens, K, dtype=dtype),
+        "k": torch.randn(B, G, tokens, K, dtype=dtype),
+        "v": torch.randn(B, G, tokens, V, dtype=dtype),
+        # "fixed": [G, 1, 1], one number per head for all tokens.
+        "log_decay": -torch.rand(G, 1, 1) if decay == "fixed" else g,
+    }
+
+
+def assert_close(got, expected, limit: float = 1e-5) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert float((a.float() - b.float()).abs().max()) <= limit * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "fixed", "channel"])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_additive_kernels_get_and_return_our_layout(kernels, decay, with_state):
+    x = inputs(decay)
+    state = torch.randn(B, G, K, V) if with_state else None
+    assert_close(run_additive(**x, state=state), additive.naive_recurrent(**x, state=state))
+    assert kernels == ["chunk_gla" if decay == "channel" else "chunk_simple_gla"]
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "fixed", "channel"])
+def test_decoding_kernels_update_the_state_in_place(kernels, decay):
+    x, state = inputs(decay, tokens=1), torch.randn(B, G, K, V)
+    expected = additive.naive_recurrent(**x, state=state)
+    y, after = run_additive(**x, state=state, decoding=True)
+    assert after is state
+    assert_close((y, after), expected)
+    assert kernels == ["fused_recurrent_gla" if decay == "channel" else "fused_recurrent_simple_gla"]
+
+
+def test_gradients_go_through_the_expansion_of_groups(kernels):
+    x = {n: t.requires_grad_() for n, t in inputs().items()}
+    state = torch.randn(B, G, K, V, requires_grad=True)
+
+    def gradients(backend):
+        y, final = run_additive(**x, state=state, backend=backend)
+        return torch.autograd.grad(y.square().sum() + final.square().sum(), [*x.values(), state])
+
+    assert_close(gradients("fla"), gradients("torch"), 1e-4)
+    assert kernels == ["chunk_gla"]
+
+
+def test_half_precision_keeps_a_float_state(kernels):
+    x = inputs(dtype=torch.bfloat16)
+    y, state = run_additive(**x)
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32 and kernels == ["chunk_gla"]
+
+
+@pytest.mark.parametrize(
+    ("decay", "dtype", "name"),
+    [
+        ("none", torch.float32, "chunk_gated_delta_rule"),
+        ("none", torch.bfloat16, "chunk_delta_rule"),
+        ("head", torch.float32, "chunk_gated_delta_rule"),
+        ("channel", torch.float32, "chunk_kda"),
+    ],
+)
+def test_delta_kernels_get_and_return_our_layout(kernels, decay, dtype, name):
+    x, state = inputs(decay, dtype), torch.randn(B, G, K, V)
+    x["k"] = F.normalize(x["k"], dim=-1)
+    beta = torch.rand(B, G, T, 1)
+    y, final = run_delta(**x, beta=beta.to(dtype), state=state)
+    assert kernels == [name]
+    q, k, v = (t.float() for t in (x["q"], x["k"], x["v"]))
+    S, expected = state, []
+    for t in range(T):
+        if x["log_decay"] is not None:
+            S = S * x["log_decay"][:, :, t, :, None].exp()
+        key = k[:, :, t, None]
+        S = S + key.mT @ (beta[:, :, t, None] * (v[:, :, t, None] - key @ S))
+        expected.append((q[:, :, t, None] @ S.repeat_interleave(H // G, 1)).squeeze(2))
+    # bf16: the rounding of beta and of the output.
+    assert_close((y, final), (torch.stack(expected, 2).to(dtype), S), 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_slot_kernel_gets_and_returns_our_layout(kernels):
+    x = inputs()
+    g = F.logsigmoid(torch.randn(B, G, T, M))
+    x |= {"write": -torch.expm1(g), "log_decay": g}
+    state = torch.randn(B, G, K, M), torch.randn(B, G, M, V)
+    y, final = slots.run(**x, state=state)
+    expected, last = slots.naive_recurrent(**x, state=state)
+    assert_close((y, *final), (expected, *last))
+    assert kernels == ["chunk_gsa"]
+
+
+def test_the_choice(kernels, monkeypatch):
+    x = inputs()
+    for forced in (None, "torch", "fla"):
+        for variable in (None, "torch", "fla"):
+            kernels.clear()
+            if variable is None:
+                monkeypatch.delenv("LINEARIZE_BACKEND", raising=False)
+            else:
+                monkeypatch.setenv("LINEARIZE_BACKEND", variable)
+            run_additive(**x, backend=forced)
+            assert bool(kernels) == ((forced or variable or "fla") == "fla"), "the keyword comes before the variable"
+    monkeypatch.setenv("LINEARIZE_BACKEND", "flaa")
+    with pytest.raises(InputError, match="'flaa'.*Did you mean 'fla'"):
+        run_additive(**x)
+
+
+def test_what_the_kernels_cannot_do_runs_in_pytorch_and_is_said_once(kernels):
+    wide = {"q": torch.randn(1, 1, 3, 300), "k": torch.randn(1, 1, 3, 300), "v": torch.randn(1, 1, 3, 2)}
+    with pytest.warns(UserWarning, match="256 wide, and these are 300") as warned:
+        y = run_additive(**wide)
+    assert len(warned) == 1 and not kernels
+    assert_close(run_additive(**wide), y)  # a second warning would be an error
+    with pytest.warns(UserWarning, match="32 bits or fewer"):
+        run_additive(**{n: t.double() for n, t in inputs().items()})
+    with pytest.raises(InputError, match="256 wide.*allowed here: torch"):
+        run_additive(**wide, backend="fla")
+
+
+def test_without_a_gpu_or_without_kernels(monkeypatch):
+    x = inputs()
+    expected = additive.chunked(**x)
+    assert all(torch.equal(a, b) for a, b in zip(run_additive(**x), expected, strict=True))
+    with pytest.raises(InputError, match="on cpu.*CUDA"):
+        run_additive(**x, backend="fla")
+    # None in sys.modules is how Python says that a module cannot be imported.
+    monkeypatch.setitem(sys.modules, "fla.ops.gla", None)
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    assert all(torch.equal(a, b) for a, b in zip(run_additive(**x), expected, strict=True))
+    with pytest.raises(InputError, match=r"cannot be imported.*linearize\[cuda\]"):
+        run_additive(**x, backend="fla")
+
+
+def test_importing_the_recurrences_imports_torch_alone():
+    # The package itself registers its model type with transformers; a bare module stands for it.
+    code = """
+import sys, types
+package = sys.modules["linearize"] = types.ModuleType("linearize")
+package.__path__ = [sys.argv[1]]
+import linearize.ops
+print([name for name in ("fla", "transformers", "triton", "einops") if name in sys.modules])
+"""
+    folder = str(Path(ops.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
