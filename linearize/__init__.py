@@ -1,42 +1,88 @@
-"""Turn a pretrained Hugging Face LLM into a gated linear-recurrent one.
+"""Turn a pretrained Hugging Face LLM into one whose cache is constant, recover it, and measure what was lost.
 
-Importing the package registers the model type `linearized` with transformers' Auto classes, so that
-`AutoModelForCausalLM.from_pretrained` opens a linearized folder. The names below load torch and transformers on first
-use.
+Every verb of the command line is a function here, with the same names, options and defaults. Importing the package
+registers the model type `linearized` with transformers' Auto classes, so that `AutoModelForCausalLM.from_pretrained`
+opens a linearized folder. torch and transformers are imported at the first use.
+
+Example:
+    >>> linearize.convert("smollm2-135m", "runs/demo/0-converted")
+    >>> model, tokenizer = linearize.load("runs/demo/0-converted")
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linearize import autoload
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from linearize.errors import InputError
+    from linearize.model.branches import branches
+    from linearize.model.mixers import MIXERS, build_config
+    from linearize.model.modeling import LinearizedConfig, LinearizedForCausalLM, linearize_
+    from linearize.verbs import (
+        bench,
+        calibrate,
+        check,
+        convert,
+        evaluate,
+        export,
+        generate,
+        inspect,
+        load,
+        merge,
+        push,
+        report,
+        run,
+        select,
+        train,
+    )
 
-_HOME = {
-    "LinearizedConfig": "model.modeling",
-    "LinearizedForCausalLM": "model.modeling",
-    "branches": "model.branches",
-    "linearize_": "model.modeling",
-    "MIXERS": "model.mixers",
-    "build_config": "model.mixers",
-    "InputError": "errors",
-}
+__version__ = "0.1.0"
 
 __all__ = [
     "InputError",
     "LinearizedConfig",
     "LinearizedForCausalLM",
     "MIXERS",
+    "bench",
     "branches",
     "build_config",
+    "calibrate",
+    "check",
+    "convert",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
     "linearize_",
+    "load",
+    "merge",
+    "push",
+    "report",
+    "run",
+    "select",
+    "train",
 ]
+
+_ELSEWHERE = {
+    "InputError": "errors",
+    "LinearizedConfig": "model.modeling",
+    "LinearizedForCausalLM": "model.modeling",
+    "MIXERS": "model.mixers",
+    "branches": "model.branches",
+    "build_config": "model.mixers",
+    "linearize_": "model.modeling",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"linearize.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'linearize' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'linearize' has no attribute {name!r}")
+    return getattr(import_module(f"linearize.{_ELSEWHERE.get(name, 'verbs')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
 
 
 autoload.install()

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Runs the test suite with coverage, or with arguments only what they name:  bash scripts/test.sh tests/test_recipes.py -x
+# Runs the tests: those that take minutes left out, or with --all every one with coverage, or what the arguments name.
+#   bash scripts/test.sh        bash scripts/test.sh --all        bash scripts/test.sh tests/recipe -x
 set -euo pipefail
 . "$(dirname "$0")/env.sh" dev
-if [ $# -gt 0 ]; then
-  exec pytest "$@"
-fi
 # One process per core; a file stays together, because its tests share models, and files keep the order of conftest.py.
-exec pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --cov --cov-fail-under=90 --durations=10
+parallel=(--numprocesses auto --dist loadfile --no-loadscope-reorder --durations=10)
+case "${1:-}" in
+  "") exec pytest "${parallel[@]}" -m "not slow" ;;
+  --all) exec pytest "${parallel[@]}" --cov --cov-fail-under=90 ;;
+  *) exec pytest "$@" ;;
+esac

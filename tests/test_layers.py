@@ -1,6 +1,12 @@
-"""Imports go one way, `model` is closed, and third parties enter by one door each."""
+"""Imports go one way, `model` is closed, and third parties enter by one door each.
+
+python tests/test_layers.py    prints how many levels the imports have, and how many arrows join the rooms
+"""
 
 import ast
+import sys
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,6 +22,7 @@ ROWS = [
     {"conversion", "recovery", "results"},
     {"evaluation", "reporting", "hub", "generation"},
     {"pipeline"},
+    {"verbs"},
     {"cli", "train"},
 ]
 # Third party -> the only places that may import it.
@@ -79,8 +86,6 @@ def test_third_parties_enter_by_one_door(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "model").rglob("*.py")), ids=lambda path: path.name)
 def test_the_model_is_closed(path: Path) -> None:
-    import sys
-
     for name in imports(path):
         allowed = name.split(".")[0] in {*sys.stdlib_module_names, *CLOSED}
         assert allowed or ".".join(name.split(".")[:2]) in CLOSED, f"{path.name} imports {name}"
@@ -93,3 +98,60 @@ def test_the_rule_notices_a_wrong_import() -> None:
         "typer",
     }
     assert row(room("linearize.cli")) > row(room("linearize.conversion.plan")) > row(room("linearize.model.modeling"))
+
+
+# --- how deep and how wide
+
+
+def _files() -> dict[str, Path]:
+    """Full name of every module of the package -> its file."""
+    names = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in FILES}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+@cache
+def arrows() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports when it runs; what only a type checker reads is left out."""
+    files = _files()
+    graph = {}
+    for name, path in files.items():
+        inside = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        unread = {
+            id(node)
+            for guard in ast.walk(tree)
+            if isinstance(guard, ast.If) and "TYPE_CHECKING" in ast.dump(guard.test)
+            for node in ast.walk(guard)
+        }
+        targets: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and id(node) not in unread:
+                base = ".".join([*inside[: len(inside) - node.level] * bool(node.level), *filter(None, [node.module])])
+                targets |= {full if (full := f"{base}.{alias.name}") in files else base for alias in node.names}
+        graph[name] = (targets & files.keys()) - {name, "linearize"}
+    return graph
+
+
+def rooms() -> set[tuple[str, str]]:
+    """Pairs of rooms of which the first imports the second."""
+    return {(room(a), room(b)) for a, targets in arrows().items() for b in targets if room(a) != room(b)}
+
+
+@cache
+def level(name: str) -> int:
+    """1 for a room that imports no other, else one more than the highest that it imports."""
+    return 1 + max((level(other) for own, other in rooms() if own == name), default=0)
+
+
+def test_the_house_stays_low_and_its_rooms_know_few_others() -> None:
+    assert max(level(room(name)) for name in arrows()) <= 10
+    assert len(rooms()) <= 80
+    assert [pair for pair in rooms() if row(pair[0]) <= row(pair[1]) and pair[0] != "__init__"] == []
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    TopologicalSorter(arrows()).prepare()  # raises CycleError, which names the circle
+
+
+if __name__ == "__main__":
+    print(f"levels: {max(level(room(name)) for name in arrows())}; arrows between rooms: {len(rooms())}")

@@ -1,12 +1,9 @@
 """The manifest of a folder: what was written, from what, with which versions; and the check of its files."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import peft
-import torch
-import transformers
 
 import linearize
 from linearize.checkpoint.copying import sha256
@@ -70,10 +67,6 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """What a result may depend on, for manifests."""
-    return {
-        "linearize": linearize.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
+    """What a result may depend on, for manifests: package -> version."""
+    others = {name: version(name) for name in ("torch", "transformers", "peft")}
+    return {"linearize": linearize.__version__, **others}

@@ -8,11 +8,19 @@ Results go to stdout, as text or with ``--json`` as JSON; plans, progress and er
 import sys
 import warnings
 
-from linearize.cli import prepare, stages, tables
+from linearize.cli import conversion, evaluation, listings, recovery, use
 from linearize.cli.app import app, is_main
 from linearize.errors import InputError
 
-__all__ = ["app", "main", "prepare", "stages", "tables"]
+__all__ = ["app", "conversion", "evaluation", "listings", "main", "recovery", "use"]
+
+ORDER = (
+    *("convert", "calibrate", "select", "train", "transfer", "distil", "long", "merge", "run"),
+    *("eval", "bench", "report", "generate", "push", "export"),
+)
+"""Of the verbs in `--help`: as data flow. Those that only tell come last."""
+_names = {id(command): command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+app.registered_commands.sort(key=lambda command: (*ORDER, _names[id(command)]).index(_names[id(command)]))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,9 +36,17 @@ Flags = Annotated[
 ]
 
 
-def show(value: Any, as_json: bool, text: str = "") -> None:
-    """Print a result to stdout, as JSON or as its text."""
-    print(json.dumps(value, indent=2, default=str) if as_json else text)
+def show(value: Any, as_json: bool, text: Any = "") -> None:
+    """Print a result to stdout: as JSON, or as its text or rich table (120 wide where stdout is no terminal)."""
+    if as_json or isinstance(text, str):
+        print(json.dumps(value, indent=2, default=str) if as_json else text)
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    console.print(text)
 
 
 def is_main() -> bool:
@@ -47,3 +56,15 @@ def is_main() -> bool:
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
+    """A rich table of plain text; a rule below its header and none between its rows."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    return grid

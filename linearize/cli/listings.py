@@ -1,12 +1,12 @@
 """The verbs that only tell: what a folder is, what recipes, mixers and architectures there are, what is wrong."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.app import Json, Set, app, note, show
-from linearize.errors import InputError
+from linearize import verbs
+from linearize.cli.app import Json, Set, app, note, show, table
 
 
 @app.command()
@@ -23,14 +23,12 @@ def inspect(
     Example:
       linearize inspect runs/demo/merged --json
     """
-    from linearize.checkpoint import describe
+    from linearize.checkpoint.describe import text
 
-    found = describe.inspect(folder)
+    description = verbs.inspect(folder, plot)
     if plot is not None:
-        from linearize.reporting.plot import draw
-
-        note(f"picture: {draw(found, plot)}")
-    show(found, as_json, describe.text(found))
+        note(f"picture: {plot}")
+    show(description, as_json, text(description))
 
 
 @app.command()
@@ -44,17 +42,17 @@ def recipes(
     Example:
       linearize recipes smollm2-135m
     """
-    from linearize.recipe import load as stage
+    from linearize.recipe import load
 
     if name is not None:
-        resolved = stage.load(name)
-        return show(stage.to_dict(resolved), as_json, stage.to_yaml(resolved).rstrip())
-    listed = [stage.load(each) for each in stage.names()]
+        resolved = load.load(name)
+        return show(load.to_dict(resolved), as_json, load.to_yaml(resolved).rstrip())
+    keys = ("name", "status", "source", "description")
     rows = [
-        {"name": each.name, "source": each.source.id, "status": each.status, "description": each.description}
-        for each in listed
+        dict(zip(keys, (recipe.name, recipe.status, recipe.source.id, recipe.description), strict=True))
+        for recipe in map(load.load, load.names())
     ]
-    show(rows, as_json, "\n".join(f"{row['name']:<14} {row['status']:<25} {row['description']}" for row in rows))
+    show(rows, as_json, None if as_json else table(keys, [[row[key] for key in keys] for row in rows]))
 
 
 @app.command()
@@ -70,20 +68,7 @@ def check(
     Example:
       linearize check recipes/smollm2-135m.yaml runs/demo/0-converted
     """
-    from linearize.checkpoint.manifest import verify
-    from linearize.recipe import load as stage
-
-    problems = []
-    for file in files:
-        try:
-            if Path(file).is_dir():
-                problems += [f"{file}/{problem}; write the folder again" for problem in verify(file)]
-            else:
-                stage.load(file)
-        except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
+    verbs.check(files)
     show({"ok": files}, as_json, "\n".join(f"{file}: ok" for file in files))
 
 
@@ -105,11 +90,11 @@ def mixers(
 
     if model is None:
         listed = costs.describe()
-        return show(listed, as_json, costs.text(listed))
-    from linearize.recipe import load as recipes
+        return show(listed, as_json, None if as_json else costs.text(listed))
+    from linearize.recipe import load
 
-    found = costs.costs(recipes.resolve(model, set_ or ()))
-    show(found, as_json, costs.table(found))
+    priced = costs.costs(load.resolve(model, set_ or ()))
+    show(priced, as_json, None if as_json else costs.table(priced))
 
 
 @app.command()
@@ -129,14 +114,21 @@ def archs(
     if probe is None:
         from linearize.model.architectures import record
 
-        found = record()
-        count = f"{len(found['passes'])} model types of transformers {found['transformers']}"
-        return show(found, as_json, f"{', '.join(found['passes'])}\n\n{count}")
-    from linearize.conversion import probe as stage
-    from linearize.recipe import load as recipes
+        known = record()
+        return show(known, as_json, None if as_json else _architectures(known))
+    from linearize.conversion import probe as probing
+    from linearize.recipe import load
 
-    source = recipes.resolve(probe).source
-    checks = stage.probe_named(source.id, source.package, tiny)
-    show([vars(check) for check in checks], as_json, stage.text(checks))
-    if not stage.passes(checks):
+    source = load.resolve(probe).source
+    checks = probing.probe_named(source.id, source.package, tiny)
+    show([vars(check) for check in checks], as_json, probing.text(checks))
+    if not probing.passes(checks):
         raise typer.Exit(1)
+
+
+def _architectures(known: dict[str, Any]) -> Any:
+    """What `record` holds as a table: the model types that pass, side by side, and why the others do not."""
+    passes, columns = known["passes"], 4
+    rows = [passes[start : start + columns] for start in range(0, len(passes), columns)]
+    grid = table([f"{len(passes)} model types of transformers {known['transformers']} pass", *[""] * 3], rows)
+    return grid

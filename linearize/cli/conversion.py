@@ -1,0 +1,73 @@
+"""The verbs that write a folder in another form: convert and export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linearize import verbs
+from linearize.cli.app import Folder, Json, Out, Overwrite, Set, WithCode, app, note, show
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Option(help="Recipe name, recipe file, Hub id, model folder or GGUF file.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write.  [default: runs/NAME/0-converted]")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe to use with another --model.")] = None,
+    mixer: Annotated[str | None, typer.Option(help="What replaces softmax attention; see `linearize mixers`.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of exact attention.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="First tokens that stay visible to all.")] = None,
+    combine: Annotated[str | None, typer.Option(help="memory, liger or none.")] = None,
+    layers: Annotated[str | None, typer.Option(help="full, all, 0-11,20, or keep:20,23.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    link: Annotated[bool, typer.Option("--link", help="Hard-link unchanged weights instead of copying.")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights, restricted.")] = False,
+    with_code: WithCode = False,
+    set_: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a model: same weights, other attention.
+
+    \b
+    Example:
+      linearize convert --model smollm2-135m --out runs/demo/0-converted
+    """
+    planned = {}
+
+    def on_plan(plan, target: Path) -> None:
+        planned.update(plan=plan, out=target)
+        if not dry_run:
+            note(plan.text())
+
+    verbs.convert(
+        model, out, recipe=recipe, mixer=mixer, window=window, sinks=sinks, combine=combine, layers=layers,
+        dtype=dtype, revision=revision, link=link, allow_pickle=allow_pickle, with_code=with_code, set=set_ or (),
+        dry_run=dry_run, overwrite=overwrite, on_plan=on_plan,
+    )  # fmt: skip
+    plan, target = planned["plan"], str(planned["out"])
+    if dry_run:
+        show(plan.to_dict(), as_json, plan.text())
+    else:
+        show({"out": target, "plan": plan.to_dict()}, as_json, target)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    to: Annotated[str, typer.Option(help="source: back to the architecture it was converted from.")],
+    out: Out,
+    link: Annotated[bool, typer.Option("--link", help="Hard-link the weights instead of copying.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a folder in another format; tensors stay as they are, byte for byte.
+
+    \b
+    Example:
+      linearize export runs/demo/merged --to source --out runs/demo/as-source
+    """
+    written = verbs.export(folder, to, out, link=link, overwrite=overwrite)
+    show({"out": str(written)}, as_json, str(written))

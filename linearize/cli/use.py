@@ -1,0 +1,71 @@
+"""The verbs that use a finished model: generate and push."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from linearize import verbs
+from linearize.cli.app import Folder, Json, WithCode, app, note, show
+from linearize.errors import InputError
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Model folder or Hub id.", show_default=False)],
+    prompt: Annotated[str | None, typer.Option(help="Text to answer.  [default: chat on the terminal]")] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer.")] = 256,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest.  [default: the model's]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample within this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without chat template.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, or chat.
+
+    \b
+    Example:
+      linearize generate runs/demo/merged --prompt "Why is the sky blue?" --max-new-tokens 60
+    """
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed
+    }  # fmt: skip
+    if prompt is None:
+        if as_json:
+            raise InputError("generate --json: needs --prompt; a chat on the terminal is not one result")
+        from linearize.generation import Chat, chat
+
+        model, tokenizer = verbs.load(folder)
+        chat(Chat(model, tokenizer, system=system, **settings), sys.stdin, sys.stdout)
+        return
+    stream = None if as_json else sys.stdout
+    answer = verbs.generate(folder, prompt, system=system, raw=raw, stream=stream, **settings)
+    if as_json:
+        show(answer.to_dict(), as_json)
+    else:
+        note(f"\n{sum(answer.new_tokens)} tokens, {answer.tokens_per_second:.1f} tokens/s")
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repo: Annotated[str, typer.Option(help="organisation/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private repository.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the card and the files.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    with_code: WithCode = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a folder, with a model card, to the Hugging Face Hub.
+
+    \b
+    Example:
+      linearize push runs/demo/merged --repo my-org/smollm2-135m-gla --dry-run
+    """
+    if dry_run and as_json:
+        from linearize.hub.push import plan
+
+        return show(plan(folder, repo, with_code).to_dict(), as_json)
+    answer = verbs.push(folder, repo, private=private, dry_run=dry_run, message=message, with_code=with_code)
+    show({"url": answer}, as_json, answer)

@@ -1,0 +1,598 @@
+"""The verbs of the package: `linearize.convert(...)` is `linearize convert ...`, with the same options and defaults.
+
+Each resolves what a user names (a recipe, a folder, a model of the Hub) and calls the function that does the work. What
+is heavy is imported inside, so that `import linearize` and `linearize --help` answer at once.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from linearize.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from linearize.conversion.plan import Plan
+    from linearize.generation import Generation
+    from linearize.recipe.schema import Recipe
+
+Name = str | Path
+"""A folder, a file, a recipe or a Hub id."""
+
+
+def convert(
+    model: Name,
+    out: Name | None = None,
+    *,
+    recipe: Name | None = None,
+    mixer: str | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    combine: str | None = None,
+    layers: str | Sequence[int] | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    link: bool = False,
+    allow_pickle: bool = False,
+    with_code: bool = False,
+    set: Iterable[str] = (),
+    dry_run: bool = False,
+    overwrite: bool = False,
+    on_plan: "Callable[[Plan, Path], None] | None" = None,
+) -> "Path | Plan":
+    """Convert a model: same weights, other attention.
+
+    Args:
+        model: recipe name, recipe file, Hub id, model folder or GGUF file.
+        out: folder to appear, complete, at the end; None: runs/NAME/0-converted.
+        recipe: recipe to use with another `model`.
+        mixer: what replaces softmax attention, a name of `linearize.MIXERS`.
+        window: tokens of exact attention.
+        sinks: first tokens that stay visible to all.
+        combine: memory, liger or none.
+        layers: full, all, a list of numbers, "0-11,20" or "keep:20,23".
+        dtype: float32, bfloat16, float16 or auto, as stored.
+        revision: branch, tag or commit on the Hub.
+        link: hard-link unchanged weights instead of copying them.
+        allow_pickle: read PyTorch .bin files where there are no safetensors, with the restricted loader.
+        with_code: bring the code along, for trust_remote_code without this package.
+        set: changes of the recipe, each "convert.mixer.window=128".
+        dry_run: write nothing and return the plan.
+        overwrite: replace a model folder in the place of `out`, once the new one is complete.
+        on_plan: called with the plan and `out` before anything is written.
+
+    Returns:
+        The folder; with `dry_run` the plan.
+
+    Raises:
+        InputError: anything wrong with the source, the recipe, the disk or `out`; nothing is left behind.
+
+    Example:
+        >>> linearize.convert("smollm2-135m", "runs/demo/0-converted", mixer="gla", window=64)
+        PosixPath('runs/demo/0-converted')
+    """
+    from linearize.recipe import load as recipes
+
+    overrides = [*([] if mixer is None else [f"{recipes.NAME}={mixer}"]), *set]
+    wanted = recipes.resolve(str(model), overrides, recipe)
+    flags = {
+        "convert.mixer.window": window,
+        "convert.mixer.sinks": sinks,
+        "convert.mixer.combine": combine,
+        "convert.layers": layers if layers is None or isinstance(layers, str) else list(layers),
+        "convert.dtype": dtype,
+        "source.revision": revision,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    wanted = recipes.from_dict(recipes.to_dict(wanted), given, "command line")
+
+    from linearize.checkpoint.sources import locate
+    from linearize.conversion.convert import convert as run
+    from linearize.conversion.plan import plan
+
+    located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
+    planned = plan(located, wanted)
+    target = Path(out) if out is not None else recipes.run_folder(wanted) / "0-converted"
+    if on_plan is not None:
+        on_plan(planned, target)
+    if dry_run:
+        return planned
+    return run(located, wanted, target, overwrite, link=link, allow_pickle=allow_pickle, with_code=with_code)
+
+
+def calibrate(
+    folder: Name,
+    out: Name,
+    *,
+    recipe: Name | None = None,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    set: Iterable[str] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Fit how much each head trusts its memory, in closed form, without training.
+
+    Args:
+        folder: a converted folder.
+        out: folder to appear.
+        recipe: name or file; None: `folder`/recipe.yaml.
+        tokens: how much text to fit to; None: the recipe's.
+        seq_len: tokens in a block; None: the recipe's.
+        set: changes of the recipe.
+        overwrite: replace a model folder in the place of `out`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: no layer has a memory, the blocks are too short, or bad input.
+
+    Example:
+        >>> linearize.calibrate("runs/demo/0-converted", "runs/demo/calibrated")
+    """
+    from linearize.recovery.calibrate import calibrate as run
+
+    wanted = _recipe_of(folder, recipe, set)
+    return run(folder, wanted, out, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
+
+
+def select(
+    folder: Name,
+    out: Name | None = None,
+    *,
+    keep: int | None = None,
+    per: str | None = None,
+    by: str | None = None,
+    plot: Name | None = None,
+    recipe: Name | None = None,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    set: Iterable[str] = (),
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Choose which replaced layers, or heads, become softmax again, and price every budget in loss and cache.
+
+    Args:
+        folder: a converted folder, calibrated or not.
+        out: folder to appear; None: only measure.
+        keep: how many stay softmax. per: of layers, or key/value heads. by: uniform, sensitivity, greedy or recall.
+            None: as the recipe says, else 4 layers by sensitivity.
+        plot: also draw it: FILE.png, .svg or .pdf.
+        recipe: name or file; None: `folder`/recipe.yaml.
+        tokens: how much text to measure on; None: the recipe's.
+        seq_len: tokens in a block; None: the recipe's.
+        set: changes of the recipe.
+        overwrite: replace a model folder in the place of `out`.
+
+    Returns:
+        JSON-safe: the choice, each part alone, and every budget; see `linearize.recovery.select.choose`.
+
+    Raises:
+        InputError: `keep` out of range, blocks too short, or bad input.
+
+    Example:
+        >>> linearize.select("runs/demo/0-converted", keep=4, by="recall")["layers"]
+    """
+    from linearize.recovery.select import select as run
+    from linearize.reporting.plot import check_target, draw_selection
+
+    if plot is not None:
+        check_target(Path(plot))  # before the measurement, which takes minutes
+    wanted = _recipe_of(folder, recipe, set)
+    chosen = run(folder, wanted, out, keep=keep, by=by, per=per, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
+    if plot is not None:
+        draw_selection(chosen, Path(plot))
+    return chosen
+
+
+def train(
+    folder: Name,
+    out: Name,
+    *,
+    recipe: Name | None = None,
+    stage: str | None = None,
+    resume: bool = False,
+    set: Iterable[str] = (),
+    overwrite: bool = False,
+    flags: Sequence[str] = (),
+) -> Path:
+    """Recover a converted model: one training stage.
+
+    Args:
+        folder: what `convert` or an earlier stage has written.
+        out: folder to appear at the end; while it runs, everything is in OUT.training.
+        recipe: name or file; None: `folder`/recipe.yaml.
+        stage: of the recipe; None: the first. transfer, distil and long exist where the recipe has none of the name.
+        resume: go on from the last checkpoint of an interrupted run.
+        set: changes of the recipe, each "train.distil.tokens=50000".
+        overwrite: replace `out`, or an interrupted run with other settings.
+        flags: of `accelerate launch`, which then runs the stage on several processes; without, it runs in this one.
+
+    Returns:
+        `out`: adapters, or a whole model if the stage trains all weights.
+
+    Raises:
+        InputError: bad input, or the loss is not finite any more; checkpoints stay.
+
+    Example:
+        >>> linearize.train("runs/demo/0-converted", "runs/demo/1-distil", set=["train.distil.tokens=50000"])
+    """
+    from linearize import pipeline
+    from linearize.recipe import load as recipes
+    from linearize.recipe.schema import STAGES
+
+    if stage in STAGES:
+        known = recipes.with_stage(_recipe_of(folder, recipe, ()), stage)
+        wanted = recipes.from_dict(recipes.to_dict(known), set, "command line")
+    else:
+        wanted = _recipe_of(folder, recipe, set)
+    return pipeline.train_stage(Path(folder), wanted, stage, Path(out), resume=resume, overwrite=overwrite, flags=flags)
+
+
+def merge(folder: Name, out: Name, *, overwrite: bool = False) -> Path:
+    """Fold trained adapters into the weights that they belong to: a plain model folder.
+
+    Args:
+        folder: what a training stage with adapters has written.
+        out: folder to appear.
+        overwrite: replace a model folder in its place.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: there are no adapters, their model is gone, or `out` exists.
+
+    Example:
+        >>> linearize.merge("runs/demo/1-distil", "runs/demo/merged")
+    """
+    from linearize.recovery.merge import merge as run
+
+    return run(folder, out, overwrite=overwrite)
+
+
+def run(
+    model: Name,
+    out: Name | None = None,
+    *,
+    set: Iterable[str] = (),
+    overwrite: bool = False,
+    flags: Sequence[str] = (),
+    note: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Run a whole recipe: convert, calibrate and select if it says so, train, merge, evaluate.
+
+    Finished stages are kept: after an interruption the same call goes on where it stopped.
+
+    Args:
+        model: recipe, recipe file, Hub id, folder or GGUF file.
+        out: folder for all stages; None: runs/NAME.
+        set: changes of the recipe.
+        overwrite: redo stages that were made with another recipe.
+        flags: of `accelerate launch`, for the training stages.
+        note: called with one line per stage.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        InputError: bad input to a stage, or a stage was made with another recipe and `overwrite` is off.
+
+    Example:
+        >>> linearize.run("smollm2-135m", "runs/demo")["summary"]["recovery"]["student"]
+    """
+    from linearize import pipeline
+    from linearize.recipe import load as recipes
+
+    wanted = recipes.resolve(str(model), list(set))
+    folder = Path(out) if out is not None else recipes.run_folder(wanted)
+    return pipeline.run(wanted, folder, overwrite=overwrite, flags=flags, note=note)
+
+
+def evaluate(
+    folder: Name,
+    *,
+    suite: "Name | list[str]" = "smoke",
+    source: str | None = None,
+    against: Name | None = None,
+    out: Name | None = None,
+    columns: str | Sequence[str] | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    dtype: str = "auto",
+    include_path: Name | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Compare a model with its source and with untrained controls, with the same prompts, seeds and settings.
+
+    Args:
+        folder: linearized folder, adapter folder or Hub id.
+        suite: name or file of a suite, or lm-eval tasks.
+        source: the model that was converted; None: the recorded one.
+        against: another student of the same source, for the column `other`.
+        out: results file; None: results.json in a local `folder`.
+        columns: which columns, a list or separated by commas; None: the suite's.
+        limit: items per task; None: the suite's.
+        batch_size: sequences per forward pass.
+        seed: of few-shot examples and samples.
+        dtype: float32, bfloat16, float16, or auto: as in `folder`.
+        include_path: folder with lm-eval task files of your own.
+        resume: keep what an interrupted run has finished.
+
+    Returns:
+        The content of results.json, see `linearize.results.schema`.
+
+    Raises:
+        InputError: bad input; what was finished until then is kept.
+
+    Example:
+        >>> linearize.evaluate("runs/demo/merged", suite="smoke")["summary"]["memory"]["loss"]
+    """
+    from linearize.evaluation.evaluate import evaluate as run
+
+    names = columns.split(",") if isinstance(columns, str) else None if columns is None else list(columns)
+    return run(
+        folder, suite, source, against, out, limit, names, batch_size, seed, dtype,
+        include_path=include_path, resume=resume,
+    )  # fmt: skip
+
+
+def bench(
+    folder: Name,
+    *,
+    contexts: Sequence[int] = (1024, 8192, 32768),
+    batches: Sequence[int] = (1,),
+    steps: int = 12,
+    source: str | None = None,
+    out: Name | None = None,
+    dtype: str = "auto",
+    plot: Name | None = None,
+) -> dict[str, Any]:
+    """Measure speed and memory by context length, beside the source and the window control.
+
+    Args:
+        folder: linearized folder, adapter folder or Hub id.
+        contexts: tokens in the cache.
+        batches: rows decoded together.
+        steps: decoded tokens per context and batch, at least 3.
+        source: the model that was converted; None: the recorded one.
+        out: results file; None writes none.
+        dtype: float32, bfloat16, float16, or auto: as in `folder`.
+        plot: also draw it: FILE.png, .svg or .pdf.
+
+    Returns:
+        Results, see `linearize.results.schema`; their columns hold `speed`.
+
+    Raises:
+        InputError: bad input.
+
+    Example:
+        >>> linearize.bench("runs/demo/merged", contexts=[1024])["columns"]["student"]["speed"][0]["token_seconds"]
+    """
+    from linearize.evaluation.evaluate import bench as run
+    from linearize.reporting import terminal
+    from linearize.reporting.plot import check_target, draw_speed
+
+    if plot is not None:
+        check_target(Path(plot))  # before the measurement, which takes minutes
+    results = run(folder, contexts, batches, steps, source, out, dtype=dtype)
+    if plot is not None:
+        draw_speed(terminal.speed_panels(results), Path(plot))
+    return results
+
+
+def report(files: Name | Sequence[Name], out: Name | None = None) -> Path:
+    """Write results as one HTML page, or compare several models of the same source.
+
+    Args:
+        files: one results file, or several.
+        out: page to write; None: report.html beside a single file.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: a file cannot be read, they cannot be compared, or several are given without `out`.
+
+    Example:
+        >>> linearize.report(["runs/a/results.json", "runs/b/results.json"], out="compared.html")
+    """
+    from linearize.reporting import page
+    from linearize.results import file as results_file
+
+    paths = [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
+    if out is None and len(paths) > 1:
+        raise InputError(f"report: {len(paths)} files make one page; say by --out where to write it")
+    target = Path(out) if out is not None else page.beside(paths[0])
+    return page.write([results_file.read(file) for file in paths], target)
+
+
+def generate(
+    folder: "Name | PreTrainedModel",
+    prompt: "str | Sequence[str] | Sequence[dict[str, str]]",
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    raw: bool = False,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stream: TextIO | None = None,
+) -> "Generation":
+    """Answer a prompt, or several in one batch.
+
+    Args:
+        folder: model folder or Hub id, or a model that is loaded; then `tokenizer` is needed too.
+        prompt: a text, several texts, or the messages of one chat, the last one from the user.
+        system: system message in front of a single text.
+        max_new_tokens: length limit of an answer.
+        temperature: 0 takes the likeliest token; None: as the model's generation_config.json says.
+        top_p: sample from the likeliest tokens that together have this probability.
+        seed: makes sampling repeatable.
+        raw: use the prompt as it is, without chat template.
+        tokenizer: of a model that is loaded.
+        stream: where the text is written while it comes into being.
+
+    Returns:
+        Texts, numbers of tokens, seconds.
+
+    Raises:
+        InputError: an empty prompt, a setting out of range, or a folder that cannot be opened.
+
+    Example:
+        >>> linearize.generate("runs/demo/merged", "Why is the sky blue?", max_new_tokens=40).texts[0]
+    """
+    from linearize.generation import generate as run
+
+    if system:
+        if not isinstance(prompt, str):
+            raise InputError("generate: system goes with a single text; put it among the messages instead")
+        prompt = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    return run(folder, prompt, tokenizer=tokenizer, raw=raw, stream=stream, **settings)  # pyright: ignore[reportArgumentType]
+
+
+def push(
+    folder: Name,
+    repo: str,
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    message: str | None = None,
+    with_code: bool = False,
+) -> str:
+    """Upload a folder, with a model card, to the Hugging Face Hub.
+
+    Args:
+        folder: what `convert` or `merge` wrote, or a trained adapter whose base model is on the Hub.
+        repo: organisation/name, or a name alone for your own account.
+        private: make it a private repository.
+        dry_run: upload nothing.
+        message: of the commit.
+        with_code: send the code along, for trust_remote_code without this package.
+
+    Returns:
+        The address; with `dry_run` the files, their sizes and the card, as text.
+
+    Raises:
+        InputError: the folder is incomplete or not linearized, or the Hub refuses or cannot be reached.
+
+    Example:
+        >>> print(linearize.push("runs/demo/merged", "my-org/smollm2-135m-gla", dry_run=True))
+    """
+    from linearize.hub.push import push as run
+
+    return run(folder, repo, private=private, dry_run=dry_run, message=message, with_code=with_code)
+
+
+def export(folder: Name, to: str, out: Name, *, link: bool = False, overwrite: bool = False) -> Path:
+    """Write a folder in another format; tensors stay as they are, byte for byte.
+
+    Args:
+        folder: what `convert` or `merge` wrote.
+        to: source: back to the architecture that it was converted from.
+        out: folder to appear.
+        link: hard-link the weights instead of copying them.
+        overwrite: replace a model folder in the place of `out`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: the folder is not linearized, or holds weights for which the format has no place.
+
+    Example:
+        >>> linearize.export("runs/demo/0-converted", "source", "runs/demo/as-source")
+    """
+    from linearize.conversion.export import export as run
+
+    return run(folder, to, out, overwrite, link)
+
+
+def inspect(folder: Name, plot: Name | None = None) -> dict[str, Any]:
+    """Describe what a model folder is made of, from its headers.
+
+    Args:
+        folder: any model folder, GGUF file or Hub id.
+        plot: also draw it: FILE.png, .svg or .pdf.
+
+    Returns:
+        JSON-safe: layers, sizes, cache by context length; see `linearize.checkpoint.describe.inspect`.
+
+    Raises:
+        InputError: nothing is there, or it is damaged.
+
+    Example:
+        >>> linearize.inspect("runs/demo/0-converted")["layers"][0]["mixer"]
+        'gla'
+    """
+    from linearize.checkpoint.describe import inspect as run
+
+    description = run(folder)
+    if plot is not None:
+        from linearize.reporting.plot import draw
+
+        draw(description, Path(plot))
+    return description
+
+
+def load(
+    folder: Name, dtype: str = "auto", device: "str | torch.device | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Open whatever a stage wrote, ready to run: a converted, trained or merged folder, adapters, or a Hub id.
+
+    Args:
+        folder: folder or Hub id.
+        dtype: of the weights; auto: as stored.
+        device: None: the accelerator if there is one.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        InputError: there is no such folder, or it holds no model or no tokenizer.
+
+    Example:
+        >>> model, tokenizer = linearize.load("runs/demo/merged")
+    """
+    from linearize.checkpoint.open import load as run
+
+    return run(folder, dtype, device)
+
+
+def check(files: Name | Sequence[Name]) -> None:
+    """Check recipe files, or every file of converted folders by its hash.
+
+    Args:
+        files: one recipe file or model folder, or several.
+
+    Raises:
+        InputError: one line per problem.
+
+    Example:
+        >>> linearize.check(["recipes/smollm2-135m.yaml", "runs/demo/0-converted"])
+    """
+    from linearize.checkpoint.manifest import verify
+    from linearize.recipe import load as recipes
+
+    problems = []
+    for file in [files] if isinstance(files, str | Path) else files:
+        try:
+            if Path(file).is_dir():
+                problems += [f"{file}/{problem}; write the folder again" for problem in verify(file)]
+            else:
+                recipes.load(file)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _recipe_of(folder: Name, recipe: Name | None, overrides: Iterable[str]) -> "Recipe":
+    from linearize.recipe.load import recipe_of
+
+    return recipe_of(Path(folder), None if recipe is None else str(recipe), list(overrides))
