@@ -71,10 +71,13 @@ def test_prompts_in_reach_have_the_sources_logits(model, text):
 
 @pytest.fixture(params=["memory"])
 def student(request, loaded, text):
-    """A converted model, 200 tokens and their logits; thirty trained layers, logits reach ±30: 1e-5 of their size."""
+    """A converted model, 200 tokens, their logits, and a limit: thirty trained layers, logits reach ±30, 1e-5 of their
+    size. Twice as much for liger, whose recurrence has no denominator: 1.02e-5 was seen where BLAS sums in another order
+    (Xeon with AVX-512)."""
+    share = 2e-5 if request.param == "liger" else 1e-5
     model = linearize_(loaded[0].eval(), {"name": "gla", "combine": request.param, "window": W, "sinks": S})
     full = logits(model, text[:1, :200])
-    return model, text[:1, :200], full, 1e-5 * float(full.abs().max())
+    return model, text[:1, :200], full, share * float(full.abs().max())
 
 
 def in_pieces(model, x, cuts):
