@@ -277,6 +277,7 @@ def test_chat_reads_lines(run, llama_folder: Path, monkeypatch: pytest.MonkeyPat
     assert ended.code == 0 and ended.out.count("> ") == 2
 
 
+@pytest.mark.slow
 def test_run_a_whole_recipe_and_go_on(run, llama_folder: Path, suite: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "tiny.yaml"
     file.write_text(
@@ -346,6 +347,7 @@ def test_select_prints_draws_and_writes(run, llama_folder: Path, tmp_path: Path)
     refused(run("select", llama_folder, *less, "--recipe", "smollm2-135m"), "this is a plain llama model")
 
 
+@pytest.mark.slow
 def test_flags_go_to_accelerate(run, llama_folder: Path, tmp_path: Path) -> None:
     converted = tmp_path / "0-converted"
     run("convert", "--model", llama_folder, "--out", converted, *SETTINGS)
@@ -374,6 +376,7 @@ def test_another_recipe_keeps_the_conversion(llama_folder: Path, run, tmp_path: 
     assert found.source.id == str(llama_folder) and found.convert.mixer["window"] == 16
 
 
+@pytest.mark.slow
 def test_interrupt_ends_with_130_and_leaves_nothing(llama_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "linearize.cli", "generate", str(llama_folder)]  # a chat waits for input
     process = interruptible(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -72,8 +72,8 @@ def test_prompts_in_reach_have_the_sources_logits(model, text):
 @pytest.fixture(params=["memory"])
 def student(request, loaded, text):
     """A converted model, 200 tokens, their logits, and a limit: thirty trained layers, logits reach ±30, 1e-5 of their
-    size. Twice as much for liger, whose recurrence has no denominator: 1.02e-5 was seen where BLAS sums in another order
-    (Xeon with AVX-512)."""
+    size. Twice as much for liger, whose recurrence has no denominator: 1.02e-5 was seen where BLAS sums in another
+    order (Xeon with AVX-512)."""
     share = 2e-5 if request.param == "liger" else 1e-5
     model = linearize_(loaded[0].eval(), {"name": "gla", "combine": request.param, "window": W, "sinks": S})
     full = logits(model, text[:1, :200])
@@ -99,6 +99,7 @@ BORDERS = [*range(1, S + 3), *range(W - 2, W + S + 3), *range(2 * W - 2, 2 * W +
 @given(cuts=st.lists(st.sampled_from(BORDERS), min_size=1, max_size=5, unique=True).map(sorted))
 @example(cuts=BORDERS)
 @example(cuts=list(range(180, 200)))
+@pytest.mark.slow
 def test_pieces_and_steps_equal_the_full_forward(student, cuts):
     model, x, full, limit = student
     assert float((in_pieces(model, x, cuts) - full).abs().max()) < limit
@@ -122,6 +123,7 @@ def test_padding_and_packing_change_nothing(student):
         assert float((part - full[:, : part.shape[1]]).abs().max()) < limit
 
 
+@pytest.mark.slow
 def test_256_greedy_tokens_are_the_same_cached_static_and_recomputed(student):
     model, x, _, _ = student
     greedy = {"max_new_tokens": 256, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -132,6 +134,7 @@ def test_256_greedy_tokens_are_the_same_cached_static_and_recomputed(student):
     assert torch.equal(static, out[:, :100])
 
 
+@pytest.mark.slow
 def test_low_precision_errs_no_more_than_the_source_does(student):
     model, x, full, _ = student
     x = x[:, :120]
@@ -151,6 +154,7 @@ def test_saved_weights_are_the_same_when_opened(student, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name, cls in MIXERS.items() if cls.recurrent])
+@pytest.mark.slow
 def test_every_mixer_generates(model, text, name):
     linearize_(model, {"name": name, "window": W, "sinks": S})
     out = model.generate(
@@ -160,6 +164,7 @@ def test_every_mixer_generates(model, text, name):
     assert len(out.logits) == 64 and all(step.isfinite().all() for step in out.logits)
 
 
+@pytest.mark.slow
 def test_untrained_memory_beats_the_window_control(model, text):
     """The claim of the conversion itself, no training: source < memory < window, in perplexity."""
     linearize_(model, {"name": "window", "window": W, "sinks": S})

@@ -20,6 +20,7 @@ W, S = 64, 4
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.slow,
     pytest.mark.skipif(any(find_spec(part) is None for part in PARTS), reason="needs Gemma's packages: scripts/env.sh"),
 ]
 
