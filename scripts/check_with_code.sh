@@ -4,12 +4,12 @@
 set -euo pipefail
 folder=$(realpath "$1")
 constraints=$(realpath "$(dirname "$0")/../constraints.txt")
-place=$(mktemp -d)
-trap 'rm -rf "$place"' EXIT
-"${PYTHON:-python3}" -m venv "$place/venv"
-"$place/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" torch transformers
-cd "$place"
-HF_MODULES_CACHE="$place/modules" "$place/venv/bin/python" - "$folder" <<'PYTHON'
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+"${PYTHON:-python3}" -m venv "$scratch/venv"
+"$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" torch transformers
+cd "$scratch"
+HF_MODULES_CACHE="$scratch/modules" "$scratch/venv/bin/python" - "$folder" <<'PYTHON'
 import importlib.util
 import sys
 

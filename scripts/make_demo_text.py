@@ -11,7 +11,6 @@ the same collections always give the same text. A passage that shares 13 words i
 import argparse
 import gzip
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -27,7 +26,7 @@ BYTES = {
     "technical_docs": 400_000,
     "us_speeches": 400_000,
 }
-PASSAGE = 8_000  # characters at most from one place: many subjects are worth more to a short training than whole books
+PASSAGE = 8_000  # characters at most: many subjects are worth more to a short training than whole books
 PASSAGES_PER_DOCUMENT = 12  # books are few and long
 RUN = 13  # words in a row that count as the same text
 
@@ -38,12 +37,10 @@ def rank(*parts: object) -> int:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a .jsonl or .jsonl.gz, or a .txt as one row."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
-        if path.name.endswith(".txt"):
-            yield {"text": lines.read()}
-        else:
-            yield from map(json.loads, lines)
+        yield from map(json.loads, lines) if ".jsonl" in path.name else [{"text": lines.read()}]
 
 
 def runs(text: str) -> set[int]:
@@ -62,14 +59,11 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def forbidden(folders: Iterable[Path]) -> set[int]:
-    found: set[int] = set()
-    for folder in folders:
-        for pattern in ("*.jsonl", "*.jsonl.gz", "*.txt"):
-            for path in sorted(folder.rglob(pattern)):
-                for row in rows(path):
-                    for text in strings(row):
-                        found |= runs(text)
-    return found
+    """Runs of all texts under the folders."""
+    paths = (
+        path for folder in folders for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz", ".txt"))
+    )
+    return {run for path in paths for row in rows(path) for text in strings(row) for run in runs(text)}
 
 
 def passages(document: dict[str, Any]) -> Iterator[tuple[int, str]]:
@@ -88,10 +82,11 @@ def passages(document: dict[str, Any]) -> Iterator[tuple[int, str]]:
 
 def choose(name: str, collection: Path, avoid: set[int]) -> Iterator[dict[str, str]]:
     """One passage of every document in a shuffled order, then the second of each, until the bytes are there."""
-    candidates = []
-    for document in rows(collection):
-        for turn, (index, text) in enumerate(passages(document)):
-            candidates.append((turn, rank(document["id"]), index, document["id"], document["source"], text))
+    candidates = [
+        (turn, rank(document["id"]), index, document["id"], document["source"], text)
+        for document in rows(collection)
+        for turn, (index, text) in enumerate(passages(document))
+    ]
     size, taken = 0, set()
     for _, _, index, identity, source, text in sorted(candidates):
         if size >= BYTES[name]:
@@ -104,6 +99,7 @@ def choose(name: str, collection: Path, avoid: set[int]) -> Iterator[dict[str, s
 
 
 def main() -> None:
+    """Choose, pack, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("collections", type=Path)
     parser.add_argument("--avoid", type=Path, nargs="*", default=[])
@@ -117,14 +113,12 @@ def main() -> None:
         print(f"{name}: {len(part)} passages, {sum(len(row['text'].encode()) for row in part):,} bytes")
         chosen += part
     chosen.sort(key=lambda row: rank("order", row["id"]))
-    buffer = io.BytesIO()
-    # No file name and no time in the header: the same rows give the same bytes.
-    with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, compresslevel=9, mtime=0) as packed:
-        for row in chosen:
-            packed.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_bytes(buffer.getvalue())
-    print(f"{arguments.out}: {len(chosen)} passages, {len(buffer.getvalue()):,} bytes")
+    # No file name and no time in the header: the same rows give the same bytes.
+    with arguments.out.open("wb") as out, gzip.GzipFile("", "wb", fileobj=out, compresslevel=9, mtime=0) as packed:
+        packed.write(lines.encode())
+    print(f"{arguments.out}: {len(chosen)} passages, {arguments.out.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -35,13 +35,9 @@ def browser() -> str | None:
 def open_page(
     page: str, width: int, *flags: str, height: int = 800, probe: str = "page.documentElement.scrollHeight"
 ) -> subprocess.CompletedProcess[str]:
-    """Show a page in a frame.
+    """Show a page, HTML, in a frame of width × height pixels, with more flags of the browser.
 
-    Args:
-        page: HTML.
-        width, height: of the frame, pixels.
-        flags: more flags of the browser.
-        probe: JavaScript over `page`, the framed document, whose value lands in `<pre id="measured">`.
+    `probe` is JavaScript over `page`, the framed document, whose value lands in `<pre id="measured">`.
     """
     program = browser()
     assert program is not None
@@ -59,12 +55,13 @@ def open_page(
 
 def measured(ended: subprocess.CompletedProcess[str]) -> str:
     """What `probe` gave, as JSON; the browser must have been opened with ``--dump-dom``."""
-    found = re.search(r'<pre id="measured"[^>]*>(.*?)</pre>', ended.stdout, flags=re.DOTALL)
-    assert found is not None, ended.stderr
-    return html.unescape(found[1])
+    element = re.search(r'<pre id="measured"[^>]*>(.*?)</pre>', ended.stdout, flags=re.DOTALL)
+    assert element is not None, ended.stderr
+    return html.unescape(element[1])
 
 
 def main() -> None:
+    """Take both pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path, metavar="FILE.html")
     parser.add_argument("--out", required=True, metavar="PREFIX")

@@ -1,0 +1,180 @@
+"""Every recurrence and mixer on fla's Triton kernels against PyTorch; on a machine without a GPU, the same comparison
+of the chunked forms on a CPU at a small size.
+
+A recurrence is held to its token-by-token form in fp64 on the same inputs: outputs, final states and gradients. What is
+allowed is twice the error of that form in the tested dtype, plus 1e-3, of the largest number in question. A mixer is
+held to its own PyTorch form in fp32 in the same way. Where a recurrence has no kernels, PyTorch runs it on the GPU.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from linearize.conversion.costs import context, make
+from linearize.model import ops
+from linearize.model.mixers import MIXERS, Geometry
+from linearize.model.ops import additive, average, delta, diagonal, dplr, fla_backend, slots
+
+TAU = 16.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORMS = {
+    "additive": (ops.run_additive, additive.recurrent),
+    "delta": (ops.run_delta, delta.recurrent),
+    "slots": (slots.run, slots.recurrent),
+    "dplr": (dplr.chunked, dplr.recurrent),
+    "diagonal": (diagonal.chunked, diagonal.recurrent),
+    "average": (average.chunked, average.recurrent),
+}
+"""Family -> what a mixer calls, and the definition."""
+NAMES = (
+    "additive none", "additive head", "additive channel", "delta none", "delta head", "delta channel", "slots", "dplr",
+    "diagonal", "average",
+)  # fmt: skip
+HAVE_KERNELS = [name for name in NAMES if name.split()[0] in ("additive", "delta", "slots")]
+missing = "no CUDA device" if not torch.cuda.is_available() else fla_backend.missing()
+
+Made = dict[str, list[Tensor]]
+"""Outputs, states and gradients."""
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("torch", "cpu", 24, Geometry(2, 1, 8, 8)), id="torch"),
+        pytest.param(
+            ("fla", "cuda", 200, Geometry(16, 4, 64, 64)),  # 200 tokens: not whole chunks
+            id="fla",
+            marks=pytest.mark.skipif(missing is not None, reason=f"the kernels cannot run here: {missing}"),
+        ),
+    ]
+)
+def setting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int, Geometry]:
+    """Device, tokens and heads, with the backend forced."""
+    backend, *rest = request.param
+    monkeypatch.setenv("LINEARIZE_BACKEND", backend)
+    return tuple(rest)
+
+
+def inputs(name: str, device: str, T: int, g: Geometry) -> list[Any]:
+    """Arguments of a family's forms in fp64: keys normal, times 3, four channels of them near −50, as real ones are."""
+    family, _, decay = name.partition(" ")
+    H, G, K, V = g.heads, g.kv_heads, g.key_width, g.value_width
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, device=device)
+
+    raw = 3 * normal(2, G, T, K)
+    raw[..., :4] -= 50
+    channel = F.logsigmoid(raw) / TAU
+    q, v, state = normal(2, H, T, K), normal(2, G, T, V), Exact(normal(2, G, K, V), leaf=False)
+    log_decay = {"none": None, "head": Exact(channel.mean(-1, keepdim=True))}.get(decay, Exact(channel))
+    if family == "additive":
+        return [q.softmax(-1), raw.softmax(-1), v, log_decay, state]
+    if family == "diagonal":
+        return [v, Exact(F.logsigmoid(3 * normal(2, G, T, V)) / TAU), None, Exact(normal(2, G, V), leaf=False)]
+    if family == "average":
+        return [Exact(raw.mean(-1, keepdim=True)), F.pad(v, (0, 1), value=1.0)]
+    if family == "slots":
+        g_slots = channel[..., : min(K, 64)]
+        M = g_slots.shape[-1]
+        states = Exact(normal(2, G, K, M), leaf=False), Exact(normal(2, G, M, V), leaf=False)
+        return [q, raw.softmax(-1), v, -torch.expm1(g_slots), Exact(g_slots), states]
+    q, k = F.normalize(q, dim=-1), F.normalize(raw, dim=-1)
+    if family == "delta":
+        return [q, k, v, normal(2, G, T, 1).sigmoid(), log_decay, state]
+    removed = F.logsigmoid(raw).mul(0.5).exp() * k
+    return [q, removed, v, -removed, removed, log_decay, state]
+
+
+class Exact:
+    """A tensor that mixers hand over in fp32 whatever the model's dtype: a decay, a score, a state.
+
+    Args:
+        value: in fp64.
+        leaf: whether its gradient is compared; not that of a state, which training never asks for.
+    """
+
+    def __init__(self, value: Tensor, leaf: bool = True):
+        self.value, self.leaf = value, leaf
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """Leaves in a dtype."""
+    if isinstance(x, list | tuple):
+        return type(x)(cast(each, dtype) for each in x)
+    if x is None:
+        return None
+    if isinstance(x, Exact):
+        return x.value.to(torch.promote_types(dtype, torch.float32)).detach().requires_grad_(x.leaf)
+    return x.to(dtype).detach().requires_grad_()
+
+
+def results(form: Callable[..., tuple], x: list[Any]) -> Made:
+    """What a form gives, and the gradients of a weighted sum of its outputs."""
+    y, *rest = form(*x)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
+    leaves = [leaf for leaf in x if isinstance(leaf, Tensor) and leaf.requires_grad]
+    last = rest[-1] if isinstance(rest[-1], tuple) else (rest[-1],)
+    gradients = torch.autograd.grad((y * weight).sum(), leaves)
+    return {"output": [y], "state": list(last), "gradient": list(gradients)}
+
+
+def errors(made: Made, truth: Made) -> dict[str, float]:
+    """Largest difference as a share of the largest number, or of 1 where that is smaller."""
+
+    def one(a: Tensor, b: Tensor) -> float:
+        a, b = a.detach().double(), b.detach().double()
+        worst = float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
+        return worst if worst == worst else float("inf")
+
+    return {what: max(map(one, made[what], truth[what])) for what in truth}
+
+
+def check(made: Made, reference: Made, truth: Made) -> None:
+    """The module's docstring says what is allowed."""
+    error, usual = errors(made, truth), errors(reference, truth)
+    short = {what: (error[what], 2 * usual[what] + 1e-3) for what in error if error[what] > 2 * usual[what] + 1e-3}
+    assert not short, f"error, limit: {short}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recurrence_is_its_definition(name: str, dtype: str, setting: tuple[str, int, Geometry]) -> None:
+    run, definition = FORMS[name.split()[0]]
+    x = inputs(name, *setting)
+    low = cast(x, DTYPES[dtype])
+    assert ops.has_kernels(lambda: run(*low)) == (name in HAVE_KERNELS)
+    check(results(run, low), results(definition, low), results(definition, cast(x, torch.float64)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["window", *(name for name, cls in MIXERS.items() if cls.recurrent)])
+def test_a_mixer_is_its_pytorch_form(
+    name: str, dtype: str, setting: tuple[str, int, Geometry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, T, g = setting
+    mixer = make(name, {"window": T // 4}, g).to(device)
+    for parameter in mixer.parameters():
+        torch.nn.init.constant_(parameter, 0.5)
+    widths = ((g.heads, g.key_width), (g.kv_heads, g.key_width), (g.kv_heads, g.value_width))
+    qkv = [torch.randn(1, heads, T, width, device=device) for heads, width in widths]
+
+    def whole(dtype: torch.dtype) -> Made:
+        leaves = [x.to(dtype).requires_grad_() for x in qkv]
+        y = mixer(*leaves, context(leaves[0]))
+        weight = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
+        return {"output": [y], "gradient": list(torch.autograd.grad((y.float() * weight).sum(), leaves))}
+
+    made = whole(DTYPES[dtype])
+    monkeypatch.setenv("LINEARIZE_BACKEND", "torch")
+    check(made, whole(DTYPES[dtype]), whole(torch.float32))
+
+
+def test_a_wrong_recurrence_and_a_nan_are_noticed() -> None:
+    truth: Made = {"output": [torch.ones(3)]}
+    for wrong in (torch.full((3,), 1.01), torch.tensor([1.0, float("nan"), 1.0])):
+        with pytest.raises(AssertionError, match="error, limit: .*'output'"):
+            check({"output": [wrong]}, truth, truth)
