@@ -20,9 +20,9 @@ ORDERS = {
 }
 
 
-def python(code: str, folder: Path) -> subprocess.CompletedProcess:
+def python(code: str, folder: Path, **variables: str) -> subprocess.CompletedProcess:
     """Run code away from the checkout, so that what registers is the installed package."""
-    environ = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    environ = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"} | variables
     return subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environ, capture_output=True, text=True, timeout=300
     )
@@ -37,11 +37,90 @@ def test_a_folder_opens_in_every_order_of_imports(order: str, tmp_path: Path):
     assert "cannot be opened here" not in done.stderr
 
 
-def test_an_environment_that_does_not_fit_costs_a_warning_not_the_program(tmp_path: Path):
-    code = f"import sys; sys.modules['linearize.model.modeling'] = None\n{ORDERS['without']}; print('on')"
+BROKEN = (
+    "import sys\n"
+    "class Broken:\n"
+    "    def find_spec(self, name, *_):\n"
+    "        if name == 'linearize.model.cache': raise {}\n"
+    "sys.meta_path.insert(0, Broken())"
+)
+CLOSED = (
+    "import sys\n"
+    "class Closed(list):\n"
+    "    def insert(self, *_): raise RuntimeError('nobody may come first')\n"
+    "sys.meta_path = Closed(sys.meta_path)"
+)
+# What may happen while the package is imported in an environment that it was not made for.
+FAULTS = {
+    "missing": "import sys; sys.modules['linearize.model.modeling'] = None",
+    "runtime error": BROKEN.format("RuntimeError('broken')"),
+    "attribute error": BROKEN.format("AttributeError('broken')"),
+    "os error": BROKEN.format("OSError('broken')"),
+    "warning as error": BROKEN.format("RuntimeError('broken')") + "\nimport warnings; warnings.simplefilter('error')",
+    "hook": CLOSED,
+}
+
+
+@pytest.mark.parametrize("order", ["without", "torch first", "config first"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_does_not_fit_costs_one_line_not_the_program(fault: str, order: str, tmp_path: Path):
+    if fault == "hook" and order == "without":
+        pytest.skip("transformers imports torch itself: there is nothing to wait for")
+    code = f"{FAULTS[fault]}\n{ORDERS[order]}\nimport transformers; transformers.GPT2LMHeadModel; print('on')"
     done = python(code, tmp_path)
     assert done.stdout.strip() == "on", done.stderr
-    assert "RuntimeWarning: linearized models cannot be opened here" in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "linearized models cannot be opened here" in line]
+    assert len(lines) == 1 and "LINEARIZE_AUTOLOAD=0" in lines[0], done.stderr
+
+
+def test_a_variable_turns_it_off(tmp_path: Path):
+    code = (
+        "import torch, sys, linearize; from transformers import AutoModelForCausalLM, AutoConfig\n"
+        "print('linearize.model.modeling' in sys.modules, any('linearize' in repr(f) for f in sys.meta_path))\n"
+        "linearize.linearize_; from transformers import CONFIG_MAPPING; print('linearized' in CONFIG_MAPPING)"
+    )
+    assert python(code, tmp_path, LINEARIZE_AUTOLOAD="0").stdout.split() == ["False", "False", "True"]
+    done = python(code, tmp_path)
+    assert done.stdout.split() == ["True", "False", "True"], done.stderr
+
+
+def test_the_hook_leaves_no_trace_in_the_import_system(tmp_path: Path):
+    """What other programs look at: the module's loader, and every finder's turn."""
+    code = (
+        "import sys, importlib.machinery as m\n"
+        "class Asked:\n"
+        "    names = []\n"
+        "    def find_spec(self, name, *_): self.names.append(name)\n"
+        "sys.meta_path.insert(0, Asked())\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "import transformers.models.auto.modeling_auto as auto\n"
+        "assert auto.__name__ in Asked.names\n"
+        "for loader in (auto.__loader__, auto.__spec__.loader): assert type(loader) is m.SourceFileLoader, loader\n"
+        "import inspect; assert 'MODEL_FOR_CAUSAL_LM_MAPPING' in inspect.getsource(auto)\n"
+        "import linearize.autoload as a\n"
+        "assert not any(isinstance(f, a._Waiting) for f in sys.meta_path)\n"
+        "print(type(auto).__name__, 'linearize.model.modeling' in sys.modules)"
+    )
+    done = python(code, tmp_path)
+    assert done.stdout.split() == ["module", "True"], done.stderr
+
+
+def test_a_module_that_nobody_finds_is_missing_as_ever(tmp_path: Path):
+    """Where the awaited module is not installed, every other finder still has its turn."""
+    code = (
+        "import sys, linearize.autoload as a\n"
+        "a.AWAITED = 'surely.missing'; import types; sys.modules['surely'] = types.ModuleType('surely')\n"
+        "sys.modules['surely'].__path__ = []\n"
+        "turns = []\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_): turns.append(name)\n"
+        "first = next(i for i, f in enumerate(sys.meta_path) if isinstance(f, a._Waiting))\n"
+        "sys.meta_path.insert(first + 1, Finder())\n"
+        "try: import surely.missing\n"
+        "except ImportError: print(turns.count('surely.missing') > 0)"
+    )
+    done = python(code, tmp_path)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_torch_alone_stays_alone(tmp_path: Path):

@@ -4,15 +4,19 @@ Operations are counted, not estimated: one decoding step of the mixer runs on ze
 multiplication and addition of its matrix products is counted, and one operation per number that anything else computes.
 """
 
-import re
-import sys
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache
 
 from linearize.checkpoint import sources
@@ -29,44 +33,74 @@ CONTEXT = 8192
 """Tokens in the source's cache that a mixer is compared with."""
 ELEMENT = 2
 """Bytes of a cached key or value element: models are served in 16 bits."""
+EVIDENCE = Path(__file__).with_name("evidence.json")
 
 # --- what they are
 
 
 def describe() -> dict[str, dict[str, Any]]:
-    """Every mixer, from the docstring of its file.
+    """Every mixer.
 
     Returns:
         JSON-safe, by name: about; rule, the update; papers, arXiv ids; state, of a layer; combine, the ways that are
-        possible; backends, what can run its blocks on this machine; defaults of its settings.
+        possible; backends, what can run its blocks on this machine; defaults of its settings; evidence, whether it
+        beats the window control: its perplexity, the control's, the change from the control's (below 0 is better) and
+        the committed result that says so, or None where nothing was measured (scripts/mixer_evidence.py).
     """
+    evidence = json.loads(EVIDENCE.read_text(encoding="utf-8"))
     rows = {}
     for name, mixer in MIXERS.items():
-        about, *rest = (" ".join(p.split()) for p in (sys.modules[mixer.__module__].__doc__ or "").split("\n\n"))
-        stated = re.search(r"(?:State|Cache)\b.*?(?=\. |\.$|; combine)", " ".join(rest))
         settings = mixer.Config(name=name).to_dict()
         del settings["name"]
         rows[name] = {
-            "about": about,
-            "rule": rest[0] if rest else "",
-            "papers": re.findall(r"\d{4}\.\d{5}", about),
-            "state": stated[0] if stated else "",
+            "about": mixer.summary,
+            "rule": mixer.rule,
+            "papers": list(mixer.papers),
+            "state": mixer.state,
             "combine": list(mixer.combines),
             "backends": ["torch", "fla"] if _kernels_run_here() and _has_kernels(name) else ["torch"],
             "defaults": settings,
+            "evidence": evidence.get(name),
         }
     return rows
 
 
 def text(rows: dict[str, dict[str, Any]]) -> str:
-    """What `describe` found, for a terminal."""
+    """What `describe` returns, in full, for a terminal."""
     return "\n".join(
-        f"{name}: {row['about']}\n    {row['rule']}\n"
-        + (f"    {row['state']}\n" if row["state"] else "")
-        + f"    combine: {', '.join(row['combine'])}; backends here: {', '.join(row['backends'])}\n    "
+        f"{name}: {row['about']}{''.join(f' arXiv {paper}' for paper in row['papers'])}\n    {row['rule']}\n"
+        f"    state per layer: {row['state']}\n"
+        f"    against the window: {'; '.join(filter(None, _evidence(name, row)))}\n"
+        f"    combine: {', '.join(row['combine'])}; backends here: {', '.join(row['backends'])}\n    "
         + ", ".join(f"{key}={value}" for key, value in row["defaults"].items())
         for name, row in rows.items()
     )
+
+
+def mixers_table(rows: dict[str, dict[str, Any]]) -> Table:
+    """What `describe` returns, without rules and settings, as a rich table."""
+    keys = ("mixer", "what it is", "arXiv", "state per layer", "backends", "against the window", "perplexity of")
+    return _grid(keys, (
+        (name, row["about"], "\n".join(row["papers"]), row["state"], ", ".join(row["backends"]), *_evidence(name, row))
+        for name, row in rows.items()
+    ))  # fmt: skip
+
+
+def _evidence(name: str, row: dict[str, Any]) -> tuple[str, str]:
+    evidence = row["evidence"]
+    if evidence is None:
+        return ("not measured" if MIXERS[name].recurrent else "a control"), ""
+    change = f"{evidence['change']:+.1%}: {evidence['perplexity']:.2f} for {evidence['window']:.2f}"
+    return change, evidence["result"]
+
+
+def _grid(keys: Iterable[str], rows: Iterable[Iterable[str]], numbers: bool = False) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, key in enumerate(keys):
+        grid.add_column(key, justify="right" if numbers and index else "left")
+    for row in rows:
+        grid.add_row(*(Text(cell, overflow="fold") for cell in row))
+    return grid
 
 
 def _kernels_run_here() -> bool:
@@ -121,27 +155,50 @@ def costs(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """What `costs` found, for a terminal."""
-    whole, g = found["softmax"], found["geometry"]
-    lines = [
-        f"{found['source']}: {found['layers']} layers replaced, {g['heads']} query heads, {g['kv_heads']} key heads of "
-        f"{g['key_width']}; one row, slots in 16 bits, states in 32",
-        "",
-        f"{'mixer':<15} {'state':>11} {'of source':>10} {'MFLOP/token':>12} {'of source':>10} {'new weights':>12}",
-        f"{'source at 8K':<15} {format_bytes(whole['state_bytes']):>11} {'':>10} {whole['flops'] / 1e6:>12.2f}",
-    ]
-    for name, row in found["mixers"].items():
-        lines.append(
-            f"{name:<15} {format_bytes(row['state_bytes']):>11} {row['state_bytes'] / whole['state_bytes']:>10.1%} "
-            f"{row['flops'] / 1e6:>12.2f} {row['flops'] / whole['flops']:>10.1%} {row['new_weights']:>12,}"
-        )
-    return "\n".join(lines)
+def _cost_rows(priced: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    whole = priced["softmax"]
+    yield "mixer", "state", "of source", "MFLOP/token", "of source", "new weights"
+    yield f"source at {CONTEXT // 1024}K", format_bytes(whole["state_bytes"]), "", f"{whole['flops'] / 1e6:.2f}", "", ""
+    for name, row in priced["mixers"].items():
+        shares = (f"{row[key] / whole[key]:.1%}" for key in ("state_bytes", "flops"))
+        state, flops = format_bytes(row["state_bytes"]), f"{row['flops'] / 1e6:.2f}"
+        yield name, state, next(shares), flops, next(shares), f"{row['new_weights']:,}"
+
+
+def _heading(priced: dict[str, Any]) -> str:
+    g = priced["geometry"]
+    return (
+        f"{priced['source']}: {priced['layers']} layers replaced, {g['heads']} query heads, {g['kv_heads']} key heads "
+        f"of {g['key_width']}; one row, slots in 16 bits, states in 32"
+    )
+
+
+def table(priced: dict[str, Any]) -> str:
+    """What `costs` returns, as lines of text."""
+    widths = (-15, 11, 10, 12, 10, 12)
+    lines = (
+        " ".join(f"{cell:{'<' if width < 0 else '>'}{abs(width)}}" for cell, width in zip(row, widths, strict=True))
+        for row in _cost_rows(priced)
+    )
+    return "\n".join([_heading(priced), "", *map(str.rstrip, lines)])
+
+
+def costs_table(priced: dict[str, Any]) -> Table:
+    """What `costs` returns, as a rich table."""
+    keys, *rows = _cost_rows(priced)
+    grid = _grid(keys, rows, numbers=True)
+    grid.title, grid.title_justify = Text(_heading(priced)), "left"
+    return grid
 
 
 def make(name: str, settings: dict[str, Any], geometry: Geometry) -> Mixer:
-    """A mixer of these settings as far as they are its own: all of the one they name, else what every mixer has.
-    It gets all heads."""
+    """A mixer of settings that may be another's.
+
+    Args:
+        name: which mixer.
+        settings: of a recipe's mixer. They count as a whole where they name this one, else window, sinks and combine.
+        geometry: all heads of the layer.
+    """
     cls = MIXERS[name]
     settings = {key: value for key, value in settings.items() if key != "softmax_heads"}
     if settings.get("name") != name:
@@ -160,7 +217,13 @@ def context(like: Tensor, cache: DynamicCache | None = None) -> Context:
 
 
 def decoder(mixer: Mixer, like: Tensor, batch: int = 1) -> Callable[[], Tensor]:
-    """What decodes one more token of zeros, in the dtype and on the device of `like`, with a cache of its own."""
+    """What decodes one more token of zeros, with a cache of its own.
+
+    Args:
+        mixer: of the layer.
+        like: a tensor of the dtype and device to use.
+        batch: rows.
+    """
     g = mixer.geometry
     q, k, v = (
         like.new_zeros(batch, heads, 1, width)
@@ -168,38 +231,35 @@ def decoder(mixer: Mixer, like: Tensor, batch: int = 1) -> Callable[[], Tensor]:
     )
     past = DynamicCache()
     layer = cache_layer(past, 0, mixer.config.window, mixer.config.sinks)
-    layer.lazy_initialization(batch, k, mixer.token_shape, mixer.empty_state(batch, k.device))
+    layer.lazy_initialization(batch, k, mixer.token_shape, mixer.initial_state(batch, k.device))
     return lambda: mixer(q, k, v, context(q, past))
 
 
 def step_flops(mixer: Mixer) -> int:
-    """Operations of one layer for one decoded token: window, write and read."""
-    step = decoder(mixer, torch.zeros(()))
-    with torch.no_grad(), Operations() as counted:
-        step()
-    return counted.total
+    """Operations of one layer for one decoded token: window, update and reading of the state."""
+    return operations(decoder(mixer, torch.zeros(())))
 
 
 def attention_flops(geometry: Geometry, tokens: int) -> int:
     """Operations of one layer of the source's attention for one decoded token after `tokens` others."""
     g = geometry
-    zeros = torch.zeros(1, g.heads, 1, g.key_width), torch.zeros(g.kv_heads, g.key_width, tokens)
-    with torch.no_grad(), Operations() as counted:
-        slot_attention(
-            *zeros, torch.zeros(g.kv_heads, tokens, g.value_width), torch.zeros(g.kv_heads, 1, tokens),
-            scaling=g.key_width**-0.5,
-        )  # fmt: skip
-    return counted.total
+    q, k = torch.zeros(1, g.heads, 1, g.key_width), torch.zeros(g.kv_heads, g.key_width, tokens)
+    v, bias = torch.zeros(g.kv_heads, tokens, g.value_width), torch.zeros(g.kv_heads, 1, tokens)
+    return operations(lambda: slot_attention(q, k, v, bias, scaling=g.key_width**-0.5))
 
 
-class Operations(TorchDispatchMode):
-    """Counts operations on floating-point numbers while it is on, in `total`.
+def operations(call: Callable[[], Any]) -> int:
+    """Operations on floating-point numbers that `call` does: those of its products, and one per number else."""
+    in_place = {torch.ops.aten.baddbmm_: lambda added, a, b, **_: 2 * math.prod(a) * b[-1]}  # torch has no formula
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as products, _Elementwise() as others:
+        call()
+    return products.get_total_flops() + others.total
 
-    A matrix product counts as torch's FlopCounterMode counts it, which sees nothing else and no product in place; any
-    other computation counts one per number that it makes, or for a reduction takes. Moving numbers is free.
-    """
 
-    ALSO = ("_softmax", "cumsum", "cummax", "logcumsumexp")
+class _Elementwise(TorchDispatchMode):
+    # FlopCounterMode counts products only, and a channel-wise recurrence has none: here every number that anything else
+    # computes counts one, and for a reduction every number that it takes. Moving numbers is free.
+    also = ("_softmax", "cumsum", "cummax", "logcumsumexp")
 
     def __init__(self):
         super().__init__()
@@ -207,14 +267,10 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        packet = func.overloadpacket
-        made = out[0] if isinstance(out, tuple) else out
-        outside = getattr(torch.ops.aten, packet.__name__.removesuffix("_"), None)
-        if outside in flop_registry:
-            self.total += int(flop_registry[outside](*args, **(kwargs or {}), out_val=out))
-        elif isinstance(made, Tensor) and (made.is_floating_point() or made.is_complex()):
+        made, name = out[0] if isinstance(out, tuple) else out, func.overloadpacket.__name__
+        if isinstance(made, Tensor) and (made.is_floating_point() or made.is_complex()):
             if torch.Tag.reduction in func.tags:
                 self.total += args[0].numel()
-            elif packet.__name__ in self.ALSO or (torch.Tag.pointwise in func.tags and packet.__name__ != "clone"):
+            elif name in self.also or (torch.Tag.pointwise in func.tags and name != "clone"):
                 self.total += made.numel()
         return out

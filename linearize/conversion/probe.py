@@ -1,18 +1,20 @@
 """Whether a model can be linearized: the conversion's own promises, checked on the model itself.
 
 Every check compares two runs of the same weights, so that random ones serve as well as trained ones. An architecture is
-supported when a tiny model of it passes; `linearize archs` lists those that did.
+supported when a tiny model of it passes; `linearize archs` lists those that did. A conversion of any other tries a tiny
+model first: if it fails, nothing is converted; where nothing can be tried, a warning says so.
 """
 
-import copy
+import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from linearize.checkpoint.sources import load_source, locate, read_config
 from linearize.errors import InputError
@@ -20,6 +22,7 @@ from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.branches import branches
 from linearize.model.modeling import linearize_
+from linearize.model.transformers_api import CONFIG_MAPPING
 
 EXACT = 1e-6
 """Of the largest logit: the control runs the source's own kernels, most often bit for bit."""
@@ -49,13 +52,17 @@ _SIZES: dict[str, Any] = {
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
+ROLES = "LoRA roles"
+"""The one check that a conversion can do without: it needs no adapters."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One promise: its name, whether it holds, and what was measured or is missing."""
 
     name: str
     ok: bool
-    found: str
+    detail: str
 
 
 def shrink(config: PreTrainedConfig, layers: int = 6) -> PreTrainedConfig:
@@ -122,7 +129,8 @@ def probe(model: PreTrainedModel, window: int = 8, sinks: int = 2) -> list[Check
 
     Args:
         model: a plain causal LM in evaluation mode.
-        window, sinks: of the mixers that are tried; small, so that short texts reach beyond them.
+        window: of the mixers that are tried; small, so that short texts reach beyond it.
+        sinks: of the same mixers.
 
     Returns:
         One entry per promise, in the order tried; those after a failure of the first two are missing.
@@ -166,8 +174,8 @@ class _Probe:
 
     def check(self, name: str, limit: float, measure: Callable[[], float]) -> bool:
         try:
-            found = measure()
-            self.checks.append(Check(name, found <= limit, f"{found:.1e} of the largest logit, at most {limit:.0e}"))
+            off = measure()
+            self.checks.append(Check(name, off <= limit, f"{off:.1e} of the largest logit, at most {limit:.0e}"))
         except Exception as error:  # the source's own code failed on what it was given
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"
             self.checks.append(Check(name, False, said[:200]))
@@ -218,35 +226,37 @@ class _Probe:
             return float((self.logits(self.tokens) - full).abs().max())
 
     def unrotated(self) -> float:
-        """What gates see in every layer, against the source's own forward of it with cos = 1 and sin = 0."""
+        """What gates see in every layer, against the source's own forward of it with cos = 1 and sin = 0.
+
+        Where the decoder layer gives no angles, all tokens of a layer's input are made the same: so must be its keys.
+        """
         calls: list[Any] = []
-        worst = 0.0
-        hooks = [
-            module.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
-            for module in linearized_modules(self.model)
-        ]
+        worst, modules = 0.0, linearized_modules(self.model)
+        hooks = [m.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True) for m in modules]
         self.logits(self.tokens, use_cache=False)
         for hook in hooks:
             hook.remove()
         for module, args, kwargs in calls:
+            x, kwargs = _by_name(module, args, kwargs)
             if kwargs.get("position_embeddings") is None:
-                continue
-            cos, sin = kwargs["position_embeddings"]
-            still = {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
-            seen = [_keys(module, args, each) for each in (kwargs, still)]
-            worst = max(worst, float((seen[0] - seen[1]).abs().max() / seen[1].abs().max()))
+                inputs = {name: each for name, each in kwargs.items() if getattr(each, "shape", None) == x.shape}
+                same = {name: each[:, :1].repeat(1, x.shape[1], 1) for name, each in {"": x, **inputs}.items()}
+                seen = _keys(module, same.pop(""), kwargs | same)
+                expected = seen[:, :, :1]
+            else:
+                cos, sin = kwargs["position_embeddings"]
+                still = {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+                seen, expected = _keys(module, x, kwargs), _keys(module, x, still)
+            worst = max(worst, float((seen - expected).abs().max() / expected.abs().max()))
         return worst
 
     def generated(self) -> float:
-        settings: dict[str, Any] = {
-            "max_new_tokens": 8,
-            "do_sample": False,
-            "eos_token_id": None,
-            "pad_token_id": 0,
-            "attention_mask": torch.ones_like(self.tokens),
-        }
-        cached = self.model.generate(self.tokens, **settings)  # type: ignore[operator]
-        plain = self.model.generate(self.tokens, use_cache=False, **settings)  # type: ignore[operator]
+        greedy: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        model: Any = self.model
+        cached, plain = (
+            model.generate(self.tokens, attention_mask=torch.ones_like(self.tokens), use_cache=use_cache, **greedy)
+            for use_cache in (True, False)
+        )
         return float((cached != plain).sum())
 
     def roles(self) -> None:
@@ -258,46 +268,34 @@ class _Probe:
                 played[role] = "none"
         # Experts are fused into one parameter each: there is no module to put an adapter on.
         ok = "none" not in [played[role] for role in architectures.ROLES]
-        self.checks.append(Check("LoRA roles", ok, ", ".join(f"{role}: {name}" for role, name in played.items())))
+        self.checks.append(Check(ROLES, ok, ", ".join(f"{role}: {name}" for role, name in played.items())))
 
 
-def _keys(module: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def _by_name(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states of a call of an attention module, and its other arguments by name."""
+    kwargs = {**kwargs, **dict(zip(("hidden_states", *module.arguments), args, strict=False))}
+    return kwargs.pop("hidden_states"), kwargs
+
+
+def _keys(module: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The keys before RoPE that a mixer is told of in one call."""
     seen: list[Tensor] = []
-
-    class Stop(Exception):
-        pass
-
-    def look(q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
-        seen.append(context.unrotate(k))
-        raise Stop
-
-    mixer = module.mixer
-    before, mixer.forward = mixer.forward, look
-    try:
-        with torch.no_grad():
-            module(*args, **kwargs)
-    except Stop:
-        pass
-    finally:
-        mixer.forward = before
+    hook = module.mixer.register_forward_pre_hook(lambda mixer, args: seen.append(args[3].unrotate(args[1])))
+    with torch.no_grad():
+        module(x, **kwargs)
+    hook.remove()
     return seen[0]
 
 
-def passes(checks: list[Check]) -> bool:
-    """Whether all promises hold."""
-    return all(check.ok for check in checks)
+def failures(checks: list[Check]) -> str:
+    """What does not hold, in one line; empty where all does."""
+    return "; ".join(f"{check.name}: {check.detail}" for check in checks if not check.ok)
 
 
 def text(checks: list[Check]) -> str:
     """The checks for a terminal, one per line."""
     width = max(len(check.name) for check in checks)
-    return "\n".join(f"{'ok' if c.ok else 'FAILS':<6} {c.name:<{width}}  {c.found}" for c in checks)
-
-
-def probe_tiny(config: PreTrainedConfig) -> list[Check]:
-    """`probe` of a tiny random model of a configuration."""
-    return probe(tiny(copy.deepcopy(config)))
+    return "\n".join(f"{'ok' if c.ok else 'FAILS':<6} {c.name:<{width}}  {c.detail}" for c in checks)
 
 
 def probe_named(name: str, package: str | None = None, small: bool = False) -> list[Check]:
@@ -312,6 +310,56 @@ def probe_named(name: str, package: str | None = None, small: bool = False) -> l
         InputError: it is not found, or its attention cannot be routed.
     """
     if small and name in CONFIG_MAPPING:
-        return probe_tiny(CONFIG_MAPPING[name]())
+        return probe(tiny(CONFIG_MAPPING[name]()))
     located = locate(name, package=package)
-    return probe_tiny(read_config(located)) if small else probe(load_source(located, "float32")[0])
+    return probe(tiny(read_config(located)) if small else load_source(located, "float32")[0])
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Refuse to convert what does not keep the promises; try what nobody has tried yet.
+
+    A model type that passed the probe is taken, and one that failed it is refused. Of any other (one's own, or newer
+    than this package) a tiny model is made and probed. Where that is not possible, a warning says so.
+
+    Args:
+        config: of the source.
+
+    Raises:
+        InputError: the model type fails the probe.
+    """
+    kind, known = config.model_type, architectures.record()
+    if kind in known["passes"]:
+        return
+    why = known["fails"].get(kind) or _attempt_once(type(config), config.to_json_string(use_diff=False))
+    if why.startswith(architectures.UNTRIED):
+        warnings.warn(
+            f"model type {kind!r}: nobody has shown that it converts exactly, and it cannot be tried here ({why}); "
+            "`linearize archs --probe MODEL` checks the model itself",
+            stacklevel=2,
+        )
+    elif why.startswith(ROLES):
+        warnings.warn(f"model type {kind!r}: converts exactly, but cannot get adapters ({why})", stacklevel=2)
+    elif why:
+        raise InputError(
+            f"model type {kind!r}: does not pass the probe ({why}); `linearize archs` lists what can, "
+            "`linearize archs --probe MODEL` shows what is missing in another version of transformers"
+        )
+
+
+def attempt(make: Callable[[], PreTrainedConfig]) -> str:
+    """The failures of a tiny model of a configuration, or why it cannot be tried; empty where all promises hold."""
+    model = None
+    try:
+        model = tiny(make())
+        return failures(probe(model))
+    except InputError as error:
+        return str(error).partition(": ")[2]
+    except Exception as error:
+        # Before it is linearized, it is the source's own code at sizes that it was not made for.
+        why = "stops" if model and linearized_modules(model) else f"{architectures.UNTRIED} that runs"
+        return f"{why} ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+
+
+@cache
+def _attempt_once(cls: type[PreTrainedConfig], values: str) -> str:
+    return attempt(lambda: cls.from_dict(json.loads(values)))

@@ -1,88 +1,128 @@
 """Attention modules of a source with their forward kept and their attention function routed to a mixer."""
 
 import copy
-import sys
+import inspect
 from contextlib import nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    Cache,
-    PreTrainedConfig,
-)
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, Cache, PreTrainedConfig
 
-from . import architectures, softmax_heads
+from . import architectures, softmax_heads, transformers_api
 from .decoding import steps
 from .mixers import MIXERS, Context, MixerConfig
 from .ops.rows import Rows
 
 IMPLEMENTATION = "linearize"
-# The mixed-in classes rely on the source's class that follows them; a type checker is told so.
-if TYPE_CHECKING:
-    from typing import Any as _Source
-else:
-    _Source = object
+"""Under which name transformers finds `attention`."""
+# Mixed-in classes rely on the source's class that follows them, which a type checker cannot know.
+_Source: Any = object
 
 
 # --- attention
 
 
 class LinearizedAttention(_Source):
-    """Mixed into the source's attention class. Holds `mixer` and, for the branches, which path runs now."""
+    """Mixed into the source's attention class.
 
+    Attributes:
+        source_class: the source's attention class.
+        arguments: names of the positional arguments of its forward, after the hidden states.
+        source_config: configuration of the whole model.
+        rope: how it rotates queries and keys.
+        mixer: what runs in place of the source's attention function.
+        softmax_heads: key/value heads that keep that function.
+        branch: which path runs now, of `branches.BRANCHES`.
+    """
+
+    source_class: ClassVar[type[nn.Module]]
+    arguments: ClassVar[tuple[str, ...]]
     branch: str = "all"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any):
+        """The source's own forward, told what the attention function inside it has to know.
+
+        Args:
+            hidden_states: [B, T, hidden size].
+            *args: of the source's forward.
+            **kwargs: of the source's forward, and what `_before_decoder` added.
+
+        Returns:
+            What the source's forward returns.
+
+        Raises:
+            RuntimeError: the decoder layer does not pass on what `_before_decoder` added.
+        """
+        if args:
+            kwargs.update(zip(self.arguments, args, strict=False))
         mask = kwargs.pop("attention_mask", None)
-        if isinstance(mask, _Carried):
+        if isinstance(mask, _MaskWithArguments):
             kwargs |= mask.arguments
             mask = mask.mask
-        told = "linearize_rows" in kwargs
+        complete = "linearize_rows" in kwargs
         rows, steps = kwargs.pop("linearize_rows", None), kwargs.pop("linearize_steps", None)
         if self.branch == "source":
-            return super().forward(hidden_states, *args, attention_mask=mask, **kwargs)
-        if not told:
+            return super().forward(hidden_states, attention_mask=mask, **kwargs)
+        if not complete:
             raise RuntimeError(
                 f"{type(self).__name__}: the decoder layer does not pass keyword arguments on, so padding cannot be "
-                "seen; its architecture needs a row in linearize/archs.py with drops_arguments"
+                "seen; its architecture needs a row in linearize/model/architectures.py with drops_arguments"
             )
         past = kwargs.pop("layer_past" if "layer_past" in kwargs else "past_key_values", None)
         call = _Call(past, rows, mask, kwargs.get("position_embeddings"), steps or {})
         if self.layer_idx in call.steps:
             call.steps[self.layer_idx][0].positions[self.layer_idx] = call.position_embeddings
-        return super().forward(hidden_states, *args, attention_mask=None, linearize_call=call, **kwargs)
+        return super().forward(hidden_states, attention_mask=None, linearize_call=call, **kwargs)
 
 
-class _Carried:
+class _MaskWithArguments(NamedTuple):
     """A mask with arguments for the attention on it, through decoder layers that drop arguments they do not know."""
 
-    def __init__(self, mask: Tensor | None, arguments: dict[str, Any]):
-        self.mask, self.arguments = mask, arguments
+    mask: Tensor | None
+    arguments: dict[str, Any]
 
 
-class _Call:
+class _Call(NamedTuple):
     """What the swapped forward hands to `attention` through the source's own forward."""
 
-    def __init__(self, past, rows, mask, position_embeddings, steps):
-        self.past, self.rows, self.mask = past, rows, mask
-        self.position_embeddings, self.steps = position_embeddings, steps
+    past: Cache | None
+    rows: Rows | None
+    mask: Any
+    position_embeddings: Any
+    steps: dict[int, Any]
 
 
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, linearize_call=None, **kwargs: Any
 ):
-    """The registered attention function: query [B, H, T, K], key [B, G, T, K], value [B, G, T, V] -> [B, T, H, V]."""
+    """The registered attention function, which the source's forward calls.
+
+    Args:
+        module: the linearized attention module.
+        query: [B, H, T, K].
+        key: [B, G, T, K].
+        value: [B, G, T, V].
+        attention_mask: the source's; None where `linearize_call` has it.
+        linearize_call: of `LinearizedAttention.forward`; None runs the source's attention.
+        **kwargs: of the source's attention function (scaling, softcap, s_aux, …).
+
+    Returns:
+        The outputs [B, T, H, V], and None for the weights, which are never made.
+    """
+
+    def source(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
+        return transformers_api.source_attention(module.source_config, module.source_class)(
+            module, q, k, v, mask, **kwargs
+        )
+
     if linearize_call is None:
-        return _source_attention(module)(module, query, key, value, attention_mask, **kwargs)
+        return source(query, key, value, attention_mask)
     call: _Call = linearize_call
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _source_attention(module)(module, q, k, v, call.mask, **kwargs)[0].transpose(1, 2)
+        return source(q, k, v, call.mask)[0].transpose(1, 2)
 
     def unrotate(x: Tensor) -> Tensor:
         return architectures.unrotate(module, x, call.position_embeddings)
@@ -107,33 +147,39 @@ def attention(
         return y.transpose(1, 2).contiguous(), None
 
 
-def _source_attention(module: Any):
-    implementation = module.source_config._attn_implementation
-    eager = sys.modules[module.source_class.__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-
-
 AttentionInterface.register(IMPLEMENTATION, attention)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+transformers_api.AttentionMaskInterface.register(IMPLEMENTATION, transformers_api.sdpa_mask)
 
 
 @cache
 def _attention_class(source: type[nn.Module]) -> type[nn.Module]:
-    name = f"Linearized{source.__name__}"
-    return type(name, (LinearizedAttention, source), {"source_class": source, "__module__": __name__})
+    parameters = inspect.signature(source.forward).parameters.values()
+    arguments = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[2:]
+    values = {"source_class": source, "arguments": arguments, "__module__": __name__}
+    return type(f"Linearized{source.__name__}", (LinearizedAttention, source), values)
 
 
 def swap_attention(model: nn.Module, path: str, config: PreTrainedConfig, mixer: MixerConfig) -> None:
-    """Turn one attention module of a source into a linearized one, or give a linearized one another mixer."""
+    """Turn one attention module of a source into a linearized one, or give a linearized one another mixer.
+
+    Args:
+        model: the whole model; changed in place.
+        path: of the module.
+        config: of the whole model, with its `linearize` block.
+        mixer: which, and its numbers.
+
+    Raises:
+        InputError: heads that stay softmax which the layer does not have, or all of them.
+    """
     module: Any = model.get_submodule(path)
     layer = model.get_submodule(path.rpartition(".")[0])
     if not isinstance(module, LinearizedAttention):
         if architectures.arch_of(config).drops_arguments:
             layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
         module.source_config = config
-        module.rotates = architectures.arch_of(config).rotates(module)
+        module.rope = architectures.rope_of(module, config)
         module.config = copy.copy(module.config)
-        module.config._attn_implementation_internal = IMPLEMENTATION
+        transformers_api.set_attention(module.config, IMPLEMENTATION)
         module.__class__ = _attention_class(type(module))
     reference = next(module.parameters())
     whole = architectures.reach(config, module.layer_idx) is None
@@ -149,9 +195,9 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     positions, rows = kwargs.get("position_ids"), None
     compiling = torch.compiler.is_compiling()
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        new = mask[:, -T:]
-        if not (compiling and T == 1 or bool(new.all())):
-            rows = Rows.from_padding(new)
+        mask = mask[:, -T:]
+        if not (compiling and T == 1 or bool(mask.all())):
+            rows = Rows.from_padding(mask)
     elif mask is None and positions is not None and T > 1 and not compiling:
         rows = Rows.from_positions(positions.expand(tokens.shape[0], -1))
     kwargs["linearize_rows"] = rows
@@ -166,23 +212,25 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
 def _before_layer(layer: Any, args: tuple, kwargs: dict[str, Any]):
     """Put what the attention needs on the mask, which every layer passes on."""
     arguments = {name: kwargs.pop(name) for name in ("linearize_rows", "linearize_steps") if name in kwargs}
-    kwargs["attention_mask"] = _Carried(kwargs.get("attention_mask"), arguments)
+    kwargs["attention_mask"] = _MaskWithArguments(kwargs.get("attention_mask"), arguments)
     return args, kwargs
 
 
 def _after_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Finish the decoding step: what the new token will be remembered by, for all layers that are alike."""
     modules = {m.layer_idx: m for m in decoder.linearized}
     for step in dict.fromkeys(step for step, _ in kwargs.get("linearize_steps", {}).values()):
-        step.finish(architectures.unrotate_layers([(modules[i], where) for i, where in step.positions.items()]))
+        step.finish(architectures.unrotate_layers([(modules[i], cos_sin) for i, cos_sin in step.positions.items()]))
 
 
 def hook_decoder(model: Any) -> None:
+    """Let the decoder of a model tell its linearized layers of padding and decoding steps, also after new ones came."""
     entered = architectures.arch_of(model.config).enters
     decoder: Any = model.get_submodule(entered) if entered else model.base_model
-    decoder.linearized = linearized_modules(model)
-    if _before_decoder not in decoder._forward_pre_hooks.values():
+    if not hasattr(decoder, "linearized"):
         decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True)
         decoder.register_forward_hook(_after_decoder, with_kwargs=True)
+    decoder.linearized = linearized_modules(model)
 
 
 def linearized_modules(model: nn.Module) -> list[Any]:

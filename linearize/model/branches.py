@@ -17,8 +17,8 @@ def branches(model: nn.Module, branch: str, layers: Collection[int] | None = Non
 
     Args:
         model: a linearized model, wrapped or not.
-        branch: `source`: the source's own softmax attention; `window`: memory off; `memory`: window off; `all`: as
-            converted.
+        branch: `source`: the source's own softmax attention; `window`: without the memory; `memory`: without the
+            window; `all`: as converted.
         layers: indices of the layers that take it, the others go on as before; None: all.
 
     Raises:

@@ -1,5 +1,6 @@
-"""The cache of one linearized layer: sinks, a ring of the last W tokens, and the recurrent state. Its size never grows,
-but for heads that stay softmax (mixers/heads.py), where there are some.
+"""The cache of one linearized layer: sinks, a ring of the last W tokens, and the recurrent state.
+
+Its size never grows, but for heads that stay softmax (softmax_heads.py), where there are some.
 
 Slots lie in one buffer of s + W: slot t holds token t for t < s; token t ≥ s lies in slot s + (t − s) mod W. A token
 that is overwritten is exactly the one that leaves the window, so it is read there, once, to enter the memory. Every row
@@ -7,13 +8,14 @@ counts its own real tokens, so rows of very different length share a batch. All 
 address.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers import Cache
 
 from .ops.rows import Rows
+from .transformers_api import CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer, new_layer
 
 
 class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -65,7 +67,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        """Never: the recurrent state has absorbed its tokens."""
+        """Never: the recurrent state cannot forget a token."""
         return False
 
     @property
@@ -91,19 +93,27 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks).remainder(self.window))
 
     def filled(self) -> Tensor:
-        """[B, s + W] bool: which slots hold a token once the next one is written."""
+        """[B, s + W] bool: which slots hold a token once the next one is there."""
         return torch.arange(self.sinks + self.window, device=self.device) <= self.tensors["count"][:, None]
 
     def in_order(self) -> Tensor:
-        """The W tokens before the next one, oldest first, [B, heads, W, width]; rows with fewer hold zeros or sinks
-        there."""
+        """The W tokens before the next one, oldest first.
+
+        Returns:
+            [B, heads, W, width]; rows with fewer tokens hold zeros or sinks in the first ones.
+        """
         x = self.tensors["tokens"]
         token = self.tensors["count"][:, None] - self.window + torch.arange(self.window, device=x.device)
         slot = self.sinks + (token - self.sinks).remainder(self.window)
         return x.gather(2, slot[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     def extend(self, new: Tensor, lengths: Tensor) -> None:
-        """Write a block of tokens new [B, heads, T, width], of which the first lengths [B] of each row are real."""
+        """Put a block of tokens into the slots; `advance` counts them later.
+
+        Args:
+            new: [B, heads, T, width].
+            lengths: int64 [B], how many tokens of each row are real; they come first.
+        """
         slot = torch.arange(self.sinks + self.window, device=self.device)
         count = self.tensors["count"][:, None]
         after = count + lengths[:, None]
@@ -117,11 +127,14 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         old.copy_(torch.where(take[:, None, :, None], new.detach().gather(2, index).to(old.dtype), old))
 
     def grow(self, new: Tensor) -> Tensor:
-        """Append a block of tokens new [B, heads, T, width] for heads that stay softmax; `advance` counts them later.
+        """Append a block of tokens for heads that stay softmax; `advance` counts them later.
+
+        Args:
+            new: [B, heads, T, width].
 
         Returns:
             All slots [B, heads, N + T, width]. Those of a row behind its tokens hold anything: the next block's first
-            token takes the place of this one's padding.
+            token replaces this one's padding.
         """
         x = new
         if self.grown is not None:
@@ -132,18 +145,24 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return x
 
     def check_start(self, rows: Rows | None) -> None:
-        """Refuse packed documents behind other tokens: they become rows of their own."""
+        """Refuse packed documents behind other tokens, with a ValueError: they become rows of their own."""
         if rows is not None and rows.packed and self.is_initialized:
             raise ValueError("packed documents can only start an empty cache")
 
     def advance(self, lengths: Tensor | int, tokens: int) -> None:
-        """Count `lengths` real tokens per row, out of `tokens` positions of the batch."""
+        """Count new tokens.
+
+        Args:
+            lengths: int64 [B] or one number, real tokens of each row.
+            tokens: positions of the batch, padding included.
+        """
         self.tensors["count"] += lengths
         self._length += tokens
 
     # --- the contract of transformers
 
     def update(self, *args: Any, **kwargs: Any):
+        """Refuse it: always a RuntimeError."""
         raise RuntimeError("a linearized layer's cache is written by its mixer; Cache.update has no meaning here")
 
     update_conv_state = update_recurrent_state = update
@@ -157,22 +176,26 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return query_length, 0
 
     def get_max_length(self) -> int:
+        """-1: any number of tokens."""
         return -1
 
     def reset(self) -> None:
+        """Forget all tokens; the slots stay allocated."""
         for x in self.tensors.values():
             x.zero_()
         self.grown = None
         self._length = self._length * 0
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to forget the last tokens: a RuntimeError, unless there are 0."""
         if tokens_to_remove != 0:
             raise RuntimeError(
-                "a linearized cache cannot be cropped: its recurrent state has already absorbed the tokens; "
+                "a linearized cache cannot be cropped: its recurrent state cannot forget single tokens; "
                 "use generation without assisted decoding"
             )
 
     def activate_past_recording(self) -> None:
+        """Refuse it: always a RuntimeError."""
         raise RuntimeError("a linearized cache cannot be rolled back, so assisted decoding is not possible")
 
     def _map(self, f) -> None:
@@ -181,25 +204,34 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.stack = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take row `beam_idx[b]`, int64 [B], as row b."""
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have every row `repeats` times."""
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, int64."""
         self._map(lambda x: x[indices])
 
     def offload(self) -> None:
+        """Move all tensors to the CPU."""
         self._map(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
+        """Move all tensors back to their device."""
         if self.is_initialized:
             self._map(lambda x: x.to(self.device, non_blocking=True))
 
 
 class Stack:
-    """The tensors of alike layers, one layer after the other along the batch: what all layers do at the same time is
-    then one operation. Each layer keeps its own rows as views.
+    """The tensors of alike layers, joined along the batch: what all of them do at the same time is one operation.
+
+    Each layer keeps its own rows as views.
+
+    Args:
+        layers: initialized, of equal shapes, dtype and device.
 
     Attributes:
         tensors: as of a layer, [L·B, ...] each.
@@ -225,6 +257,7 @@ class Stack:
 
     @property
     def state(self) -> tuple[Tensor, ...]:
+        """The recurrent states, [L·B, ...] each, in the order the mixer gave them."""
         return tuple(self.tensors[n] for n in self.layers[0].state_names)
 
     def advance(self) -> None:
@@ -234,16 +267,21 @@ class Stack:
             layer._length += 1
 
 
-def cache_layer(
-    cache: Cache, layer_idx: int, window: int, sinks: int, grows: bool = False
-) -> LinearizedCacheLayer:  # fmt: skip
-    """The linearized layer at `layer_idx` of any Cache, put there on first use; `grows` with heads that stay softmax.
+def cache_layer(cache: Cache, layer_idx: int, window: int, sinks: int, grows: bool = False) -> LinearizedCacheLayer:
+    """The linearized layer of any Cache, put there on first use.
+
+    Args:
+        cache: of transformers, of any kind.
+        layer_idx: the layer's index in it.
+        window: of a new layer, see `LinearizedCacheLayer`.
+        sinks: of a new layer.
+        grows: whether there are heads that stay softmax.
 
     Raises:
         RuntimeError: the layer there holds tokens already, or has a fixed size and must grow.
     """
     while len(cache.layers) <= layer_idx:
-        cache.layers.append(cast(Any, cache.layer_class_to_replicate)())
+        cache.layers.append(new_layer(cache))
     layer: Any = cache.layers[layer_idx]
     if not isinstance(layer, LinearizedCacheLayer):
         if layer.get_seq_length():

@@ -2,7 +2,7 @@
 
 A token enters the memory W steps after it arrived, so nothing of that depends on the layers before: it is done for all
 layers at once, before the first of them runs, and what the new token will be remembered by is computed after the last.
-What remains inside a layer is attention over its slots and one look into its state. On a small model, decoding time is
+What remains inside a layer is attention over its slots and one reading of its state. On a small model, decoding time is
 the number of operations.
 """
 
@@ -30,7 +30,7 @@ class Step:
         slot: [B, G, 1, D] int64, where the new token goes in each layer's slots.
         bias: [B·G, 1, s + W] fp32, 0 where a slot will be filled, −inf elsewhere.
         one: [B, G, 1, 1], in the dtype of the slots.
-        slots: layer's place in the stack -> its keys [B·G, K, s + W] and values [B·G, s + W, V], new token included.
+        slots: layer's index in the stack -> its keys [B·G, K, s + W] and values [B·G, s + W, V], new token included.
         positions: layer index -> the position embeddings its attention was called with, in the order of the layers.
     """
 
@@ -51,7 +51,7 @@ class Step:
             self.slots = list(zip(kept.k.flatten(0, 1).mT.split(size), kept.v.flatten(0, 1).split(size), strict=True))
         if mixer.delayed:
             leaving = Tokens(tokens.gather(2, self._slot), mixer.geometry)
-            mixer.absorb(mixer.write(leaving), stack.state)
+            mixer.update_state(mixer.updates(leaving), stack.state)
 
     def finish(self, unrotate: Callable[[Tensor], Tensor]) -> None:
         """Once the new token lies in the slots of every layer.
@@ -59,33 +59,36 @@ class Step:
         Args:
             unrotate: keys [L·B, G, 1, K] of the layers one after the other -> the same before RoPE, fp32.
         """
-        if self.mixer.delayed and self.mixer.carry_width:
+        width = self.mixer.kept_width if self.mixer.delayed else 0
+        if width:
             tokens = self.stack.tensors["tokens"]
             arrived = Tokens(tokens.gather(2, self._slot), self.mixer.geometry)
-            carry = self.mixer.carry(arrived.k, unrotate)
-            assert carry is not None
-            place = tokens[..., -self.mixer.carry_width :]
-            place.scatter_(2, self._slot[..., : self.mixer.carry_width], carry.to(place.dtype))
+            kept = self.mixer.kept_features(arrived.k, unrotate)
+            if kept is not None:
+                tokens[..., -width:].scatter_(2, self._slot[..., :width], kept.to(tokens.dtype))
         self.stack.advance()
 
 
 def steps(mixers: "dict[int, Mixer]", layers: list) -> "dict[int, tuple[Step, int]]":
-    """Layer index -> its step, one for all layers that are alike, and its place in the stack.
+    """Begin a decoding step of all layers that can share one.
 
-    A mixer with weights of its own writes in its own way, and a layer that has seen nothing has no slots: they are left
-    out.
+    A mixer with weights of its own has updates of its own, and a layer that has seen nothing has no slots: they are
+    left out.
 
     Args:
         mixers: layer index -> mixer.
         layers: of the Cache.
+
+    Returns:
+        Layer index -> its step, one for all layers that are alike, and the layer's index in the stack.
     """
     groups: dict[tuple, list[int]] = {}
     for index, mixer in mixers.items():
         layer = layers[index] if index < len(layers) else None
         if isinstance(layer, LinearizedCacheLayer) and layer.is_initialized and mixer.alike:
             groups.setdefault((*mixer.alike, layer.device, layer.dtype), []).append(index)
-    found = {}
+    begun = {}
     for indices in groups.values():
         step = Step(mixers[indices[0]], Stack.of([layers[i] for i in indices]))
-        found |= {index: (step, place) for place, index in enumerate(indices)}
-    return found
+        begun |= {layer: (step, index) for index, layer in enumerate(indices)}
+    return begun

@@ -8,38 +8,27 @@ Nothing here names an architecture.
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from threading import RLock
+from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
 from . import architectures
 from .attention import hook_decoder, linearized_modules, swap_attention
 from .cache import cache_layer
 from .mixers import MixerConfig, build_config
+from .transformers_api import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, conversion_rules, name_of
 
 FORMAT = 1
 """Version of the `linearize` block in config.json."""
 
 _home: dict[str, str | None] = {"module": __name__, "config": None, "model": None}
 """Where saving looks for the classes: their module, and the Auto classes that the saved code is registered with."""
-# The mixed-in classes rely on the source's class that follows them; a type checker is told so.
-if TYPE_CHECKING:
-    from typing import Any as _Source
-else:
-    _Source = object
+_making = RLock()
+# Mixed-in classes rely on the source's class that follows them, which a type checker cannot know.
+_Source: Any = object
 
 
 # --- factories
@@ -52,6 +41,15 @@ class LinearizedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+        """The configuration that a config.json holds, of the source's own class.
+
+        Args:
+            config_dict: content of the file, with its `linearize` block.
+            **kwargs: of the source's `from_dict`.
+
+        Raises:
+            InputError: no complete `linearize` block, a newer format, an unknown mixer or an unknown source.
+        """
         block = config_dict.get("linearize")
         if not isinstance(block, dict) or "source" not in block or "layers" not in block:
             raise InputError(
@@ -74,9 +72,14 @@ class LinearizedConfig(PreTrainedConfig):
         return config_class(CONFIG_MAPPING[source]).from_dict(config_dict, **kwargs)
 
 
-@cache
 def config_class(source: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The linearized subclass of a source's configuration class, registered together with its model class."""
+    with _making:  # one class per source, also when two threads ask at once
+        return _config_class(source)
+
+
+@cache
+def _config_class(source: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     # One __name__ for all, because saving and registering compare names; a distinct __qualname__, because registries of
     # recorded outputs are keyed by it.
     names: dict[str, Any] = {"__module__": _home["module"], "__qualname__": f"LinearizedConfig[{source.model_type}]"}
@@ -88,8 +91,13 @@ def config_class(source: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 class LinearizedForCausalLM(_Source):
-    """Mixed into the source's causal LM class; `AutoModelForCausalLM.from_pretrained` returns such a model."""
+    """Mixed into the source's causal LM class; `AutoModelForCausalLM.from_pretrained` returns such a model.
 
+    Attributes:
+        source_class: the source's causal LM class; None in this class alone, which has none.
+    """
+
+    source_class: ClassVar[Any] = None
     _is_stateful = True
     config: Any
 
@@ -102,27 +110,63 @@ class LinearizedForCausalLM(_Source):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
-        _inherit_conversions(cls)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        """Open a linearized folder.
+
+        Args:
+            *args: of transformers' method, the folder or Hub id first.
+            output_loading_info: return what was read beside the model.
+            **kwargs: of transformers' method.
+
+        Returns:
+            The model, or the model and what was read.
+
+        Raises:
+            InputError: tensors are missing, left over, or of another shape than config.json asks for.
+        """
+        if cls.source_class is None:
+            return AutoModelForCausalLM.from_pretrained(*args, output_loading_info=output_loading_info, **kwargs)
+        with conversion_rules(cls.__name__, cls.source_class):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = {k: sorted(info[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)}
         if wrong:
-            found = "; ".join(
+            problems = "; ".join(
                 f"{k.replace('_', ' ')}: {', '.join(map(str, v[:5]))} ({len(v)})" for k, v in wrong.items()
             )
-            raise InputError(f"{args[0]}: the tensors do not fit its config.json: {found}; convert the source again")
+            raise InputError(f"{args[0]}: the tensors do not fit its config.json: {problems}; convert the source again")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        _inherit_conversions(type(self))
-        super().save_pretrained(*args, **kwargs)
+        """Write the folder with the source's own tensor names; arguments of transformers' method."""
+        with conversion_rules(type(self).__name__, self.source_class):
+            super().save_pretrained(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an adapter whose tensors have the source's own names; arguments of transformers' method."""
+        with conversion_rules(type(self).__name__, self.source_class):
+            return super().load_adapter(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any):
+        """Refuse it.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(
             "continuous batching pages a softmax cache, which a linearized model does not have; use `generate` with a "
             "padded batch"
         )
 
     def prepare_inputs_for_generation(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any):
+        """The source's inputs of one step, and the padding.
+
+        Args:
+            *args: of the source's method.
+            attention_mask: [B, tokens so far], 0 for padding.
+            **kwargs: of the source's method.
+
+        Returns:
+            Arguments of `forward`.
+        """
         inputs = super().prepare_inputs_for_generation(*args, attention_mask=attention_mask, **kwargs)
         # With a static cache the padding is already folded into a 4-D mask, where rows of real tokens cannot be seen
         # any more.
@@ -137,29 +181,22 @@ class LinearizedForCausalLM(_Source):
         past = model_kwargs.get("past_key_values")
         if past is not None and not self.training:
             for module in linearized_modules(self):
-                if module.mixer.name != "softmax" and module.branch != "source":
+                if not module.mixer.keeps_source_cache and module.branch != "source":
                     grows = bool(module.softmax_heads)
                     cache_layer(past, module.layer_idx, module.mixer.window, module.mixer.sinks, grows)
 
 
-def _inherit_conversions(cls: type) -> None:
-    """Let transformers rename and join the checkpoint's tensors as it does for the source (fused experts, old names).
-
-    It finds these rules by class name or model type, and all linearized classes share both; so they are set anew
-    whenever a model is opened or saved.
-    """
-    source: Any = cls.__mro__[2]
-    names = (source.__name__, source.config_class.model_type)
-    rules = next((rules for name in names if (rules := get_checkpoint_conversion_mapping(name)) is not None), [])
-    register_checkpoint_conversion_mapping("LinearizedForCausalLM", rules, overwrite=True)
-
-
 @cache
 def model_class(source: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """The linearized subclass of a source's causal LM class, with the configuration class that belongs to it."""
+    """The linearized subclass of a source's causal LM class.
+
+    Args:
+        source: the source's class.
+        config: the linearized configuration class that belongs to it.
+    """
     names: dict[str, Any] = {"__module__": _home["module"], "__qualname__": f"LinearizedForCausalLM[{source.__name__}]"}
-    names["_auto_class"] = _home["model"]
-    return type("LinearizedForCausalLM", (LinearizedForCausalLM, source), {"config_class": config, **names})
+    names |= {"_auto_class": _home["model"], "config_class": config, "source_class": source}
+    return type("LinearizedForCausalLM", (LinearizedForCausalLM, source), names)
 
 
 AutoConfig.register("linearized", LinearizedConfig, exist_ok=True)
@@ -208,7 +245,7 @@ def linearize_(
     chosen = architectures.check_layers(paths, layers, model.config)
     block = getattr(model.config, "linearize", None)
     if block is None:
-        origin = {"model_type": model.config.model_type, "id": model.config._name_or_path or None, **(source or {})}
+        origin = {"model_type": model.config.model_type, "id": name_of(model.config), **(source or {})}
         model.config.__class__ = config_class(type(model.config))
         model.__class__ = model_class(type(model), type(model.config))
         model.config.linearize = block = {"format": FORMAT, "source": origin, "layers": {}}

@@ -3,9 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 from . import architectures, softmax_heads
 from .mixers import MIXERS, build_config
@@ -34,13 +32,12 @@ def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_by
         grown = batch * kept * g.kv_heads * (g.key_width + g.value_width) * dtype_bytes
         total += grown
         values = config.linearize["layers"].get(str(index))
-        if values is None or values["name"] == "softmax":
+        if values is None or MIXERS[values["name"]].keeps_source_cache:
             per_layer.append(grown)
-        else:
-            mixer = build_config(values)
-            with torch.device("meta"):
-                own = MIXERS[mixer.name](mixer, softmax_heads.others(g, mixer.softmax_heads)).state_bytes(
-                    batch, dtype_bytes
-                )
-            per_layer.append(own + grown * len(mixer.softmax_heads) // g.kv_heads)
+            continue
+        config_of_layer = build_config(values)
+        with torch.device("meta"):
+            rest = softmax_heads.others(g, config_of_layer.softmax_heads)
+            own = MIXERS[values["name"]](config_of_layer, rest).state_bytes(batch, dtype_bytes)
+        per_layer.append(own + grown * len(config_of_layer.softmax_heads) // g.kv_heads)
     return {"source_kv": total, "linearized": sum(per_layer), "per_layer": per_layer}

@@ -1,5 +1,7 @@
-"""Heads that stay softmax inside a linearized layer: some key/value heads, with their query heads, keep the source's
-attention over all tokens and a cache that grows; the mixer has the others, as if the layer had no more than those.
+"""Heads that stay softmax inside a linearized layer.
+
+Some key/value heads, with their query heads, keep the source's attention over all tokens and a cache that grows; the
+mixer has the others, as if the layer had no more than those.
 
 Few heads of a model look far back, and they are spread over its layers (RecurFormer, arXiv 2410.12850; DuoAttention,
 arXiv 2410.10819).
@@ -21,7 +23,12 @@ from .tokens import Geometry
 
 
 def others(geometry: Geometry, kept: Sequence[int], whole: bool = True) -> Geometry:
-    """The shapes of a layer without the heads that stay softmax; `whole`: the source's attention sees the whole text.
+    """The shapes of a layer without the heads that stay softmax.
+
+    Args:
+        geometry: of the whole layer.
+        kept: key/value heads that stay softmax.
+        whole: whether the source's attention sees the whole text there.
 
     Raises:
         InputError: an index that no key/value head has, or none is left for the mixer; or a sliding window.
@@ -43,31 +50,45 @@ def others(geometry: Geometry, kept: Sequence[int], whole: bool = True) -> Geome
 
 
 @lru_cache
-def _places(kept: tuple[int, ...], groups: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _order(kept: tuple[int, ...], groups: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of the kept heads, of the others, and what puts the two, joined, back into order."""
     rest = [g for g in range(groups) if g not in kept]
-    there = torch.tensor([*kept, *rest], device=device)
-    return there[: len(kept)], there[len(kept) :], there.argsort()
+    heads = torch.tensor([*kept, *rest], device=device)
+    return heads[: len(kept)], heads[len(kept) :], heads.argsort()
 
 
 def pick(x: Tensor, groups: int, index: Tensor) -> Tensor:
-    """Of x [B, n·groups, ...], the n entries of each group in `index`."""
+    """The entries of some groups.
+
+    Args:
+        x: [B, n·groups, ...].
+        groups: how many.
+        index: int64 [m], which.
+
+    Returns:
+        [B, n·m, ...].
+    """
     return x.unflatten(1, (groups, -1)).index_select(1, index).flatten(1, 2)
 
 
 def run(mixer: Any, kept: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-    """A layer's attention, q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> y [B, H, T, V].
+    """A layer's attention.
 
     Args:
-        mixer: of the other heads, or what stands in its place; it is called as a mixer is.
+        mixer: of the other heads, or what is called instead of it.
         kept: key/value heads that stay softmax.
-        q, k, v: of all heads, as the source made them.
+        q: [B, H, T, K], as the source made it.
+        k: [B, G, T, K].
+        v: [B, G, T, V].
         context: of the whole layer.
+
+    Returns:
+        y [B, H, T, V].
     """
     if not kept:
         return mixer(q, k, v, context)
     G = k.shape[1]
-    own, rest, order = _places(kept, G, q.device)
+    own, rest, order = _order(kept, G, q.device)
 
     def part(index: Tensor) -> tuple[list[Tensor], Context]:
         extra = None if context.extra is None else pick(context.extra[None], G, index)[0]
@@ -88,11 +109,9 @@ def run(mixer: Any, kept: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, cont
     if layer is not None:
         x = layer.grow(x)
     ks, vs = x.split([ks.shape[-1], vs.shape[-1]], -1)
-    y = causal_attention(
-        qs, ks, vs, seen=seen, scaling=context.scaling, softcap=context.softcap, extra=inside.extra
-    )  # fmt: skip
+    y = causal_attention(qs, ks, vs, seen=seen, scaling=context.scaling, softcap=context.softcap, extra=inside.extra)
     y = y if rows is None else rows.scatter(y)
     # Behind it: this counts the new tokens.
     arguments, inside = part(rest)
-    both = [each.unflatten(1, (len(index), -1)) for each, index in ((y, own), (mixer(*arguments, inside), rest))]
-    return torch.cat(both, 1).index_select(1, order).flatten(1, 2)
+    parts = [each.unflatten(1, (len(index), -1)) for each, index in ((y, own), (mixer(*arguments, inside), rest))]
+    return torch.cat(parts, 1).index_select(1, order).flatten(1, 2)

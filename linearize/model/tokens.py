@@ -12,6 +12,10 @@ class Geometry:
     """Shapes of one attention layer: query heads H, key/value heads G, key width K, value width V.
 
     Attributes:
+        heads: H.
+        kv_heads: G.
+        key_width: K.
+        value_width: V.
         missing: key/value heads of the layer that are not among these, because they stay softmax.
     """
 
@@ -23,42 +27,52 @@ class Geometry:
 
     def schedule(self, make: Callable[[int], Tensor]) -> Tensor:
         """Constants that differ from head to head, of the heads that are here: `make` gives them [G, ...] for all key/
-        value heads of the layer, by their number."""
+        value heads of the layer, by their index."""
         whole = self.kv_heads + len(self.missing)
         return make(whole)[[g for g in range(whole) if g not in self.missing]]
 
 
 class Tokens:
-    """Columns [k | 1 | v | 1 | carry] of one tensor x [B, G, T, K + V + 2 + C].
+    """Columns [k | 1 | v | 1 | kept] of one tensor x [B, G, T, K + V + 2 + C].
 
     A token that does not exist (padding, an empty slot) is a row of zeros. The ones lie so that a key and a value each
-    have theirs at hand, which is how sums of weights are carried beside sums of values.
+    have theirs at hand, which is how sums of weights are kept beside sums of values.
     """
 
     def __init__(self, x: Tensor, geometry: Geometry):
         self.x, self.K, self.V = x, geometry.key_width, geometry.value_width
 
     @classmethod
-    def join(cls, k: Tensor, v: Tensor, carry: Tensor | None, one: Tensor, geometry: Geometry) -> "Tokens":
-        """From keys [B, G, T, K], values [B, G, T, V], carry [B, G, T, C] or None and ones [B, G, T, 1]."""
-        return cls(torch.cat([k, one, v, one] if carry is None else [k, one, v, one, carry.to(k.dtype)], -1), geometry)
+    def join(cls, k: Tensor, v: Tensor, kept: Tensor | None, one: Tensor, geometry: Geometry) -> "Tokens":
+        """Put tokens together.
+
+        Args:
+            k: [B, G, T, K].
+            v: [B, G, T, V].
+            kept: what else is kept of each token (`Mixer.kept_features`), [B, G, T, C], or None.
+            one: [B, G, T, 1], ones.
+            geometry: of the layer.
+        """
+        return cls(torch.cat([k, one, v, one] if kept is None else [k, one, v, one, kept.to(k.dtype)], -1), geometry)
 
     @property
     def k(self) -> Tensor:
+        """Keys [B, G, T, K]."""
         return self.x[..., : self.K]
 
     @property
     def k1(self) -> Tensor:
-        """[k | 1]"""
+        """[k | 1], [B, G, T, K + 1]."""
         return self.x[..., : self.K + 1]
 
     @property
     def v(self) -> Tensor:
+        """Values [B, G, T, V]."""
         return self.x[..., self.K + 1 : self.K + 1 + self.V]
 
     @property
     def v1(self) -> Tensor:
-        """[v | 1]"""
+        """[v | 1], [B, G, T, V + 1]."""
         return self.x[..., self.K + 1 : self.K + self.V + 2]
 
     @property
@@ -67,5 +81,6 @@ class Tokens:
         return self.x[..., self.K : self.K + 1]
 
     @property
-    def carry(self) -> Tensor:
+    def kept(self) -> Tensor:
+        """What else is kept of each token, [B, G, T, C]."""
         return self.x[..., self.K + self.V + 2 :]

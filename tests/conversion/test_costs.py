@@ -1,9 +1,13 @@
 """What each mixer is and costs: counted operations against counts made by hand and by torch."""
 
 import json
+import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
+from helpers.scripts import SCRIPTS
 from helpers.tiny import save_source, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -67,6 +71,8 @@ def test_costs_are_those_of_the_converted_model(source):
         assert row["new_weights"] == sum(p.numel() for m in mixers for p in m.parameters())
         assert row["state_bytes"] == sum(m.state_bytes(1, 2) for m in mixers)
     assert all(row["flops"] > found["mixers"]["window"]["flops"] for n, row in found["mixers"].items() if n != "window")
+    grid = costs.costs_table(found)
+    assert grid.row_count == 1 + len(found["mixers"]) and source.name in str(grid.title)
     lines = costs.table(found).splitlines()
     assert len(lines) == 4 + len(found["mixers"])
     assert lines[-1].split()[0] == list(found["mixers"])[-1]
@@ -83,12 +89,38 @@ def test_every_recurrence_says_what_it_is():
     assert list(rows) == list(MIXERS)
     for name, row in rows.items():
         assert row["about"] and row["rule"] and row["state"] and row["backends"][0] == "torch", name
-        if MIXERS[name].recurrent:
-            assert row["papers"], name
+        # Its own, not those of the class that it inherits code from.
+        assert {"summary", "rule", "papers", "state"} <= vars(MIXERS[name]).keys(), name
+        assert bool(row["papers"]) == (name != "softmax") and "arXiv" not in row["about"] + row["rule"]
         assert name in costs.text(rows)
     assert "S_t = (I − β_t k̂_t k̂_tᵀ) S_{t-1} + β_t k̂_t v_tᵀ" in rows["delta_net"]["rule"]
     assert rows["kda"]["papers"] == ["2510.26692"]
-    assert rows["delta_net"]["state"] == "State per layer: 4·G·K·V bytes"
+    assert rows["delta_net"]["state"] == "4·G·K·V bytes"
+    assert costs.mixers_table(rows).row_count == len(rows)
+
+
+def test_it_says_so_without_docstrings_too():
+    """python -OO strips them."""
+    code = "import json; from linearize.conversion import costs; print(json.dumps(costs.describe()))"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True)
+    assert json.loads(done.stdout) == json.loads(json.dumps(costs.describe())), done.stderr
+
+
+def test_the_evidence_is_that_of_the_committed_results():
+    evidence = runpy.run_path(str(SCRIPTS / "mixer_evidence.py"))["evidence"]()
+    assert evidence == json.loads(costs.EVIDENCE.read_text()), "run scripts/mixer_evidence.py"
+    assert set(evidence) == {name for name, mixer in MIXERS.items() if mixer.recurrent}
+    rows = costs.describe()
+    assert rows["window"]["evidence"] is None
+    assert rows["clusters"]["evidence"]["change"] < -0.2 and evidence["clusters"]["result"].startswith("trained: ")
+    assert "-29.2%: 30.13 for 42.54; trained: eval/results/smollm2-135m-best.json" in costs.text(rows)
+
+
+def test_a_mixer_without_a_result_says_so(monkeypatch, tmp_path):
+    (tmp_path / "evidence.json").write_text("{}")
+    monkeypatch.setattr(costs, "EVIDENCE", tmp_path / "evidence.json")
+    text = costs.text({name: row for name, row in costs.describe().items() if name in ("gla", "window")})
+    assert "against the window: a control" in text and "against the window: not measured" in text
 
 
 def test_kernels_are_listed_where_they_run(monkeypatch):

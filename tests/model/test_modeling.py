@@ -14,7 +14,7 @@ from linearize.errors import InputError
 from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.branches import branches
-from linearize.model.mixers import MIXERS, build_config
+from linearize.model.mixers import MIXERS
 from linearize.model.modeling import FORMAT, linearize_
 from linearize.model.sizes import state_bytes
 
@@ -23,8 +23,9 @@ MIXTURES = [
     for name, cls in MIXERS.items()
     for combine in cls.combines
 ]
-# Combining is code that all mixers share, and tests/test_registry.py holds every mixer to its part for every way to
-# combine; what does not depend on that is asked of one way per mixer, and of all of the Liger-compatible one's.
+# Combining is code that all mixers share, and tests/model/mixers/test_registry.py holds every mixer to its part for
+# every way to combine; what does not depend on that is asked of one way per mixer, and of all of the Liger-compatible
+# one's.
 ONCE = [m for m in MIXTURES if m["name"] == "gla" or m["combine"] == MIXERS[m["name"]].combines[0]]
 
 
@@ -47,7 +48,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_pos
 
 def test_unrotated_keys_are_those_of_a_forward_without_rope(monkeypatch):
     """What gates see in every layer, against the source's own forward of that layer with cos = 1 and sin = 0; here with
-    angles that YaRN has scaled. tests/test_archs.py does it for every architecture."""
+    angles that YaRN has scaled. tests/model/test_architectures.py does it for every architecture."""
     model, x = tiny_model("llama", rope_parameters=YARN), tokens(1, 12)
     linearize_(model, {"name": "gla", "combine": "none"})
     seen, calls = [], []
@@ -356,22 +357,6 @@ def test_tensors_that_do_not_fit_are_an_error(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="missing keys: model.layers.0.self_attn.q_proj.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"name": "glaa"}, "Did you mean 'gla'"),
-        ({"name": "gla", "window": 0, "sinks": -1}, "window: found 0; expected at least 1; mixer.sinks: found -1"),
-        ({"name": "gla", "window": "64"}, "expected int"),
-        ({"name": "gla", "sinks": True}, "expected int"),
-        ({"name": "gla", "combine": "both"}, "allowed: memory, liger, none"),
-        ({"name": "window", "combine": "liger"}, "allowed: none"),
-    ],
-)
-def test_bad_mixers_are_named(values, says):
-    with pytest.raises(InputError, match=says):
-        build_config(values)
 
 
 def test_layers_out_of_range_are_named():

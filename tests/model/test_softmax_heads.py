@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers.modeling import LIMIT, check_padded_rows, difference, in_pieces, logits, tokens
+from helpers.oracles import naive_window_attention
 from helpers.tiny import tiny_model
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -15,7 +16,6 @@ from linearize.model.branches import branches
 from linearize.model.mixers import MIXERS, build_config
 from linearize.model.modeling import linearize_
 from linearize.model.ops import causal
-from linearize.model.ops.window import naive_window_attention
 from linearize.model.sizes import state_bytes
 from linearize.recovery.calibrate import fit
 

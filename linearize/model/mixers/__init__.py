@@ -1,69 +1,24 @@
-"""The mixers a user can name. One file each; the file name is the mixer's name."""
+"""The mixers that a user can name, one file each."""
 
 from dataclasses import MISSING, fields
+from importlib import import_module
 from typing import Any
 
 from ...errors import InputError, suggest
-from ..mixers import (
-    aaren,
-    clusters,
-    delta_net,
-    gated_deltanet,
-    gateloop,
-    gla,
-    gsa,
-    hedgehog,
-    hgrn,
-    hgrn2,
-    kda,
-    lightnet,
-    linear,
-    lru,
-    mamba2,
-    min_gru,
-    min_lstm,
-    retnet,
-    rg_lru,
-    rwkv6,
-    rwkv7,
-    softmax,
-    window,
-)
-from ..mixers.base import Context, Geometry, Mixer, MixerConfig
+from .base import Context, Geometry, Mixer, MixerConfig
 
-_FILES = (
-    softmax,
-    window,
-    linear,
-    hedgehog,
-    gla,
-    hgrn2,
-    gsa,
-    retnet,
-    mamba2,
-    lightnet,
-    gateloop,
-    rwkv6,
-    rwkv7,
-    clusters,
-    delta_net,
-    gated_deltanet,
-    kda,
-    rg_lru,
-    hgrn,
-    min_gru,
-    min_lstm,
-    lru,
-    aaren,
-)
-
-MIXERS: dict[str, type[Mixer]] = {m.Mixer.name: m.Mixer for m in _FILES}
+NAMES = (
+    "softmax", "window", "linear", "hedgehog", "gla", "hgrn2", "gsa", "retnet", "mamba2", "lightnet", "gateloop",
+    "rwkv6", "rwkv7", "clusters", "delta_net", "gated_deltanet", "kda", "rg_lru", "hgrn", "min_gru", "min_lstm", "lru",
+    "aaren",
+)  # fmt: skip
+MIXERS: dict[str, type[Mixer]] = {name: import_module(f"{__name__}.{name}").Mixer for name in NAMES}
 
 __all__ = ["MIXERS", "Context", "Geometry", "Mixer", "MixerConfig", "build_config"]
 
 
 def build_config(values: dict[str, Any]) -> MixerConfig:
-    """The checked configuration of the mixer that `values["name"]` names.
+    """The checked configuration of the mixer that `values["name"]` names; what is not given has its default.
 
     Raises:
         InputError: one paragraph that lists every problem: unknown name, unknown key, wrong type, value out of range.

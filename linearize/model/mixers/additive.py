@@ -48,7 +48,7 @@ class Features:
     bounded: bool = True
 
 
-def softmax_pm(x: Tensor) -> Tensor:
+def _softmax_pm(x: Tensor) -> Tensor:
     return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
 
@@ -65,7 +65,7 @@ def _elu1(x: Tensor) -> Tensor:
 
 FEATURES = {
     "softmax": Features(lambda x: x.softmax(-1)),
-    "softmax+-": Features(softmax_pm, times=2),
+    "softmax+-": Features(_softmax_pm, times=2),
     "exp+-": Features(_exp_pm, times=2, bounded=False),
     "relu": Features(F.relu),
     "elu+1": Features(_elu1),
@@ -90,15 +90,15 @@ class Config(base.MixerConfig):
     """Whether the published form divides by the sum of weights."""
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        problems = super().problems()
         name = self.features
         if name not in self.allowed:
-            found.append(f"features: found {name!r}; expected one of {', '.join(self.allowed)}")
+            problems.append(f"features: found {name!r}; expected one of {', '.join(self.allowed)}")
         elif name == EXPANSION and self.combine == "liger":
-            found.append("features: expansion has a normaliser that liger's fixed half cannot use; use softmax")
+            problems.append("features: expansion has a normaliser that liger's fixed half cannot use; use softmax")
         elif name != EXPANSION and not (FEATURES[name].bounded or self.divides or self.combine == "memory"):
-            found.append(f"features: {name} needs the normaliser of combine: memory; use softmax")
-        return found
+            problems.append(f"features: {name} needs the normaliser of combine: memory; use softmax")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Expanding(Config):
 
 
 class Mixer(base.Mixer):
-    """Base of the additive mixers. A mixer defines `log_decay`, unless nothing fades."""
+    """Base of the additive mixers. A mixer defines `log_decay`, unless nothing fades or channels do as in GLA."""
 
     Config = Config
 
@@ -153,7 +153,7 @@ class Mixer(base.Mixer):
     def log_decay(self, raw_k: Tensor) -> Tensor | None:
         """ln of the decay per channel [B, G, T, K] or per token [B, G, T, 1] (what broadcasts to it where it is not
         keyed), from keys before RoPE [B, G, T, K] fp32; None: nothing fades."""
-        return None
+        return F.logsigmoid(raw_k) / self.config.gate_normalizer if self.keyed else None
 
     def query_features(self, raw_q: Tensor, context: base.Context) -> Tensor:
         """What reads the state [B, H, T, ·], from queries before RoPE [B, H, T, K] fp32."""
@@ -165,25 +165,21 @@ class Mixer(base.Mixer):
 
     # --- the contract of base.Mixer
 
-    @property
-    def carry_width(self):
-        return int(self.keyed) if self.expands else self.geometry.key_width
-
     def query(self, q, context):
         return q if self.expands else self.query_features(context.unrotate(q), context)
 
-    def carry(self, k, unrotate):
+    def kept_features(self, k, unrotate):
         if not self.expands:
             return unrotate(k)
         decay = self.log_decay(unrotate(k)) if self.keyed else None
         return None if decay is None else decay.mean(-1, keepdim=True)
 
-    def write(self, tokens):
+    def updates(self, tokens):
         if self.expands:
-            decay = tokens.carry if self.keyed else self.log_decay(tokens.present)
+            decay = tokens.kept if self.keyed else self.log_decay(tokens.present)
             decay = tokens.present * 0 if decay is None else decay * tokens.present
             return tokens.k1, tokens.v1, decay
-        raw_k = tokens.carry.float()
+        raw_k = tokens.kept.float()
         # φ(0) is not 0, but an absent token has no value either.
         k, v = self.key_features(raw_k), (tokens.v1 if self.divides else tokens.v).float()
         decay = self.log_decay(raw_k)
@@ -192,32 +188,32 @@ class Mixer(base.Mixer):
         decay = decay * tokens.present
         return k, v, torch.cat([decay] * (k.shape[-1] // raw_k.shape[-1]), -1) if decay.shape[-1] > 1 else decay
 
-    def recur(self, read, writes: Any, state: Any, context):
+    def scan(self, query, updates: Any, state: Any, context):
         if self.expands:
             y, weight, final = expansion.run(
-                read, *writes, state=state, scaling=context.scaling, strength=self.config.strength
+                query, *updates, state=state, scaling=context.scaling, strength=self.config.strength
             )
             return y, weight if self.weighted else None, final
-        y, final = run_additive(read, *writes, state=state[0])
+        y, final = run_additive(query, *updates, state=state[0])
         return *self.divided(y), (final,)
 
-    def absorb(self, writes: Any, state: Any):
+    def update_state(self, updates: Any, state: Any):
         if self.expands:
-            expansion.absorb(*writes, state=state, strength=self.config.strength)
+            expansion.update_state(*updates, state=state, strength=self.config.strength)
         else:
-            k, v, *decay = writes
-            additive.absorb(k, v, decay[0] if decay else None, state[0])
+            k, v, *decay = updates
+            additive.update_state(k, v, decay[0] if decay else None, state[0])
 
-    def look(self, read, state: Any, context):
+    def read_state(self, query, state: Any, context):
         if self.expands:
-            y = expansion.look(read, state, scaling=context.scaling)
+            y = expansion.read_state(query, state, scaling=context.scaling)
             return y if self.weighted else y[..., :-1]
-        return self.joined(*self.divided(additive.look(read, state[0])))
+        return self.joined(*self.divided(additive.read_state(query, state[0])))
 
-    def empty_state(self, batch, device):
+    def initial_state(self, batch, device):
         g = self.geometry
         if self.expands:
-            return expansion.empty_state(batch, g.kv_heads, g.key_width, g.value_width, device)
+            return expansion.initial_state(batch, g.kv_heads, g.key_width, g.value_width, device)
         width = g.value_width + self.divides
         return (torch.zeros(batch, g.kv_heads, self.feature_width, width, device=device),)
 
@@ -236,8 +232,3 @@ class Mixer(base.Mixer):
         # Not total.log(): its gradient at zero is 0/0.
         weight = (safe.log() + self.config.strength).masked_fill(total < FLOOR, float("-inf"))
         return y, weight.squeeze(-1)
-
-    @staticmethod
-    def joined(y: Tensor, weight: Tensor | None) -> Tensor:
-        """As `look` returns it."""
-        return y if weight is None else torch.cat([y, weight.unsqueeze(-1)], -1)

@@ -11,69 +11,21 @@ closed. liger: 0.5·window + 0.5·recurrence over all tokens (arXiv 2503.01496).
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from ..cache import LinearizedCacheLayer, Stack, cache_layer
 from ..decoding import Step
 from ..ops.rows import Rows
 from ..ops.window import slot_attention, window_attention
 from ..tokens import Geometry, Tokens
-
-
-@dataclass(frozen=True)
-class MixerConfig:
-    """What every mixer has; a mixer's file adds its own numbers. JSON-safe, stored in the checkpoint.
-
-    Attributes:
-        name: the mixer's file name.
-        combine: memory | liger | none.
-        window: W ≥ 1 tokens of exact attention, the query's own included.
-        sinks: s ≥ 0 first tokens that stay exact.
-        softmax_heads: key/value heads that stay softmax, with their query heads, ascending; see mixers/heads.py.
-        calibrated: whether a memory that has a log weight also has a weight `gate` [H] that is added to it, one number
-            per head, as `linearize calibrate` fits it. A memory without a log weight always has its gate.
-    """
-
-    name: str = ""
-    combine: str = "memory"
-    window: int = 64
-    sinks: int = 4
-    softmax_heads: tuple[int, ...] = ()
-    calibrated: bool = False
-
-    @classmethod
-    def preset(cls, combine: str) -> dict[str, Any]:
-        """Defaults that differ for one way of combining."""
-        return {}
-
-    def problems(self) -> list[str]:
-        """What is wrong with the values, each as `key: found; expected`."""
-        found = []
-        if self.window < 1:
-            found.append(f"window: found {self.window}; expected at least 1")
-        if self.sinks < 0:
-            found.append(f"sinks: found {self.sinks}; expected at least 0")
-        if list(self.softmax_heads) != sorted({g for g in self.softmax_heads if g >= 0}):
-            found.append(f"softmax_heads: found {list(self.softmax_heads)}; expected different indices, ascending")
-        return found
-
-    def _above_zero(self, *keys: str) -> list[str]:
-        """The problems of numbers that must be above 0."""
-        values = {key: getattr(self, key) for key in keys}
-        return [f"{key}: found {x}; expected above 0" for key, x in values.items() if not x > 0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Without the heads that stay softmax where there are none, as folders were before they were possible."""
-        values = asdict(self)
-        heads = list(values.pop("softmax_heads"))
-        return {**values, "softmax_heads": heads} if heads else values
+from .config import MixerConfig
 
 
 @dataclass
@@ -82,13 +34,15 @@ class Context:
 
     Attributes:
         layer_idx: the layer's index in the cache.
-        scaling, softcap, extra: the source's score scale, soft cap and [H] logits without a value (or None).
+        scaling: the source's, of scores q·k.
+        softcap: the source's, or None.
+        extra: the source's logits without a value [H], or None.
         unrotate: queries or keys -> the same before RoPE, fp32.
         rows: left-aligned view of a padded or packed batch, or None.
         cache: the Cache to continue and update, or None.
-        branch: all | window (memory off) | memory (window off).
+        branch: all | window (without the memory) | memory (without the window).
         attend: the source's own attention over (q, k, v), for the control; y [B, H, T, V].
-        steps: layer index -> the decoding step it shares with other layers, and its place among them.
+        steps: layer index -> the decoding step it shares with other layers, and its index among them.
     """
 
     layer_idx: int
@@ -103,10 +57,17 @@ class Context:
     steps: dict[int, tuple[Step, int]] = field(default_factory=dict)
 
 
-Near = tuple[Tensor, Tensor | None] | None
-"""The window's y [B, H, T, V] and, where a weight is to be shared, its log-sum-exp [B, H, T]; None where it is off."""
-Far = tuple[Tensor, Tensor | None] | None
-"""The recurrence's y [B, H, T, V] and its log weight [B, H, T], if it has one; None where nothing left the window."""
+class Branch(NamedTuple):
+    """What the window or the recurrence alone gives.
+
+    Attributes:
+        y: [B, H, T, V].
+        log_weight: [B, H, T] fp32, the log of the sum of its weights, by which it shares one softmax with the other
+            branch: the window's log-sum-exp; None where it shares none.
+    """
+
+    y: Tensor
+    log_weight: Tensor | None
 
 
 class Mixer(nn.Module):
@@ -115,8 +76,15 @@ class Mixer(nn.Module):
     The one rule of a recurrence: a token that does not exist leaves the state as it was.
 
     Attributes:
-        window, sinks: in force now; those of the configuration, unless `modeling.windows` cuts them.
-        windowed: whether it has a window. delayed: whether a token enters the state only when it leaves the window.
+        name: the name of its file, in lower case, by which a user chooses it.
+        summary: what it is, in a line. rule: its formulas. papers: arXiv ids. state: the size of a layer's state.
+        recurrent: whether there is a recurrence.
+        scheduled: whether a head's updates depend on its index in the layer; then see `Geometry.schedule`.
+        window: in force now; that of the configuration, unless `branches.windows` cuts it.
+        sinks: the same.
+        windowed: whether it has a window.
+        delayed: whether a token enters the state only when it leaves the window.
+        kept_width: C of `kept_features`.
         gate: [H] or None. A memory with a log weight gets it added (`calibrated`); any other is multiplied by tanh of
             it, which starts at 0: the plain window.
     """
@@ -125,8 +93,13 @@ class Mixer(nn.Module):
     Config: ClassVar[type[MixerConfig]] = MixerConfig
     combines: ClassVar[tuple[str, ...]] = ("memory", "liger", "none")
     recurrent: ClassVar[bool] = True
+    keeps_source_cache: ClassVar[bool] = False
+    """Whether it leaves the layer its source's own cache, which grows with the text."""
     scheduled: ClassVar[bool] = False
-    """Whether what a head writes depends on its number in the layer; then see `Geometry.schedule`."""
+    summary: ClassVar[str]
+    rule: ClassVar[str]
+    papers: ClassVar[tuple[str, ...]] = ()
+    state: ClassVar[str]
 
     config: Any
 
@@ -138,30 +111,54 @@ class Mixer(nn.Module):
         self.delayed = self.recurrent and config.combine == "memory"
         gated = self.delayed and (config.calibrated or not self.weighted)
         self.gate = nn.Parameter(torch.zeros(geometry.heads)) if gated else None
+        kept = self.kept_features(torch.zeros(1, geometry.kv_heads, 1, geometry.key_width), lambda k: k)
+        self.kept_width = 0 if kept is None else kept.shape[-1]
 
     # --- what a recurrent mixer's file defines
 
     @property
     def weighted(self) -> bool:
-        """Whether `recur` returns the log weight of the memory beside the window's log-sum-exp."""
+        """Whether `scan` returns the log weight of the memory beside the window's log-sum-exp."""
         return False
 
     def query(self, q: Tensor, context: Context) -> Tensor:
-        """Queries [B, H, T, K] -> what reads the state [B, H, T, ·]."""
+        """Make what reads the state.
+
+        Args:
+            q: queries [B, H, T, K], as the source rotates them.
+            context: of the call; `unrotate` gives them before RoPE.
+
+        Returns:
+            [B, H, T, ·].
+        """
         return q
 
-    def carry(self, k: Tensor, unrotate: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """Keys [B, G, T, K] -> what `write` will need beside k and v [B, G, T, C], kept until the token leaves."""
+    def kept_features(self, k: Tensor, unrotate: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Make what `updates` needs beside k and v; it is kept until the token leaves the window.
+
+        Args:
+            k: keys [B, G, T, K], as the source rotates them.
+            unrotate: keys -> the same before RoPE, fp32.
+
+        Returns:
+            [B, G, T, C] with C = `kept_width`, or None where nothing is needed.
+        """
         return None
 
-    def write(self, tokens: Tokens) -> tuple[Tensor, ...]:
+    def updates(self, tokens: Tokens) -> tuple[Tensor, ...]:
         """What the recurrence takes in, [B, G, T, ·] each; for a token that does not exist, what changes nothing."""
         raise TypeError(f"{self.name} has no recurrence")
 
-    def recur(
-        self, read: Tensor, writes: tuple[Tensor, ...], state: tuple[Tensor, ...], context: Context
+    def scan(
+        self, query: Tensor, updates: tuple[Tensor, ...], state: tuple[Tensor, ...], context: Context
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Run it over T tokens; token t's write is visible to query t.
+        """Run the recurrence over T tokens; token t's update is visible to query t.
+
+        Args:
+            query: of `query`, [B, H, T, ·].
+            updates: of `updates`, [B, G, T, ·] each.
+            state: before the first token; left as it is.
+            context: of the call.
 
         Returns:
             y [B, H, T, V] fp32; its log weight [B, H, T] beside the window's log-sum-exp, or None where the recurrence
@@ -169,21 +166,30 @@ class Mixer(nn.Module):
         """
         raise TypeError(f"{self.name} has no recurrence")
 
-    def absorb(self, writes: tuple[Tensor, ...], state: tuple[Tensor, ...]) -> None:
-        """The writes of one token per row, into the state, in place."""
+    def update_state(self, updates: tuple[Tensor, ...], state: tuple[Tensor, ...]) -> None:
+        """Take the updates of one token per row, [B, G, 1, ·] each, into the state, in place."""
         raise TypeError(f"{self.name} has no recurrence")
 
-    def look(self, read: Tensor, state: tuple[Tensor, ...], context: Context) -> Tensor:
-        """What one token per row reads: y [B, H, 1, V] fp32, with its log weight as one more column if `weighted`."""
+    def read_state(self, query: Tensor, state: tuple[Tensor, ...], context: Context) -> Tensor:
+        """What one token per row reads.
+
+        Args:
+            query: of `query`, [B, H, 1, ·].
+            state: with the token's own update in it where it is not delayed.
+            context: of the call.
+
+        Returns:
+            y [B, H, 1, V] fp32, with its log weight as one more column if `weighted`.
+        """
         raise TypeError(f"{self.name} has no recurrence")
 
-    @property
-    def carry_width(self) -> int:
-        """C of `carry`."""
-        return 0
+    @staticmethod
+    def joined(y: Tensor, weight: Tensor | None) -> Tensor:
+        """As `read_state` returns it: y [B, H, 1, V] with its log weight [B, H, 1], if any, as one more column."""
+        return y if weight is None else torch.cat([y, weight.unsqueeze(-1)], -1)
 
-    def empty_state(self, batch: int, device: torch.device) -> tuple[Tensor, ...]:
-        """The fp32 state of rows that have seen nothing."""
+    def initial_state(self, batch: int, device: torch.device) -> tuple[Tensor, ...]:
+        """The fp32 state on `device` of `batch` rows that have seen nothing, [batch, G, ...] each."""
         return ()
 
     def content(self, state: tuple[Tensor, ...]) -> Tensor:
@@ -197,25 +203,40 @@ class Mixer(nn.Module):
     def token_shape(self) -> tuple[int, int]:
         """(heads, width) of what the cache keeps of each token in reach; width 0 where no token is kept."""
         g = self.geometry
-        carry = self.carry_width if self.delayed else 0
-        return g.kv_heads, g.key_width + g.value_width + 2 + carry if self.windowed else 0
+        kept = self.kept_width if self.delayed else 0
+        return g.kv_heads, g.key_width + g.value_width + 2 + kept if self.windowed else 0
 
     @cached_property
     def alike(self) -> tuple | None:
-        """Equal for mixers that write the same way; None for one that writes with weights of its own."""
+        """Equal for mixers whose updates are the same function; None for one with weights of its own."""
         own = any(name != "gate" for name, _ in self.named_parameters())
         g = self.geometry if self.scheduled else replace(self.geometry, missing=())
         return None if own else (type(self), replace(self.config, softmax_heads=()), g)
 
     def state_bytes(self, batch: int, dtype_bytes: int) -> int:
-        """Bytes of cache of one layer, whatever the context length; heads that stay softmax are not its own."""
+        """Bytes of cache of one layer, whatever the context length; heads that stay softmax are not its own.
+
+        Args:
+            batch: rows.
+            dtype_bytes: of an element of the kept tokens.
+        """
         heads, width = self.token_shape
         kept = heads * width * (self.config.window + self.config.sinks) * dtype_bytes
-        state = sum(x.nbytes for x in self.empty_state(1, torch.device("meta")))
+        state = sum(x.nbytes for x in self.initial_state(1, torch.device("meta")))
         return batch * (kept + state + torch.int64.itemsize)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        """q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> y [B, H, T, V] in v's dtype."""
+        """What attention would return.
+
+        Args:
+            q: [B, H, T, K] as the source rotates them.
+            k: [B, G, T, K], the same.
+            v: [B, G, T, V].
+            context: of the call. Its cache is continued and updated.
+
+        Returns:
+            y [B, H, T, V] in v's dtype.
+        """
         rows, layer = context.rows, None
         if context.cache is not None:
             layer = cache_layer(context.cache, context.layer_idx, self.window, self.sinks)
@@ -224,59 +245,62 @@ class Mixer(nn.Module):
         T = q.shape[2]
         if past is not None and T == 1 and rows is None:
             return self._step(q, k, v, context, past)
-        read, tokens = self._prepare(q, k, v, context)
+        query, tokens = self._prepare(q, k, v, context)
         lengths = torch.full((q.shape[0],), T, device=q.device)
         real = None
         if rows is not None:
-            q, read, tokens.x = (rows.gather(x) for x in (q, read, tokens.x))
+            q, query, tokens.x = (rows.gather(x) for x in (q, query, tokens.x))
             real, lengths = rows.valid, rows.valid.sum(1)
-        near, far, state = self._block(q, read, tokens, context, past, real)
+        near, far, state = self._block(q, query, tokens, context, past, real)
         y = self._join(near, far, q, context)
         if layer is not None:
             if past is None:
-                states = self.empty_state(q.shape[0], q.device)
+                states = self.initial_state(q.shape[0], q.device)
                 layer.lazy_initialization(q.shape[0], tokens.x, self.token_shape, states)
             if self.windowed:
                 layer.extend(tokens.x[..., : self.token_shape[1]], lengths)
-            for kept, final in zip(layer.state, state, strict=True):
-                kept.copy_(final.detach())
+            for cached, final in zip(layer.state, state, strict=True):
+                cached.copy_(final.detach())
             layer.advance(lengths, T)
             if rows is not None and rows.packed:
                 layer.batch_select_indices(rows.last)
         return y if rows is None else rows.scatter(y)
 
-    def branches(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Near, Far]:
-        """The two branches of rows that start here and have no padding, as they are before `_join`."""
+    def branches(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context
+    ) -> tuple[Branch | None, Branch | None]:  # fmt: skip
+        """Window and recurrence as they are before they are joined, for rows that start here and have no padding;
+        None for one that is off or has seen no token. Arguments as of `forward`."""
         near, far, _ = self._block(q, *self._prepare(q, k, v, context), context, None, None)
         return near, far
 
     def _prepare(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tokens]:
-        read = self.query(q, context) if self.recurrent else q
-        carry = self.carry(k, context.unrotate) if self.recurrent else None
-        return read, Tokens.join(k, v, carry, k.new_ones(*k.shape[:3], 1), self.geometry)
+        query = self.query(q, context) if self.recurrent else q
+        kept = self.kept_features(k, context.unrotate) if self.recurrent else None
+        return query, Tokens.join(k, v, kept, k.new_ones(*k.shape[:3], 1), self.geometry)
 
     def _block(
-        self, q: Tensor, read: Tensor, tokens: Tokens,
+        self, q: Tensor, query: Tensor, tokens: Tokens,
         context: Context, past: LinearizedCacheLayer | None, real: Tensor | None,
-    ) -> tuple[Near, Far, tuple[Tensor, ...]]:  # fmt: skip
+    ) -> tuple[Branch | None, Branch | None, tuple[Tensor, ...]]:  # fmt: skip
         """Several tokens at once: both branches, and the state after the last real token of each row."""
         W, s = self.window, self.sinks
         T, x = q.shape[2], tokens.x
         seen = 0 if past is None else past.tensors["count"]
-        state = self.empty_state(q.shape[0], q.device) if past is None else past.state
+        state = self.initial_state(q.shape[0], q.device) if past is None else past.state
         near = far = None
 
         if self.windowed:
             before = x.new_zeros(*x.shape[:2], W, x.shape[3]) if past is None else past.in_order().to(x.dtype)
-            if before.shape[3] < x.shape[3]:  # a carry that no cache keeps
+            if before.shape[3] < x.shape[3]:  # features that no cache keeps
                 x = x[..., : before.shape[3]]
             local = Tokens(torch.cat([before, x], dim=2), self.geometry)
             if context.branch != "memory":
                 sinks = Tokens(self._sinks(x, past), self.geometry)
-                near = window_attention(
+                near = Branch(*window_attention(
                     q, local.k, local.v, sinks.k, sinks.v,
                     seen=seen, window=W, scaling=context.scaling, softcap=context.softcap, extra=context.extra,
-                )  # fmt: skip
+                ))  # fmt: skip
         # Of a fresh row, only tokens s … T − W − 1 leave the window, and only queries from W + s on can see them.
         skip = W + s if self.delayed and past is None else 0
         if self.recurrent and skip < T:
@@ -290,12 +314,12 @@ class Mixer(nn.Module):
                     keep = left if keep is None else keep & left
             if keep is not None:
                 entering = entering * keep[:, None, :, None]
-            writes = self.write(Tokens(entering, self.geometry))
-            y, weight, state = self.recur(read[:, :, skip:], writes, state, context)
+            updates = self.updates(Tokens(entering, self.geometry))
+            y, weight, state = self.scan(query[:, :, skip:], updates, state, context)
             if skip:
                 y = F.pad(y, (0, 0, skip, 0))
                 weight = None if weight is None else F.pad(weight, (skip, 0), value=float("-inf"))
-            far = y, weight
+            far = Branch(y, weight)
         return near, far, state
 
     def _sinks(self, new: Tensor, past: LinearizedCacheLayer | None) -> Tensor:
@@ -313,51 +337,48 @@ class Mixer(nn.Module):
     def _step(self, q: Tensor, k: Tensor, v: Tensor, context: Context, past: LinearizedCacheLayer) -> Tensor:
         """One decoding step. The token that the new one overwrites in the ring has entered the memory before."""
         together = context.steps.get(context.layer_idx)
-        step, place = together or (Step(self, Stack.of([past])), 0)
+        step, index = together or (Step(self, Stack.of([past])), 0)
         near = far = memory = None
-        late = self.carry(k, context.unrotate) if self.recurrent and not self.delayed else None
+        late = self.kept_features(k, context.unrotate) if self.recurrent and not self.delayed else None
         new = Tokens.join(k, v, late, step.one, self.geometry)
         if self.recurrent:
             if not self.delayed:
-                self.absorb(self.write(new), past.state)
-            found = self.look(self.query(q, context), past.state, context)
+                self.update_state(self.updates(new), past.state)
+            answer = self.read_state(self.query(q, context), past.state, context)
             if self.weighted and self.delayed and context.branch == "all":
-                memory = found
+                memory = answer
                 if self.gate is not None:
                     memory[..., -1] += self.gate.float()[:, None]
-            far = (found[..., :-1] if self.weighted else found), None
+            far = Branch(answer[..., :-1] if self.weighted else answer, None)
         if self.windowed:
-            kept = past.tensors["tokens"]
-            width = min(new.x.shape[-1], kept.shape[-1])
-            kept.scatter_(2, step.slot[..., :width], new.x[..., :width])
+            cached = past.tensors["tokens"]
+            width = min(new.x.shape[-1], cached.shape[-1])
+            cached.scatter_(2, step.slot[..., :width], new.x[..., :width])
         if self.windowed and context.branch != "memory":
             y = slot_attention(
-                q, *step.slots[place], step.bias,
+                q, *step.slots[index], step.bias,
                 scaling=context.scaling, softcap=context.softcap, extra=context.extra, memory=memory,
             )  # fmt: skip
-            near = y, None
+            near = Branch(y, None)
         if together is None:
             step.finish(context.unrotate)
         return y if memory is not None else self._join(near, far, q, context)
 
-    def _join(self, near: Near, far: Far, q: Tensor, context: Context) -> Tensor:
+    def _join(self, near: Branch | None, far: Branch | None, q: Tensor, context: Context) -> Tensor:
         """One output [B, H, T, V] from the two branches."""
         combine = self.config.combine
         if context.branch == "window":
             far = None
         if far is not None and combine == "memory":
             m, weight = far
-            gate = 0.0 if self.gate is None else self.gate.to(m.dtype)[:, None]
+            gate = m.new_zeros(1, 1) if self.gate is None else self.gate.to(m.dtype)[:, None]
             if not self.weighted:
-                assert isinstance(gate, Tensor)
-                far = m * gate.unsqueeze(-1).tanh(), None
-            elif near is not None:
+                far = Branch(m * gate.unsqueeze(-1).tanh(), None)
+            elif weight is not None and near is not None and near.log_weight is not None:
                 # (e^lse y + e^w m) / (e^lse + e^w): one softmax over window and memory.
-                y, lse = near
-                assert weight is not None and lse is not None
-                weight = weight + gate
-                return torch.lerp(y.to(m.dtype), m, (weight - lse).sigmoid().unsqueeze(-1)).to(q.dtype)
-        parts = [branch[0] for branch in (near, far) if branch is not None]
+                share = (weight + gate - near.log_weight).sigmoid()
+                return torch.lerp(near.y.to(m.dtype), m, share.unsqueeze(-1)).to(q.dtype)
+        parts = [branch.y for branch in (near, far) if branch is not None]
         if not parts:
             return q.new_zeros(*q.shape[:3], self.geometry.value_width)
         total = parts[0] + parts[1] if len(parts) == 2 else parts[0]

@@ -29,35 +29,31 @@ class Mixer(base.Mixer):
         K, V = self.geometry.key_width, self.geometry.value_width
         return x if K == V else x[..., torch.arange(V, device=x.device) * K // V]
 
-    @property
-    def carry_width(self):
-        return self.geometry.key_width
-
     def query(self, q, context):
         return self.to_values(context.unrotate(q)).sigmoid()
 
-    def carry(self, k, unrotate):
+    def kept_features(self, k, unrotate):
         return unrotate(k)
 
-    def write(self, tokens):
-        log_decay, weight = self.gates(tokens.carry.float())
+    def updates(self, tokens):
+        log_decay, weight = self.gates(tokens.kept.float())
         return weight * tokens.v.float(), log_decay * tokens.present
 
-    def recur(self, read, writes, state, context):
-        h, final = diagonal.chunked(*writes, state=state[0])
-        return self.read(read, h), None, (final,)
+    def scan(self, query, updates, state, context):
+        h, final = diagonal.chunked(*updates, state=state[0])
+        return self.read(query, h), None, (final,)
 
-    def absorb(self, writes, state):
-        diagonal.absorb(*writes, phase=None, state=state[0])
+    def update_state(self, updates, state):
+        diagonal.update_state(*updates, phase=None, state=state[0])
 
-    def look(self, read, state, context):
-        return self.read(read, state[0].unsqueeze(2))
+    def read_state(self, query, state, context):
+        return self.read(query, state[0].unsqueeze(2))
 
     def read(self, gate: Tensor, h: Tensor) -> Tensor:
         """gate [B, H, T, V] of the query, h [B, G, T, ·] -> y [B, H, T, V]."""
         return (gate.unflatten(1, (h.shape[1], -1)) * h.unsqueeze(2)).flatten(1, 2)
 
-    def empty_state(self, batch, device):
+    def initial_state(self, batch, device):
         return (torch.zeros(batch, self.geometry.kv_heads, self.geometry.value_width, device=device),)
 
 
@@ -66,8 +62,8 @@ class Mean(Mixer):
     all, so h_t / n_t is read: beside h, n is kept. Without it a state that begins empty would be on the scale of values
     only after a half-life, which is thousands of tokens."""
 
-    def write(self, tokens):
-        log_decay, weight = self.gates(tokens.carry.float())
+    def updates(self, tokens):
+        log_decay, weight = self.gates(tokens.kept.float())
         weight, log_decay = weight * tokens.present, log_decay * tokens.present
         return torch.cat([weight * tokens.v.float(), weight], -1), torch.cat([log_decay, log_decay], -1)
 
@@ -75,5 +71,5 @@ class Mean(Mixer):
         total, n = h.chunk(2, dim=-1)
         return super().read(gate, total / n.clamp(min=LEAST))
 
-    def empty_state(self, batch, device):
+    def initial_state(self, batch, device):
         return (torch.zeros(batch, self.geometry.kv_heads, 2 * self.geometry.value_width, device=device),)

@@ -1,17 +1,11 @@
-"""Gated linear attention with the gate from the pretrained key: S_t = diag(α_t) S_{t-1} + φ(k_t) v_tᵀ with
-α_t = σ(k_t)^{1/τ} per channel of the key before RoPE (GLA, arXiv 2312.06635; Liger, arXiv 2503.01496).
+"""Gated linear attention with the gate from the pretrained key (GLA, arXiv 2312.06635; Liger, arXiv 2503.01496).
 
 combine: memory: features: expansion with the gate pooled over the channels and τ = 8192, so that a token weighs half
 after thousands of others; or any features of mixers/additive.py with a gate per channel. combine: liger (as published:
 window 64, no sinks) and none: softmax features, τ = 16, no denominator.
-
-State per layer: 4·G·(K + 1)·(V + 1) + 4·G bytes for the expansion, 4·G·φ·V for φ features (V + 1 with a normaliser). No
-new weights.
 """
 
 from dataclasses import dataclass
-
-from torch.nn import functional as F
 
 from ..mixers import additive
 
@@ -22,6 +16,7 @@ class Config(additive.Expanding):
     gate_normalizer: τ. A channel with key value x has decay σ(x)^{1/τ}; at x = 0 its half-life is τ tokens.
     """
 
+    positive = ("gate_normalizer",)
     gate_normalizer: float = 8192.0
 
     @classmethod
@@ -31,14 +26,12 @@ class Config(additive.Expanding):
             "none": {"gate_normalizer": 16.0},
         }.get(combine, {})
 
-    def problems(self):
-        return super().problems() + self._above_zero("gate_normalizer")
-
 
 class Mixer(additive.Mixer):
     name = "gla"
+    summary = "Gated linear attention with the gate from the pretrained key"
+    rule = "S_t = diag(α_t) S_{t-1} + φ(k_t) v_tᵀ,  α_t = σ(k_t)^{1/τ} per channel, k before RoPE,  y_t = φ(q_t)ᵀ S_t"
+    papers = ("2312.06635", "2503.01496")
+    state = "4·G·(K + 1)·(V + 1) + 4·G bytes for the expansion, 4·G·φ·V for φ features (V + 1 with a normaliser)"
     Config = Config
     keyed = True
-
-    def log_decay(self, raw_k):
-        return F.logsigmoid(raw_k) / self.config.gate_normalizer

@@ -1,12 +1,10 @@
-"""Linear attention with learned features: S_t = S_{t-1} + φ(k_t) v_tᵀ, y_t = φ(q_t)ᵀ S_t / φ(q_t)ᵀ Σ φ(k_j), with
-φ(x) = [softmax(x W), softmax(−x W)] (Hedgehog, arXiv 2402.04347; LoLCATs, arXiv 2410.10254).
+"""Linear attention with learned features (Hedgehog, arXiv 2402.04347; LoLCATs, arXiv 2410.10254).
 
 W is K×K, one per query head and one per key/value head, the identity at first; it sees queries and keys before RoPE.
+New weights per layer: mixer.query_map [H, K, K] and mixer.key_map [G, K, K].
 
 combine: memory: one normaliser over the window and the features of what has left it, as in LoLCATs, whose window is not
 counted twice. combine: liger and none divide by the sum of weights as published.
-
-State per layer: 4·G·2K·(V + 1) bytes. New weights per layer: mixer.query_map [H, K, K] and mixer.key_map [G, K, K].
 """
 
 from dataclasses import dataclass
@@ -34,6 +32,10 @@ class Config(additive.Config):
 
 class Mixer(additive.Mixer):
     name = "hedgehog"
+    summary = "Linear attention with learned features"
+    rule = "S_t = S_{t-1} + φ(k_t) v_tᵀ,  y_t = φ(q_t)ᵀ S_t / φ(q_t)ᵀ Σ φ(k_j),  φ(x) = [softmax(x W), softmax(−x W)]"
+    papers = ("2402.04347", "2410.10254")
+    state = "4·G·2K·(V + 1) bytes"
     Config = Config
 
     def __init__(self, config, geometry):

@@ -1,12 +1,9 @@
-"""Tied gates: S_t = diag(f_t) S_{t-1} + (1 − f_t) v_tᵀ with f_t = σ(k_t)^{1/τ} per channel of the key before RoPE: what
-forgets little takes in little (HGRN-2, arXiv 2404.07904).
+"""Tied gates: what forgets little takes in little (HGRN-2, arXiv 2404.07904).
 
 The lower bound of the forget gate, which the paper learns per layer, is here the exponent 1/τ.
 
 combine: memory: features of the query alone, one normaliser with the window; τ = 8192, because the decay fades keys and
 weights, whose size is then 1/τ. combine: liger and none: τ = 16, no denominator, as published.
-
-State per layer: 4·G·K·V bytes, 4·G·K·(V + 1) with a normaliser. No new weights.
 """
 
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ class Config(additive.Config):
         46.96).
     """
 
+    positive = ("gate_normalizer",)
     gate_normalizer: float = 8192.0
     strength: float = -2.0
 
@@ -36,17 +34,17 @@ class Config(additive.Config):
     def preset(cls, combine):
         return {} if combine == "memory" else {"gate_normalizer": 16.0}
 
-    def problems(self):
-        return super().problems() + self._above_zero("gate_normalizer")
-
 
 class Mixer(additive.Mixer):
     name = "hgrn2"
+    summary = "Linear attention with tied gates: what forgets little takes in little"
+    rule = (
+        "S_t = diag(f_t) S_{t-1} + (1 − f_t) v_tᵀ,  f_t = σ(k_t)^{1/τ} per channel, k before RoPE,  y_t = φ(q_t)ᵀ S_t"
+    )
+    papers = ("2404.07904",)
+    state = "4·G·K·V bytes, 4·G·K·(V + 1) with a normaliser"
     Config = Config
     keyed = True
 
-    def log_decay(self, raw_k):
-        return F.logsigmoid(raw_k) / self.config.gate_normalizer
-
     def key_features(self, raw_k):
-        return -torch.expm1(self.log_decay(raw_k))
+        return -torch.expm1(F.logsigmoid(raw_k) / self.config.gate_normalizer)

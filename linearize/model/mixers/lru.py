@@ -1,15 +1,10 @@
 """The linear recurrent unit: a complex number per channel (LRU, arXiv 2303.06349).
 
-h_t = λ ∘ h_{t-1} + √(1 − |λ|²) ∘ (σ(k_t) ∘ v_t),  y_t = σ(q_t) ∘ Re h_t.
-
 k and q are those before RoPE; the paper's input and output matrices are here the gates of the pretrained key and query.
 λ does not depend on the token. It is the paper's ring initialisation, spread evenly instead of drawn: |λ|² uniform
 between r_min² and r_max² over the channels, the phase uniform between 0 and max_phase, in an order (multiples of the
 golden ratio) that pairs every length with every phase. The root keeps the variance: of values without a mean, h has at
 most their size.
-
-State per layer: 8·G·V bytes, real and imaginary parts. New weights: 0; combine: memory adds the gate, one number per
-query head, that starts closed, and keeps the key before RoPE (K numbers) per token of the window.
 """
 
 import math
@@ -35,17 +30,21 @@ class Config(base.MixerConfig):
     r_max: float = 0.9999
     max_phase: float = math.pi / 10
 
-    def problems(self) -> list[str]:
-        found = super().problems()
+    def problems(self):
+        problems = super().problems()
         if not 0 <= self.r_min <= self.r_max <= 1:
-            found.append(f"r_min, r_max: found {self.r_min}, {self.r_max}; expected 0 ≤ r_min ≤ r_max ≤ 1")
+            problems.append(f"r_min, r_max: found {self.r_min}, {self.r_max}; expected 0 ≤ r_min ≤ r_max ≤ 1")
         if not 0 <= self.max_phase <= 2 * math.pi:
-            found.append(f"max_phase: found {self.max_phase}; expected between 0 and 2π")
-        return found
+            problems.append(f"max_phase: found {self.max_phase}; expected between 0 and 2π")
+        return problems
 
 
 class Mixer(channels.Mixer):
     name = "lru"
+    summary = "The linear recurrent unit: a complex number per channel"
+    rule = "h_t = λ ∘ h_{t-1} + √(1 − |λ|²) ∘ (σ(k_t) ∘ v_t),  y_t = σ(q_t) ∘ Re h_t"
+    papers = ("2303.06349",)
+    state = "8·G·V bytes, real and imaginary parts"
     Config = Config
 
     def ring(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,21 +58,21 @@ class Mixer(channels.Mixer):
         log_size, _ = self.ring(k)
         return log_size, (-torch.expm1(2 * log_size)).sqrt() * self.to_values(k).sigmoid()
 
-    def write(self, tokens):
-        x, log_decay = super().write(tokens)
+    def updates(self, tokens):
+        x, log_decay = super().updates(tokens)
         return x, log_decay, self.ring(x)[1] * tokens.present
 
-    def recur(self, read, writes, state, context):
-        h, final = diagonal.chunked(*writes, state=torch.view_as_complex(state[0]))
-        return self.read(read, h.real), None, (torch.view_as_real(final),)
+    def scan(self, query, updates, state, context):
+        h, final = diagonal.chunked(*updates, state=torch.view_as_complex(state[0]))
+        return self.read(query, h.real), None, (torch.view_as_real(final),)
 
-    def absorb(self, writes, state):
-        diagonal.absorb(*writes, state=torch.view_as_complex(state[0]))
+    def update_state(self, updates, state):
+        diagonal.update_state(*updates, state=torch.view_as_complex(state[0]))
 
-    def look(self, read, state, context):
-        return self.read(read, state[0][..., 0].unsqueeze(2))
+    def read_state(self, query, state, context):
+        return self.read(query, state[0][..., 0].unsqueeze(2))
 
-    def empty_state(self, batch, device):
+    def initial_state(self, batch, device):
         return (torch.zeros(batch, self.geometry.kv_heads, self.geometry.value_width, 2, device=device),)
 
     def content(self, state):

@@ -1,5 +1,5 @@
-"""State-space duality: S_t = e^{−a Δ_t} S_{t-1} + Δ_t φ(k_t) v_tᵀ with Δ_t = softplus(k̄_t) per token, k̄ the mean over
-the channels of the key before RoPE, and one rate a per key/value head (Mamba-2, arXiv 2405.21060).
+"""State-space duality: one rate a per key/value head, stretched by Δ_t = softplus(k̄_t) per token, k̄ the mean over the
+channels of the key before RoPE (Mamba-2, arXiv 2405.21060).
 
 The rates are constants: at k̄ = 0 the half-life of head h is 1/a tokens, from half_life_min to half_life_max, evenly
 spaced in log.
@@ -7,9 +7,6 @@ spaced in log.
 combine: memory: features: expansion, where every token counts once, without its Δ; or any features of
 mixers/additive.py under the window's normaliser, where Δ is the token's weight. combine: liger and none: softmax
 features, no denominator, half-lives of 16 to 256 tokens.
-
-State per layer: 4·G·(K + 1)·(V + 1) + 4·G bytes for the expansion, 4·G·φ·V for φ features (V + 1 with a normaliser). No
-new weights.
 """
 
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ class Config(additive.Expanding):
     half_life_min, half_life_max: of the first and the last key/value head, tokens, at k̄ = 0.
     """
 
+    positive = ("half_life_min", "half_life_max")
     half_life_min: float = 512.0
     half_life_max: float = 8192.0
 
@@ -35,12 +33,13 @@ class Config(additive.Expanding):
         short = {} if combine == "memory" else {"half_life_min": 16.0, "half_life_max": 256.0}
         return super().preset(combine) | short
 
-    def problems(self):
-        return super().problems() + self._above_zero("half_life_min", "half_life_max")
-
 
 class Mixer(additive.Mixer):
     name = "mamba2"
+    summary = "State-space duality: a rate per head and a step size per token"
+    rule = "S_t = e^{−a Δ_t} S_{t-1} + Δ_t φ(k_t) v_tᵀ,  Δ_t = softplus(k̄_t),  y_t = φ(q_t)ᵀ S_t"
+    papers = ("2405.21060",)
+    state = "4·G·(K + 1)·(V + 1) + 4·G bytes for the expansion, 4·G·φ·V for φ features (V + 1 with a normaliser)"
     Config = Config
     keyed = True
     scheduled = True
@@ -56,8 +55,8 @@ class Mixer(additive.Mixer):
         )
         return -self._delta(raw_k) / lives
 
-    def write(self, tokens):
+    def updates(self, tokens):
         if self.expands:
-            return super().write(tokens)
-        k, v, *decay = super().write(tokens)
-        return k, v * self._delta(tokens.carry.float()), *decay
+            return super().updates(tokens)
+        k, v, *decay = super().updates(tokens)
+        return k, v * self._delta(tokens.kept.float()), *decay

@@ -1,13 +1,7 @@
 """The GRU without its recurrent weights (minGRU, arXiv 2410.01201).
 
-h_t = (1 − z_t) ∘ h_{t-1} + z_t ∘ v_t,  1 − z_t = σ(−k_t)^{1/τ} per channel,  y_t = σ(q_t) ∘ h_t / n_t,
-n_t = (1 − z_t) ∘ n_{t-1} + z_t.
-
 k and q are those before RoPE. The paper's update gate is τ = 1, z = σ(k). n is the weight that h has in all
 (mixers/channels.py); the paper, which learns z, has none.
-
-State per layer: 8·G·V bytes. New weights: 0; combine: memory adds the gate, one number per query head, that starts
-closed, and keeps the key before RoPE (K numbers) per token of the window.
 """
 
 from dataclasses import dataclass
@@ -24,14 +18,19 @@ class Config(base.MixerConfig):
     gate_normalizer: τ. A channel with key value 0 has a half-life of τ tokens.
     """
 
+    positive = ("gate_normalizer",)
     gate_normalizer: float = 8192.0
-
-    def problems(self):
-        return super().problems() + self._above_zero("gate_normalizer")
 
 
 class Mixer(channels.Mean):
     name = "min_gru"
+    summary = "The GRU without its recurrent weights"
+    rule = (
+        "h_t = (1 − z_t) ∘ h_{t-1} + z_t ∘ v_t,  1 − z_t = σ(−k_t)^{1/τ} per channel,  y_t = σ(q_t) ∘ h_t / n_t,  "
+        "n_t = (1 − z_t) ∘ n_{t-1} + z_t"
+    )
+    papers = ("2410.01201",)
+    state = "8·G·V bytes"
     Config = Config
 
     def gates(self, k):

@@ -1,14 +1,8 @@
 """The LSTM without its recurrent weights (minLSTM, arXiv 2410.01201).
 
-h_t = f′_t ∘ h_{t-1} + i′_t ∘ v_t,  f′ = f / (f + i),  i′ = i / (f + i),  f_t = τ σ(k̄_t) per head,
-i_t = σ(k_t) per channel,  y_t = σ(q_t) ∘ h_t / n_t,  n_t = f′_t ∘ n_{t-1} + i′_t.
-
 k and q are those before RoPE, k̄ is the mean of the key's channels; the paper has a projection for each gate. τ weighs
 what is kept against what is new. n is the weight that h has in all (mixers/channels.py); the paper, which learns the
 gates, has none.
-
-State per layer: 8·G·V bytes. New weights: 0; combine: memory adds the gate, one number per query head, that starts
-closed, and keeps the key before RoPE (K numbers) per token of the window.
 """
 
 import math
@@ -25,14 +19,19 @@ class Config(base.MixerConfig):
     gate_normalizer: τ. Where both gates are as open, the half-life is ln 2 · τ tokens.
     """
 
+    positive = ("gate_normalizer",)
     gate_normalizer: float = 8192.0
-
-    def problems(self):
-        return super().problems() + self._above_zero("gate_normalizer")
 
 
 class Mixer(channels.Mean):
     name = "min_lstm"
+    summary = "The LSTM without its recurrent weights"
+    rule = (
+        "h_t = f′_t ∘ h_{t-1} + i′_t ∘ v_t,  f′ = f / (f + i),  i′ = i / (f + i),  f_t = τ σ(k̄_t) per head,  "
+        "i_t = σ(k_t) per channel,  y_t = σ(q_t) ∘ h_t / n_t,  n_t = f′_t ∘ n_{t-1} + i′_t"
+    )
+    papers = ("2410.01201",)
+    state = "8·G·V bytes"
     Config = Config
 
     def gates(self, k):

@@ -1,13 +1,8 @@
 """The real-gated linear recurrent unit (Griffin, arXiv 2402.19427; RecurrentGemma).
 
-h_t = a_t ∘ h_{t-1} + √(1 − a_t²) ∘ (i_t ∘ v_t),  a_t = a^{r_t},  r_t = i_t = σ(k_t) per channel,  y_t = σ(q_t) ∘ h_t.
-
 The paper has a projection for each of r and i, and here both are the pretrained key's, before RoPE. Its base a (there
 learned, to the power 8) is 2^{−1/half_life}. The root keeps the variance: of values without a mean, h has at most their
 size, from few tokens or many.
-
-State per layer: 4·G·V bytes. New weights: 0; combine: memory adds the gate, one number per query head, that starts
-closed, and keeps the key before RoPE (K numbers) per token of the window.
 """
 
 import math
@@ -24,17 +19,19 @@ class Config(base.MixerConfig):
     half_life: in tokens, where the gate is open; no channel's is shorter.
     """
 
+    positive = ("half_life",)
     half_life: float = 8192.0
-
-    def problems(self) -> list[str]:
-        found = super().problems()
-        if self.half_life <= 0:
-            found.append(f"half_life: found {self.half_life}; expected above 0")
-        return found
 
 
 class Mixer(channels.Mixer):
     name = "rg_lru"
+    summary = "The real-gated linear recurrent unit"
+    rule = (
+        "h_t = a_t ∘ h_{t-1} + √(1 − a_t²) ∘ (i_t ∘ v_t),  a_t = a^{r_t},  r_t = i_t = σ(k_t) per channel,  "
+        "y_t = σ(q_t) ∘ h_t"
+    )
+    papers = ("2402.19427",)
+    state = "4·G·V bytes"
     Config = Config
 
     def gates(self, k):

@@ -1,7 +1,4 @@
-"""Control: the source's own attention, routed through the converted layer. Must reproduce the source exactly.
-
-y_t = Σ_{j ≤ t} softmax(a_t)_j v_j. Cache: the source's growing one. No new weights.
-"""
+"""Control: the source's own attention, routed through the converted layer. Must reproduce the source exactly."""
 
 from dataclasses import dataclass
 
@@ -13,18 +10,20 @@ from ..mixers import base, window
 @dataclass(frozen=True)
 class Config(window.Config):
     def problems(self):
-        found = ["softmax_heads: all heads stay softmax here; leave it out"] if self.softmax_heads else []
-        return super().problems() + found
+        problems = ["softmax_heads: all heads stay softmax here; leave it out"] if self.softmax_heads else []
+        return super().problems() + problems
 
 
 class Mixer(base.Mixer):
     name = "softmax"
+    summary = "Control: the source's own attention, routed through the converted layer"
+    rule = "y_t = Σ_{j ≤ t} softmax(a_t)_j v_j"
+    papers = ()
+    state = "the source's growing cache"
     Config = Config
     combines = ("none",)
     recurrent = False
-
-    def slots(self):
-        return {}
+    keeps_source_cache = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: base.Context) -> Tensor:
         if context.cache is not None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import InputError, suggest
-from ..ops import additive, delta, fla_backend
+from . import additive, delta, fla_backend
 
 BACKENDS = ("torch", "fla")
 
@@ -24,6 +24,7 @@ _asked: ContextVar[list[str | None] | None] = ContextVar("asked", default=None)
 
 
 def on_gpu(x: Tensor) -> bool:
+    """Whether x lies where the kernels run."""
     return x.is_cuda
 
 
@@ -76,48 +77,20 @@ def _warn(restriction: str) -> None:
 
 
 def run_additive(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None = None,
-    state: Tensor | None = None,
-    *,
-    decoding: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None, *,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The additive recurrence (ops/additive.py has the shapes), by whatever runs it here.
-
-    Args:
-        decoding: T = 1 and the state is updated in place.
-        backend: as `chooses_fla`.
-
-    Raises:
-        InputError: as `chooses_fla`.
-    """
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`additive.chunked`, with its arguments and result, by whatever runs it here: see `chooses_fla`."""
     if chooses_fla(q, fla_backend.restriction(q, v), backend):
-        return fla_backend.additive(q, k, v, log_decay, state, decoding)
-    form = additive.step if decoding else additive.chunked
-    return form(q, k, v, log_decay, state)
+        return fla_backend.additive(q, k, v, log_decay, state)
+    return additive.chunked(q, k, v, log_decay, state)
 
 
 def run_delta(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None = None,
-    state: Tensor | None = None,
-    *,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None, *,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The delta rule over several tokens (ops/delta.py has the shapes), by whatever runs it here.
-
-    Args:
-        backend: as `chooses_fla`.
-
-    Raises:
-        InputError: as `chooses_fla`.
-    """
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`delta.chunked`, with its arguments and result, by whatever runs it here: see `chooses_fla`."""
     if chooses_fla(q, fla_backend.restriction(q, v), backend):
         return fla_backend.delta(q, k, v, beta, log_decay, state)
     return delta.chunked(q, k, v, beta, log_decay, state)

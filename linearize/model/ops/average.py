@@ -17,44 +17,35 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops import diagonal
+from . import diagonal
 
 
-def naive_recurrent(score: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Token by token: the definition, and the oracle of the other forms."""
-    return _by_scan(diagonal.naive_recurrent, score, v, state)
+def recurrent(score: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Token by token: the definition, and the oracle of the chunked form. Arguments and result as of `chunked`."""
+    return _by_scan(diagonal.recurrent, score, v, state)
 
 
-def step(score: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One token (T = 1), updating `state` in place: the decoding step."""
-    if state is None:
-        return naive_recurrent(score, v)
-    absorb(score, v, state)
-    y, n = look(state)
-    return y.to(v.dtype), n, state
+def update_state(score: Tensor, v: Tensor, state: Tensor) -> None:
+    """Take in one token (T = 1; shapes as of `chunked`). `state` is updated in place."""
+    state.copy_(recurrent(score, v, state)[2])
 
 
-def absorb(score: Tensor, v: Tensor, state: Tensor) -> None:
-    """One token into `state`, in place."""
-    state.copy_(naive_recurrent(score, v, state)[2])
-
-
-def look(state: Tensor) -> tuple[Tensor, Tensor]:
+def read_state(state: Tensor) -> tuple[Tensor, Tensor]:
     """What one token reads: y [B, H, 1, V] and its log weight [B, H, 1], in the state's dtype."""
     return _mean(state[:, :, None, :-1], state[:, :, None, -1:])
 
 
-def parallel(score: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """All tokens at once through the T×T matrix of softmax weights: quadratic, for tests and for distillation."""
-    s, m, values = _prepare(score, v, state)
-    T = score.shape[2]
-    seen = torch.ones(T, T + 1, dtype=torch.bool, device=s.device).tril(1)
-    U = (s.mT - m[:, :, 1:]).masked_fill(~seen, float("-inf")).exp() @ values
-    return _read(torch.cat([values[:, :, :1], U], dim=2), m, v.dtype)
-
-
 def chunked(score: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """By the chunked scan: linear in T."""
+    """By the chunked scan: linear in T.
+
+    Args:
+        score: [B, H, T, 1].
+        v: [B, G, T, V + 1], its last column 1, or all 0 for a token that does not exist.
+        state: initial state [B, H, V + 2]; None stands for zeros.
+
+    Returns:
+        y [B, H, T, V] in v's dtype, its log weight [B, H, T] fp32, and the final state.
+    """
     return _by_scan(diagonal.chunked, score, v, state)
 
 

@@ -10,13 +10,13 @@ does not push that one in.
 import torch
 from torch import Tensor
 
-from ..ops import additive, run_additive
+from . import additive, run_additive
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
-    """fp32 zeros."""
+def initial_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
+    """fp32 zeros on `device`: S, and the token that waits, as the head of this file says."""
     S = torch.zeros(batch, kv_heads, key_width, value_width, device=device)
     k = S.new_zeros(batch, kv_heads, 1, key_width)
     return S, k, S.new_zeros(batch, kv_heads, 1, value_width), k.clone()
@@ -25,11 +25,19 @@ def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, dev
 def run(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, exists: Tensor, bonus: Tensor, state: State
 ) -> tuple[Tensor, State]:
-    """y [B, H, T, V] in q's dtype, and the state after the last token.
+    """Read and take in a block of tokens.
 
     Args:
+        q: [B, H, T, K].
+        k: [B, G, T, K].
+        v: [B, G, T, V].
         log_decay: [B, G, T, K], or 1 for K.
         exists: [B, G, T, 1], 1 for a token and 0 for none, whose k, v and g are 0.
+        bonus: u [H, K].
+        state: as `initial_state` makes it.
+
+    Returns:
+        y [B, H, T, V] in q's dtype, and the final state.
     """
     B, H, T, K = q.shape
     S, waiting = state[0], state[1:]
@@ -52,8 +60,8 @@ def _own(q: Tensor, k: Tensor, v: Tensor, bonus: Tensor) -> Tensor:
     return (weight * v[:, :, None]).flatten(1, 2)
 
 
-def absorb(k: Tensor, v: Tensor, log_decay: Tensor, exists: Tensor, state: State) -> None:
-    """The writes of one token, into `state`, in place: the token that waited goes in, this one waits."""
+def update_state(k: Tensor, v: Tensor, log_decay: Tensor, exists: Tensor, state: State) -> None:
+    """Take in one token (T = 1; shapes as of `run`): the one that waited goes into S, this one waits. In place."""
     S, *waiting = state
     there = exists > 0
     old_k, old_v, old_g = waiting
@@ -63,19 +71,7 @@ def absorb(k: Tensor, v: Tensor, log_decay: Tensor, exists: Tensor, state: State
         old.copy_(torch.where(there, new.to(old.dtype), old))
 
 
-def look(q: Tensor, bonus: Tensor, state: State) -> Tensor:
-    """What one token reads: q [B, H, 1, K] -> [B, H, 1, V]."""
+def read_state(q: Tensor, bonus: Tensor, state: State) -> Tensor:
+    """What one token q [B, H, 1, K] reads, once it waits in the state; u [H, K] -> y [B, H, 1, V] in q's dtype."""
     S, k, v, _ = state
-    return (additive.look(q, S) + _own(q, k, v, bonus)).to(q.dtype)
-
-
-def naive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The oracle: token by token, with every token in the state [B, G, K, V]."""
-    rep = q.shape[1] // k.shape[1]
-    y = []
-    for t in range(q.shape[2]):
-        write = k[:, :, t, :, None] * v[:, :, t, None, :]
-        read, own = (x.repeat_interleave(rep, 1) for x in (state, write))
-        y.append((q[:, :, t, None] @ (read + bonus[..., None] * own)).squeeze(2))
-        state = state * log_decay.expand(*k.shape[:3], -1)[:, :, t, :, None].exp() + write
-    return torch.stack(y, dim=2), state
+    return (additive.read_state(q, S) + _own(q, k, v, bonus)).to(q.dtype)

@@ -7,29 +7,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.window import bias_of, normalise, scores
+from .window import bias_of, normalise, scores
 
 ELEMENTS = 2**22
 """Scores that exist at a time (16 MiB)."""
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    seen: Tensor | int,
-    scaling: float,
-    softcap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, seen: Tensor | int, scaling: float, softcap: float | None = None,
     extra: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Exact attention of the new tokens over all tokens of their row.
 
     Args:
         q: [B, H, T, K], of T new tokens.
-        k, v: [B, G, N, K or V], slots with the new tokens in them, N = T + slots that were there before.
+        k: [B, G, N, K], slots with the new tokens in them, N = T + slots that were there before.
+        v: [B, G, N, V], the same.
         seen: tokens before the new ones, [B] int64, or one int for all rows; at most N − T.
-        scaling, softcap: the source's.
+        scaling: the source's, of q·k.
+        softcap: the source's, or None.
         extra: [H] logits that take part in the normaliser only (gpt_oss), or None.
 
     Returns:

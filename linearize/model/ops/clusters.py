@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.window import normalise, scores
+from .window import normalise, scores
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 EMPTY = -1e30
@@ -34,32 +34,17 @@ PIECE = 2048
 a token."""
 
 
-def empty_state(
+def initial_state(
     batch: int, kv_heads: int, key_width: int, value_width: int, clusters: int, device: torch.device
 ) -> State:
-    """fp32 zeros."""
+    """fp32 zeros on `device`, of M = `clusters`: keys, values, n and the sums of squares of the queries."""
     keys = torch.zeros(batch, kv_heads, clusters, key_width, device=device)
     values = keys.new_zeros(batch, kv_heads, clusters, value_width)
     return keys, values, keys.new_zeros(batch, kv_heads, clusters, 1), keys.new_zeros(batch, kv_heads, 1, key_width + 1)
 
 
-def naive_recurrent(
-    q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: State, *, chunk: int, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor, State]:
-    """Token by token: the definition, and the oracle of `run`."""
-    y, weight = [], []
-    for t in range(q.shape[2]):
-        now = slice(t, t + 1)
-        keys, values, n, squares = (x.clone() for x in state)
-        state = keys, values, n, squares
-        absorb(k[:, :, now], v[:, :, now], exists[:, :, now], state, chunk=chunk)
-        for parts, x in zip((y, weight), look(q[:, :, now], state, scaling=scaling, softcap=softcap), strict=True):
-            parts.append(x)
-    return torch.cat(y, 2), torch.cat(weight, 2), state
-
-
-def absorb(k: Tensor, v: Tensor, exists: Tensor, state: State, *, chunk: int) -> None:
-    """One token per row, in place."""
+def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, *, chunk: int) -> None:
+    """Take in one token (T = 1; shapes as of `run`). `state` is updated in place."""
     keys, values, n, squares = state
     here = exists > 0
     full = (n[:, :, -1:] > 0) & here
@@ -69,14 +54,15 @@ def absorb(k: Tensor, v: Tensor, exists: Tensor, state: State, *, chunk: int) ->
         kept = _merge(keys.clone(), values.clone(), n.clone(), squares, chunk)
         for x, merged in zip((keys, values, n), kept, strict=True):
             x.copy_(torch.where(full, merged, x))
-    place = (n > 0).sum(2, keepdim=True).clamp(max=n.shape[2] - 1)
+    index = (n > 0).sum(2, keepdim=True).clamp(max=n.shape[2] - 1)
     for x, new in zip((keys, values, n), (k, v, exists), strict=True):  # free clusters are zeros
-        x.scatter_add_(2, place.expand(-1, -1, 1, x.shape[-1]), new.to(x.dtype) * here)
+        x.scatter_add_(2, index.expand(-1, -1, 1, x.shape[-1]), new.to(x.dtype) * here)
     squares[..., -1:] = here.to(squares.dtype)
 
 
-def look(q: Tensor, state: State, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """What one token per row reads: y [B, H, 1, V] and its log weight [B, H, 1], both fp32. Adds its squares."""
+def read_state(q: Tensor, state: State, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """What one token q [B, H, 1, K] reads: y [B, H, 1, V] and its log weight [B, H, 1], both fp32. The squares of its
+    query are added to the state."""
     keys, values, n, squares = state
     y, weight = _read(q, keys, values, n, None, scaling, softcap)
     with torch.no_grad():
@@ -90,8 +76,19 @@ def run(
     """A block of tokens. Between two merges, clusters only fill up, so that what a query reads is causal attention over
     them: first all merges, one per C tokens, then all reads at once. Time O(T·M).
 
+    Args:
+        q: [B, H, T, K].
+        k: [B, G, T, K].
+        v: [B, G, T, V].
+        exists: [B, G, T, 1], 1 for a token and 0 for none.
+        state: as `initial_state` makes it.
+        chunk: C, how many clusters are merged away when all are taken.
+        scaling: the source's, of q·k.
+        softcap: the source's, or None.
+
     Returns:
-        y [B, H, T, V] and log weight [B, H, T], fp32 (those of a token that does not exist mean nothing); the state.
+        y [B, H, T, V] and log weight [B, H, T], fp32 (those of a token that does not exist mean nothing); the final
+        state.
     """
     parts = []
     for start in range(0, max(q.shape[2], 1), PIECE):
@@ -112,7 +109,7 @@ def _run(
     real = exists[:, 0, :, 0] > 0
     if T == 0:
         return q.new_zeros(B, H, 0, values.shape[-1], dtype=values.dtype), q.new_zeros(B, H, 0), state
-    # All rows on one tape: where token i of a row that holds f clusters lies at f + i, rows merge at the same places.
+    # All rows on one tape: where token i of a row that holds f clusters lies at f + i, rows merge at the same indices.
     taken, count = (n[:, 0, :, 0] > 0).sum(1, keepdim=True), real.sum(1, keepdim=True)
     used, first = int((taken + count).max()), int(taken[0])
     merges = -(-max(used - M, 0) // chunk)
@@ -153,11 +150,11 @@ def _run(
     if even:
         y, weight = y[:, :, first : first + T], weight[:, :, first : first + T]
     else:
-        place = taken + real.cumsum(1) - 1
-        none = (place < 0)[:, None]
-        place = place.clamp(min=0)[:, None].expand(-1, H, -1)
-        weight = weight.gather(2, place).masked_fill(none, float("-inf"))
-        y = y.gather(2, place.unsqueeze(-1).expand(-1, -1, -1, y.shape[-1])).masked_fill(none.unsqueeze(-1), 0)
+        index = taken + real.cumsum(1) - 1
+        none = (index < 0)[:, None]
+        index = index.clamp(min=0)[:, None].expand(-1, H, -1)
+        weight = weight.gather(2, index).masked_fill(none, float("-inf"))
+        y = y.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, y.shape[-1])).masked_fill(none.unsqueeze(-1), 0)
     squares = torch.cat([metric[:, :, -1:], real[:, -1:, None, None].to(metric).expand(-1, G, -1, -1)], -1)
     # Of copies: a view would keep the clusters of every chunk in memory.
     return y, weight, (keys[-1].clone(), values[-1].clone(), n[-1].clone(), squares)
@@ -246,7 +243,7 @@ def _merge(keys: Tensor, values: Tensor, n: Tensor, squares: Tensor, chunk: int)
 
 @torch.no_grad()
 def _destinations(keys: Tensor, values: Tensor, n: Tensor, metric: Tensor, chunk: int) -> Tensor:
-    """Where each of M taken clusters goes, to one of M − C places in their order: [B, G, M], rows of all of them as
+    """Where each of M taken clusters goes, to one of M − C in their order: [B, G, M], rows of all of them as
     [B·G·M, ·]."""
     B, G, M = n.shape[:3]
     cost = _distances(keys * metric.sqrt()).mul_(_distances(values)).mul_(torch.minimum(n, n.mT))
@@ -257,8 +254,8 @@ def _destinations(keys: Tensor, values: Tensor, n: Tensor, metric: Tensor, chunk
     into = torch.arange(M, device=n.device).expand(B, G, -1).scatter(2, gone, partner)
     for _ in range((chunk - 1).bit_length()):  # where a partner goes too, to where it goes
         into = into.gather(2, into)
-    place = torch.ones_like(into).scatter_(2, gone, 0).cumsum(2) - 1
-    return place.gather(2, into) + first
+    index = torch.ones_like(into).scatter_(2, gone, 0).cumsum(2) - 1
+    return index.gather(2, into) + first
 
 
 def _gathered(x: Tensor, to: Tensor) -> Tensor:

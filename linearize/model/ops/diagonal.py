@@ -8,19 +8,17 @@ and the state in fp32 where x and a are real, both in complex64 (complex128) oth
 0 and phase = 0 leaves no trace.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.additive import CHUNK, _between
+from .decay import CHUNK
 
 
-def naive_recurrent(
+def recurrent(
     x: Tensor, log_decay: Tensor, phase: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Token by token: the definition, and the oracle of the other forms."""
+    """Token by token: the definition, and the oracle of the chunked form. Arguments and result as of `chunked`."""
     a, y, h, dtype = _prepare(x, log_decay, phase, state)
     out = []
     for t in range(x.shape[2]):
@@ -29,55 +27,32 @@ def naive_recurrent(
     return (torch.stack(out, dim=2) if out else y).to(dtype), h
 
 
-def step(
-    x: Tensor, log_decay: Tensor, phase: Tensor | None = None, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """One token (T = 1), updating `state` in place: the decoding step."""
-    if state is None:
-        return naive_recurrent(x, log_decay, phase)
-    absorb(x, log_decay, phase, state)
-    dtype = state.dtype if state.is_complex() else x.dtype
-    return state.unsqueeze(2).to(dtype, copy=True), state
-
-
-def absorb(x: Tensor, log_decay: Tensor, phase: Tensor | None, state: Tensor) -> None:
-    """The write of one token, into `state`, in place. What it reads is the state."""
+def update_state(x: Tensor, log_decay: Tensor, phase: Tensor | None, state: Tensor) -> None:
+    """Take in one token (T = 1; shapes as of `chunked`). `state` is updated in place, and is what the token reads."""
     a, y, _, _ = _prepare(x, log_decay, phase, state)
     state.mul_(a[:, :, 0]).add_(y[:, :, 0])
 
 
-def parallel(
-    x: Tensor, log_decay: Tensor, phase: Tensor | None = None, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """All tokens at once through a T×T matrix per channel: quadratic, for tests."""
-    a, y, h, dtype = _prepare(x, log_decay, phase, state)
-    if x.shape[2] == 0:
-        return y.to(dtype), h
-    size = log_decay.to(a.real.dtype).expand(x.shape)
-    angle = None if phase is None else phase.to(size.dtype).expand(x.shape)
-
-    def product(sums: Callable[[Tensor], Tensor]) -> Tensor:
-        return _factor(sums(size), None if angle is None else sums(angle))
-
-    below = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).tril()
-    A = torch.where(below[:, :, None], product(_between), 0)
-    out = torch.einsum("bgijv,bgjv->bgiv", A.to(y.dtype), y) + product(lambda g: g.cumsum(2)) * h.unsqueeze(2)
-    return out.to(dtype), out[:, :, -1].clone()
-
-
 def chunked(
-    x: Tensor,
-    log_decay: Tensor,
-    phase: Tensor | None = None,
-    state: Tensor | None = None,
-    chunk: int = CHUNK,
+    x: Tensor, log_decay: Tensor, phase: Tensor | None = None, state: Tensor | None = None, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """Chunks of C tokens side by side, then the states between them: C + T/C steps instead of T, linear in memory."""
+    """Chunks of C tokens side by side, then the states between them: C + T/C steps instead of T, linear in memory.
+
+    Args:
+        x: [B, G, T, V].
+        log_decay: log |a| ≤ 0, what broadcasts to x's shape.
+        phase: arg a in radians, what broadcasts to x's shape, or None where a is real.
+        state: initial state [B, G, V], complex with a phase; None stands for zeros.
+        chunk: C.
+
+    Returns:
+        h [B, G, T, V], in x's dtype where it is real, and the final state.
+    """
     a, y, h, dtype = _prepare(x, log_decay, phase, state)
     if x.shape[2] == 0:
         return y.to(dtype), h
     out: Tensor = _Scan.apply(a, y, h, chunk)  # pyright: ignore[reportAssignmentType]
-    # A copy: `step` writes into it.
+    # A copy: `update_state` writes into it.
     return out.to(dtype), out[:, :, -1].clone()
 
 

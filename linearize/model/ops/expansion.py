@@ -19,39 +19,35 @@ with their column of ones.
 import torch
 from torch import Tensor
 
-from ..ops import additive, run_additive
+from . import additive, run_additive
 
 State = tuple[Tensor, ...]
-"""S, m and n of `empty_state`."""
+"""S, m and n of `initial_state`."""
 
 
-def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
-    """S [B, G, K, V + 1], m [B, G, 1, V + 1] and n [B, G, 1, 1], fp32 zeros: log n is set by the first `absorb`."""
+def initial_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
+    """S [B, G, K, V + 1], m [B, G, 1, V + 1] and n [B, G, 1, 1], fp32 zeros; `update_state` sets log n."""
     S = torch.zeros(batch, kv_heads, key_width, value_width + 1, device=device)
     return S, S.new_zeros(batch, kv_heads, 1, value_width + 1), S.new_zeros(batch, kv_heads, 1, 1)
 
 
 def run(
-    q: Tensor,
-    k1: Tensor,
-    v1: Tensor,
-    log_decay: Tensor,
-    state: State,
-    *,
-    scaling: float = 1.0,
-    strength: float = 0.0,
+    q: Tensor, k1: Tensor, v1: Tensor, log_decay: Tensor, state: State, *, scaling: float = 1.0, strength: float = 0.0
 ) -> tuple[Tensor, Tensor, State]:
-    """Read the expansion at every token.
+    """Read and take in a block of tokens.
 
     Args:
-        q: [B, H, T, K]; k1: [B, G, T, K + 1] and v1: [B, G, T, V + 1] with ones in the last column (all zeros for a
-            token that does not exist); log_decay: [B, G, T, 1].
-        state: as `empty_state` makes it.
+        q: [B, H, T, K].
+        k1: [B, G, T, K + 1], its last column 1, or all 0 for a token that does not exist.
+        v1: [B, G, T, V + 1], the same.
+        log_decay: g ≤ 0 [B, G, T, 1].
+        state: as `initial_state` makes it.
         scaling: of the scores q·k.
         strength: added to the log weight.
 
     Returns:
-        y [B, H, T, V], the log weight n e^μ [B, H, T] (−inf where there is no token), and the new state.
+        y [B, H, T, V], the log weight n e^μ [B, H, T] (−inf where there is no token), both at least
+        fp32, and the final state.
     """
     B, H, T, K = q.shape
     G = k1.shape[1]
@@ -83,8 +79,8 @@ def _count(sums: Tensor) -> tuple[Tensor, Tensor]:
     return n, n.clamp(min=torch.finfo(n.dtype).tiny)
 
 
-def absorb(k1: Tensor, v1: Tensor, log_decay: Tensor, state: State, *, strength: float = 0.0) -> None:
-    """One token into the state, in place: means and covariance, updated as Welford does."""
+def update_state(k1: Tensor, v1: Tensor, log_decay: Tensor, state: State, *, strength: float = 0.0) -> None:
+    """Take in one token (T = 1; shapes as of `run`), in place: means and covariance, updated as Welford does."""
     S, m, n = state
     k1, v1 = k1.float(), v1.float()
     n.mul_(log_decay.float().exp()).add_(v1[..., -1:])
@@ -97,25 +93,9 @@ def absorb(k1: Tensor, v1: Tensor, log_decay: Tensor, state: State, *, strength:
     m[..., -1:].copy_(n.log() + strength)
 
 
-def look(q: Tensor, state: State, *, scaling: float = 1.0) -> Tensor:
-    """What one token reads, [B, H, 1, V + 1]: y, and its log weight in the last column."""
+def read_state(q: Tensor, state: State, *, scaling: float = 1.0) -> Tensor:
+    """What one token q [B, H, 1, K] reads: [B, H, 1, V + 1] fp32, y with its log weight in the last column."""
     B, H, _, K = q.shape
     S, m = state[0].flatten(0, 1), state[1].flatten(0, 1)
     grouped = q.float().reshape(S.shape[0], -1, K)
     return torch.baddbmm(m, grouped, S, alpha=scaling).view(B, H, 1, -1)
-
-
-def naive(q: Tensor, k: Tensor, v1: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """The oracle: the same from explicit T×T scores, for rows that start empty; q scaled, no strength."""
-    rep = q.shape[1] // k.shape[1]
-    a = q @ k.repeat_interleave(rep, 1).mT
-    ones = torch.ones_like(q[..., :1])
-    weight = (
-        additive.materialise(ones, ones, log_decay.repeat_interleave(rep, 1))
-        * v1[..., -1].repeat_interleave(rep, 1)[:, :, None, :]
-    )
-    n = weight.sum(-1, keepdim=True)
-    safe = n.clamp(min=torch.finfo(n.dtype).tiny)
-    mean = (a * weight).sum(-1, keepdim=True) / safe
-    y = (weight * (1 + a - mean) / safe) @ v1[..., :-1].repeat_interleave(rep, 1)
-    return y, (n.log() + mean).squeeze(-1)

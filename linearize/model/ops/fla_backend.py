@@ -30,7 +30,7 @@ def missing() -> str | None:
 
 
 def restriction(q: Tensor, v: Tensor) -> str | None:
-    """What about these queries and values the kernels cannot do, or None."""
+    """What about queries [B, H, T, K] and values [B, G, T, V] the kernels cannot do, or None."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"they compute in 32 bits or fewer, and the queries are {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > WIDEST:
@@ -45,25 +45,21 @@ def kernel(module: str, name: str) -> Callable[..., tuple[Tensor, Any]]:
     return getattr(import_module(f"fla.ops.{module}"), name)
 
 
-def additive(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None, decoding: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`ops.additive.chunked`, or `step` if decoding."""
-    form = "fused_recurrent" if decoding else "chunk"
+def additive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`ops.additive.chunked`, with its arguments."""
     tensors = _to_fla(q, k, v, state)
     if log_decay is not None and log_decay.shape[-1] > 1:
-        g = {"gk" if decoding else "g": _decay(q, k, log_decay)}
-        y, final = kernel("gla", f"{form}_gla")(**tensors, **g)
+        y, final = kernel("gla", "chunk_gla")(**tensors, g=_decay(q, k, log_decay))
     else:
         g = None if log_decay is None else _decay(q, k, log_decay).squeeze(-1)
-        y, final = kernel("simple_gla", f"{form}_simple_gla")(**tensors, g=g)
-    return _from_fla(y, final, q, k, state if decoding else None)
+        y, final = kernel("simple_gla", "chunk_simple_gla")(**tensors, g=g)
+    return _from_fla(y, final, q, k)
 
 
 def delta(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The delta rule in chunks: S_t = (I − β_t k_t k_tᵀ) diag(e^{g_t}) S_{t-1} + β_t k_t v_tᵀ; beta [B, G, T, 1]."""
+    """`ops.delta.chunked`, with its arguments."""
     tensors = _to_fla(q, k, v, state)
     tensors["beta"] = _heads(beta, q).transpose(1, 2).squeeze(-1).contiguous()
     if log_decay is not None and log_decay.shape[-1] > 1:
@@ -78,10 +74,10 @@ def delta(
 
 
 def slots(
-    q: Tensor, k: Tensor, v: Tensor, write: Tensor, log_decay: Tensor, state: tuple[Tensor, Tensor]
+    q: Tensor, k: Tensor, v: Tensor, input_gate: Tensor, log_decay: Tensor, state: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`ops.slots.chunked`. The kernel expands the groups by itself."""
-    tensors = {"q": q.to(v.dtype), "k": k.to(v.dtype), "v": v, "s": write.to(v.dtype), "g": log_decay.float()}
+    """`ops.slots.run`, with its arguments. The kernel expands the groups by itself."""
+    tensors = {"q": q.to(v.dtype), "k": k.to(v.dtype), "v": v, "s": input_gate.to(v.dtype), "g": log_decay.float()}
     tensors = {name: x.transpose(1, 2).contiguous() for name, x in tensors.items()}
     state = (state[0].float(), state[1].float())
     y, final = kernel("gsa", "chunk_gsa")(**tensors, scale=1.0, initial_state=state, output_final_state=True)
@@ -111,7 +107,6 @@ def _decay(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
     return _heads(log_decay, q).transpose(1, 2).contiguous()
 
 
-def _from_fla(y: Tensor, final: Tensor, q: Tensor, k: Tensor, in_place: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _from_fla(y: Tensor, final: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """y [B, H, T, V] in q's dtype, and one state per key head: all query heads of a group have the same."""
-    final = final[:, :: q.shape[1] // k.shape[1]]
-    return y.transpose(1, 2).to(q.dtype), final if in_place is None else in_place.copy_(final)
+    return y.transpose(1, 2).to(q.dtype), final[:, :: q.shape[1] // k.shape[1]]

@@ -17,7 +17,7 @@ def retention(heads: int, device: torch.device | None = None) -> Tensor:
 
 
 def half_lives(shortest: float, longest: float, heads: int, device: torch.device | None = None) -> Tensor:
-    """Tokens, one per head, evenly spaced in log, [heads, 1, 1]; a single head has the longest."""
+    """Half-lives in tokens, one per head, evenly spaced in log; a single head has the longest: fp32 [heads, 1, 1]."""
     spread = torch.linspace(math.log(shortest), math.log(longest), heads, device=device)
     return (spread if heads > 1 else spread.new_full((1,), math.log(longest))).exp().view(heads, 1, 1)
 
@@ -37,6 +37,12 @@ def forget(logits: Tensor, lower: float = 0.0) -> tuple[Tensor, Tensor]:
     if lower:
         log_decay = torch.logaddexp(log_decay + math.log1p(-lower), torch.full_like(x, math.log(lower)))
     return log_decay, (1 - lower) * (-x).sigmoid()
+
+
+def log_count(n: Tensor, strength: float, heads: int) -> Tensor:
+    """ln n + strength [B, H, T], the log weight of a memory that stands for n tokens [B, G, T, 1]; −∞ where n is 0."""
+    weight = (n.clamp(min=1).log() + strength).masked_fill(n == 0, float("-inf"))
+    return weight.squeeze(-1).repeat_interleave(heads // n.shape[1], 1)
 
 
 def running_softmax(

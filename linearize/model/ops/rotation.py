@@ -14,22 +14,30 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops import additive, run_additive
+from . import additive, run_additive
 
 State = tuple[Tensor, Tensor]
 
 
-def empty_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
-    """fp32 zeros."""
+def initial_state(batch: int, kv_heads: int, key_width: int, value_width: int, device: torch.device) -> State:
+    """fp32 zeros on `device`: the turned matrix and the phase."""
     S = torch.zeros(batch, kv_heads, 2 * key_width, value_width, device=device)
     return S, S.new_zeros(batch, kv_heads, 1, key_width)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, angle: Tensor, state: State) -> tuple[Tensor, State]:
-    """y [B, H, T, V] in q's dtype, and the state after the last token.
+    """Read and take in a block of tokens.
 
     Args:
+        q: [B, H, T, K].
+        k: [B, G, T, K].
+        v: [B, G, T, V].
         log_decay: [B, G, T, K] or [B, G, T, 1].
+        angle: θ [B, G, T, K], radians.
+        state: as `initial_state` makes it.
+
+    Returns:
+        y [B, H, T, V] in q's dtype, and the final state.
     """
     S, start = state
     phase = _phase(angle, start)
@@ -37,17 +45,17 @@ def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, angle: Tensor, state
     return y, (S, phase[:, :, -1:] if k.shape[2] else start)
 
 
-def absorb(k: Tensor, v: Tensor, log_decay: Tensor, angle: Tensor, state: State) -> None:
-    """The writes of one token, into `state`, in place."""
+def update_state(k: Tensor, v: Tensor, log_decay: Tensor, angle: Tensor, state: State) -> None:
+    """Take in one token (T = 1; shapes as of `run`). `state` is updated in place."""
     S, phase = state
     phase.copy_(_phase(angle, phase))
-    additive.absorb(*_turn(k, log_decay, phase, v), S)
+    additive.update_state(*_turn(k, log_decay, phase, v), S)
 
 
-def look(q: Tensor, state: State) -> Tensor:
-    """What one token reads: q [B, H, 1, K] -> [B, H, 1, V]."""
+def read_state(q: Tensor, state: State) -> Tensor:
+    """What one token reads: q [B, H, 1, K] and the state of `initial_state` -> y [B, H, 1, V] in q's dtype."""
     S, phase = state
-    return additive.look(_turn_queries(q, phase), S)
+    return additive.read_state(_turn_queries(q, phase), S)
 
 
 def _phase(angle: Tensor, start: Tensor) -> Tensor:
@@ -66,14 +74,3 @@ def _turn(k: Tensor, log_decay: Tensor, phase: Tensor, v: Tensor) -> tuple[Tenso
     if log_decay.shape[-1] == k.shape[-1]:
         log_decay = torch.cat([log_decay, log_decay], dim=-1)
     return torch.cat([k * phase.cos(), k * phase.sin()], dim=-1), v, log_decay
-
-
-def naive(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, angle: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The oracle: token by token with a complex state [B, G, K, V]."""
-    rep = q.shape[1] // k.shape[1]
-    y = []
-    for t in range(q.shape[2]):
-        decay = torch.polar(log_decay[:, :, t].exp().expand_as(angle[:, :, t]), angle[:, :, t])
-        state = state * decay[..., None] + k[:, :, t, :, None] * v[:, :, t, None, :]
-        y.append((q[:, :, t, None].to(state.dtype) @ state.repeat_interleave(rep, 1)).real.squeeze(2))
-    return torch.stack(y, dim=2), state

@@ -66,7 +66,7 @@ class Rows:
         )
 
     def gather(self, x: Tensor) -> Tensor:
-        """x [B, H, T, D] -> [R, H, L, D]."""
+        """x [B, H, T, D], tokens as the batch has them -> [R, H, L, D], as the rows have them."""
         return x.transpose(1, 2).flatten(0, 1)[self.index].transpose(1, 2)
 
     def scatter(self, y: Tensor) -> Tensor:

@@ -18,8 +18,18 @@ block."""
 
 
 def scores(q: Tensor, k: Tensor, bias: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """The source's own attention scores, at least in fp32, of R heads that share their keys: q [..., R, M, K] and
-    k [..., N, K] -> [..., R, M, N], plus `bias`, which broadcasts to it: 0 where a key is seen and −inf elsewhere."""
+    """The source's own attention scores of R heads that share their keys.
+
+    Args:
+        q: [..., R, M, K].
+        k: [..., N, K].
+        bias: added; what broadcasts to the scores, 0 where a key is seen and −inf elsewhere.
+        scaling: the source's, of q·k.
+        softcap: the source's, or None.
+
+    Returns:
+        [..., R, M, N], at least fp32.
+    """
     shape = *q.shape[:-1], k.shape[-2]
     rows, keys = q.reshape(-1, shape[-3] * shape[-2], q.shape[-1]), k.reshape(-1, *k.shape[-2:])
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -61,28 +71,21 @@ class _Softmax(torch.autograd.Function):
 
 
 def window_attention(
-    q: Tensor,
-    local_k: Tensor,
-    local_v: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor,
-    *,
-    seen: Tensor | int,
-    window: int,
-    scaling: float,
-    softcap: float | None = None,
-    extra: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, local_k: Tensor, local_v: Tensor, sink_k: Tensor, sink_v: Tensor, *, seen: Tensor | int, window: int,
+    scaling: float, softcap: float | None = None, extra: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Exact attention of each new token over its window and the sinks.
 
     Args:
         q: [B, H, T, K] queries as the source would use them (after norm and RoPE).
-        local_k, local_v: [B, G, W + T, K or V], the W tokens before the new ones (anything where there are none) and
-            the new ones.
-        sink_k, sink_v: [B, G, s, K or V], the first s tokens of each row.
+        local_k: [B, G, W + T, K], the W tokens before the new ones (anything where there are none) and the new ones.
+        local_v: [B, G, W + T, V], the same.
+        sink_k: [B, G, s, K], the first s tokens of each row.
+        sink_v: [B, G, s, V], the same.
         seen: tokens before the new ones, [B] int64, or one int for all rows.
         window: W ≥ 1, counting the query's own token.
-        scaling, softcap: the source's.
+        scaling: the source's, of q·k.
+        softcap: the source's, or None.
         extra: [H] logits that take part in the normaliser only (gpt_oss), or None.
 
     Returns:
@@ -118,22 +121,20 @@ def window_attention(
 
 
 def slot_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    extra: Tensor | None = None,
-    memory: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scaling: float, softcap: float | None = None,
+    extra: Tensor | None = None, memory: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One decoding step over cached slots, in whatever order they lie.
 
     Args:
-        q: [B, H, 1, K]; k: [B·G, K, S] and v: [B·G, S, V], as `Step` views them.
+        q: [B, H, 1, K].
+        k: [B·G, K, S], as `Step` views it.
+        v: [B·G, S, V], as `Step` views it.
         bias: [B·G, 1, S] fp32, 0 where a slot is filled and −inf elsewhere.
-        memory: one more place to attend to, [B, H, 1, V + 1] fp32: its value, and its logit in the last column.
+        scaling: the source's, of q·k.
+        softcap: the source's, or None.
+        extra: [H], as of `window_attention`.
+        memory: one more slot, [B, H, 1, V + 1] fp32: its value, and its logit in the last column; or None.
 
     Returns:
         y [B, H, 1, V] in q's dtype.
@@ -158,26 +159,3 @@ def slot_attention(
         far = m[..., :V] * p[..., S : S + 1]
         y = torch.baddbmm(far, near, v) if v.dtype == far.dtype else far + torch.bmm(near, v)
     return y.view(B, H, 1, V).to(q.dtype)
-
-
-def naive_window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int,
-    sinks: int,
-    scaling: float,
-    softcap: float | None = None,
-    extra: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The oracle: the same over whole rows q [B, H, T, K], k, v [B, G, T, ·] with an explicit T×T mask."""
-    B, H, T, K = q.shape
-    G = k.shape[1]
-    t = torch.arange(T, device=q.device)
-    distance = t[:, None] - t
-    mask = (distance >= 0) & ((distance < window) | (t < sinks))
-    a = scores(q.view(B, G, H // G, T, K), k, bias_of(mask), scaling, softcap)
-    extra = None if extra is None else extra.float().view(G, H // G, 1, 1)
-    p, lse = normalise(a, extra)
-    return (p.to(q.dtype) @ v[:, :, None]).reshape(B, H, T, -1), lse.reshape(B, H, T)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.mixers import context
+from helpers.oracles import clustered
 from helpers.tiny import tiny_model
 from transformers import DynamicCache
 
@@ -23,7 +24,7 @@ def drawn(T: int, dtype=torch.float64, holes: bool = True):
 
 
 def empty(dtype=torch.float64):
-    return tuple(x.to(dtype) for x in ops.empty_state(B, G, K, V, M, torch.device("cpu")))
+    return tuple(x.to(dtype) for x in ops.initial_state(B, G, K, V, M, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("T", [0, 1, 5, 8, 9, 10, 57])
@@ -33,7 +34,7 @@ def test_blocks_are_steps(T, holes):
     y, weight, state = ops.run(*x, empty(), **RULE)
     if T == 0:
         return
-    expected = ops.naive_recurrent(*x, empty(), **RULE)
+    expected = clustered(*x, empty(), **RULE)
     real = x[3][:, :1, :, 0].expand(-1, H, -1) > 0
     # fp64: sums of at most 57 terms in two orders.
     for a, b in zip((y[real], weight[real], *state), (expected[0][real], expected[1][real], *expected[2]), strict=True):
@@ -59,7 +60,7 @@ def test_pieces_are_the_whole(cuts, monkeypatch):
 
 def test_gradients_are_those_of_the_definition():
     found = []
-    for form in (ops.run, ops.naive_recurrent):
+    for form in (ops.run, clustered):
         torch.manual_seed(3)
         *x, exists = drawn(30, holes=False)
         x = [each.requires_grad_() for each in x]
@@ -111,7 +112,7 @@ def test_equal_tokens_merge_without_loss():
     T = 60
     key, value = torch.randn(1, 1, 2, K).repeat(1, 1, T // 2, 1), torch.randn(1, 1, 2, V).repeat(1, 1, T // 2, 1)
     q = torch.randn(1, 1, T, K)
-    state = ops.empty_state(1, 1, K, V, M, torch.device("cpu"))
+    state = ops.initial_state(1, 1, K, V, M, torch.device("cpu"))
     y, weight, _ = ops.run(q, key, value, torch.ones(1, 1, T, 1), state, **RULE)
     a = 20 * (0.4 * q @ key.mT / 20).tanh()
     a = a.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), float("-inf"))

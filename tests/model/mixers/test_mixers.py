@@ -2,6 +2,7 @@
 
 import torch
 from helpers.mixers import B, G, H, K, S, T, W, context, mixer
+from helpers.oracles import expanded
 from torch.nn import functional as F
 
 from linearize.model.mixers import build_config
@@ -57,7 +58,7 @@ def test_expansion_is_exact_where_scores_are_equal():
     """Equal keys: the average of values, and the log weight of an exact softmax."""
     q, v = torch.randn(1, 1, 6, 4), with_one(torch.randn(1, 1, 6, 5))
     k = torch.randn(4).expand(1, 1, 6, 4)
-    empty = expansion.empty_state(1, 1, 4, 5, torch.device("cpu"))
+    empty = expansion.initial_state(1, 1, 4, 5, torch.device("cpu"))
     y, weight, _ = expansion.run(q, with_one(k), v, torch.zeros(1, 1, 6, 1), empty)
     a = (q @ k.mT).masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf"))
     torch.testing.assert_close(y, a.softmax(-1) @ v[..., :-1])
@@ -69,16 +70,16 @@ def test_expansion_forms_agree():
     k1, v1 = with_one(k), with_one(v)
     k1[:, :, ::7], v1[:, :, ::7] = 0, 0  # tokens that do not exist
     g = F.logsigmoid(torch.randn(B, G, T, 1)) * k1[..., -1:]
-    empty = expansion.empty_state(B, G, K, K, torch.device("cpu"))
+    empty = expansion.initial_state(B, G, K, K, torch.device("cpu"))
     y, weight, state = expansion.run(q, k1, v1, g, empty, scaling=0.5, strength=0.7)
-    expected = expansion.naive(0.5 * q, k1[..., :-1], v1, g)
+    expected = expanded(0.5 * q, k1[..., :-1], v1, g)
     torch.testing.assert_close(y, expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weight, expected[1] + 0.7, rtol=1e-4, atol=1e-5)
-    running = expansion.empty_state(B, G, K, K, torch.device("cpu"))
+    running = expansion.initial_state(B, G, K, K, torch.device("cpu"))
     for t in range(T):
         one = slice(t, t + 1)
-        expansion.absorb(k1[:, :, one], v1[:, :, one], g[:, :, one], running, strength=0.7)
-        yt, wt = expansion.look(q[:, :, one], running, scaling=0.5).split([K, 1], -1)
+        expansion.update_state(k1[:, :, one], v1[:, :, one], g[:, :, one], running, strength=0.7)
+        yt, wt = expansion.read_state(q[:, :, one], running, scaling=0.5).split([K, 1], -1)
         torch.testing.assert_close(yt, y[:, :, one], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(wt[..., 0], weight[:, :, one], rtol=1e-4, atol=1e-5)
     for a, b in zip(running, state, strict=True):
@@ -95,7 +96,7 @@ def test_a_hundred_thousand_tokens_neither_overflow_nor_drift():
     T, steps = 100_000, 3000
     q, k, v = torch.randn(1, 2, T, 4) * 2, torch.randn(1, 1, T, 4) * 2, torch.randn(1, 1, T, 4)
     inputs = (q, with_one(k), with_one(v), F.logsigmoid(torch.randn(1, 1, T, 1)) / 1e5)
-    empty = expansion.empty_state(1, 1, 4, 4, torch.device("cpu"))
+    empty = expansion.initial_state(1, 1, 4, 4, torch.device("cpu"))
     exact, exact_weight, final = expansion.run(*(x.double() for x in inputs), tuple(x.double() for x in empty))
     state, prefill = empty, T - steps
     for start in range(0, prefill, 9700):
@@ -104,9 +105,9 @@ def test_a_hundred_thousand_tokens_neither_overflow_nor_drift():
         torch.testing.assert_close(y.double(), exact[:, :, piece], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(weight.double(), exact_weight[:, :, piece], rtol=1e-4, atol=1e-4)
     for t in range(prefill, T):
-        one, *writes = (x[:, :, t : t + 1] for x in inputs)
-        expansion.absorb(*writes, state)
-    got = expansion.look(one, state)
+        one, *updates = (x[:, :, t : t + 1] for x in inputs)
+        expansion.update_state(*updates, state)
+    got = expansion.read_state(one, state)
     torch.testing.assert_close(got[..., :-1].double(), exact[:, :, -1:], rtol=1e-4, atol=1e-4)
     for a, b in zip(state, final, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)

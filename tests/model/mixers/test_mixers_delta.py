@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from helpers.mixers import G, H, S, W, context, mixer
+from helpers.oracles import naive_window_attention
 from torch import Tensor
 
 from linearize.model.mixers import channels
-from linearize.model.ops.window import naive_window_attention
 from linearize.model.tokens import Tokens
 
 B, T, K, V = 2, 30, 8, 8
@@ -193,32 +193,32 @@ def parts(name: str, combine: str = "memory", scale: float = 1.0, absent: tuple[
     q, k, v = (scale * x for x in qkv())
     made = mixer(name=name, combine=combine, **NUMBERS[name])
     one = torch.ones(B, G, T, 1)
-    tokens = Tokens.join(k, v, made.carry(k, unrotate), one, made.geometry)
+    tokens = Tokens.join(k, v, made.kept_features(k, unrotate), one, made.geometry)
     tokens.x[:, :, list(absent)] = 0
-    return made, made.query(q, context(unrotate)), tokens, made.empty_state(B, torch.device("cpu"))
+    return made, made.query(q, context(unrotate)), tokens, made.initial_state(B, torch.device("cpu"))
 
 
 def cut(tokens: Tokens, made, start: int, stop: int):
-    return made.write(Tokens(tokens.x[:, :, start:stop], made.geometry))
+    return made.updates(Tokens(tokens.x[:, :, start:stop], made.geometry))
 
 
 @pytest.mark.parametrize("combine", ["memory", "none"])
 @every
 def test_blocks_pieces_and_steps_agree(name, combine):
     made, read, tokens, empty = parts(name, combine, absent=(0, 1, 11, 29))
-    y, weight, final = made.recur(read, made.write(tokens), empty, context())
+    y, weight, final = made.scan(read, made.updates(tokens), empty, context())
     assert all(x.dtype == torch.float32 for x in final)
 
-    y1, weight1, middle = made.recur(read[:, :, :13], cut(tokens, made, 0, 13), empty, context())
-    y2, weight2, end = made.recur(read[:, :, 13:], cut(tokens, made, 13, T), middle, context())
+    y1, weight1, middle = made.scan(read[:, :, :13], cut(tokens, made, 0, 13), empty, context())
+    y2, weight2, end = made.scan(read[:, :, 13:], cut(tokens, made, 13, T), middle, context())
     pairs = [(torch.cat([y1, y2], 2), y), *zip(end, final, strict=True)]
     if weight is not None and weight1 is not None and weight2 is not None:
         pairs.append((torch.cat([weight1, weight2], 2), weight))
 
     state, found = tuple(x.clone() for x in empty), []
     for t in range(T):
-        made.absorb(cut(tokens, made, t, t + 1), state)
-        found.append(made.look(read[:, :, t : t + 1], state, context()))
+        made.update_state(cut(tokens, made, t, t + 1), state)
+        found.append(made.read_state(read[:, :, t : t + 1], state, context()))
     stepped = torch.cat(found, 2)
     expected = y if weight is None else torch.cat([y, weight.unsqueeze(-1)], -1)
     pairs += [(stepped, expected), *zip(state, final, strict=True)]
@@ -229,11 +229,11 @@ def test_blocks_pieces_and_steps_agree(name, combine):
 @every
 def test_an_absent_token_changes_no_bit_of_the_state(name):
     made, read, tokens, empty = parts(name, absent=tuple(range(20, T)))
-    _, _, seen = made.recur(read[:, :, :20], cut(tokens, made, 0, 20), empty, context())
+    _, _, seen = made.scan(read[:, :, :20], cut(tokens, made, 0, 20), empty, context())
     for before in (empty, seen):
-        _, _, after = made.recur(read[:, :, 20:], cut(tokens, made, 20, T), before, context())
+        _, _, after = made.scan(read[:, :, 20:], cut(tokens, made, 20, T), before, context())
         in_place = tuple(x.clone() for x in before)
-        made.absorb(cut(tokens, made, 20, 21), in_place)
+        made.update_state(cut(tokens, made, 20, 21), in_place)
         for a, b, c in zip(before, after, in_place, strict=True):
             assert torch.equal(a, b) and torch.equal(a, c)
 

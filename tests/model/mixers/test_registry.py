@@ -47,10 +47,10 @@ def drawn(mixer, length: int = T) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         exists = (torch.rand(B, 1, length, 1) > 0.3).float()
         exists[0, :, :3], exists[1, :, length - 4 :] = 0, 0
         k, v = torch.randn(B, G, length, K), torch.randn(B, G, length, K)
-        carry = mixer.carry(k, lambda x: x.float())
-        tokens = Tokens.join(k, v, carry, torch.ones(B, G, length, 1), mixer.geometry)
+        kept = mixer.kept_features(k, lambda x: x.float())
+        tokens = Tokens.join(k, v, kept, torch.ones(B, G, length, 1), mixer.geometry)
         tokens.x = tokens.x * exists
-        return mixer.query(torch.randn(B, H, length, K), context()), mixer.write(tokens), exists[:, 0, :, 0] > 0
+        return mixer.query(torch.randn(B, H, length, K), context()), mixer.updates(tokens), exists[:, 0, :, 0] > 0
 
 
 def part(x, start: int, end: int | None = None):
@@ -69,10 +69,10 @@ def near(a: Tensor, b: Tensor) -> bool:
 @torch.no_grad()
 def test_pieces_and_steps_are_the_whole(name, combine):
     mixer = made(name, combine)
-    read, writes, exists = drawn(mixer)
-    empty = mixer.empty_state(B, torch.device("cpu"))
+    read, updates, exists = drawn(mixer)
+    empty = mixer.initial_state(B, torch.device("cpu"))
     assert all(x.dtype == torch.float32 and not x.any() for x in empty)
-    y, weight, last = mixer.recur(read, writes, empty, context())
+    y, weight, last = mixer.scan(read, updates, empty, context())
     assert (weight is not None) == mixer.weighted
     assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(last, empty, strict=True))
     joined = y if weight is None else torch.cat([y, weight.unsqueeze(-1)], -1)
@@ -82,18 +82,18 @@ def test_pieces_and_steps_are_the_whole(name, combine):
         joined = joined.masked_fill(joined.isinf(), 0)
     real = exists[:, None, :, None].expand_as(joined)
 
-    state = mixer.empty_state(B, torch.device("cpu"))
-    first = mixer.recur(part(read, 0, SEEN), part(writes, 0, SEEN), state, context())
+    state = mixer.initial_state(B, torch.device("cpu"))
+    first = mixer.scan(part(read, 0, SEEN), part(updates, 0, SEEN), state, context())
     assert not any(x.any() for x in state), "recur writes into the state that it was given"
-    second = mixer.recur(part(read, SEEN), part(writes, SEEN), first[2], context())
+    second = mixer.scan(part(read, SEEN), part(updates, SEEN), first[2], context())
     pieces = torch.cat([first[0], second[0]], 2)
     assert near(pieces[real[..., :K]], y[real[..., :K]])
     assert all(near(a, b) for a, b in zip(second[2], last, strict=True))
 
     steps = []
     for t in range(T):
-        mixer.absorb(part(writes, t, t + 1), state)
-        steps.append(mixer.look(part(read, t, t + 1), state, context()))
+        mixer.update_state(part(updates, t, t + 1), state)
+        steps.append(mixer.read_state(part(read, t, t + 1), state, context()))
     assert near(torch.cat(steps, 2)[real], joined[real])
     assert all(near(a, b) for a, b in zip(state, last, strict=True))
 
@@ -102,19 +102,19 @@ def test_pieces_and_steps_are_the_whole(name, combine):
 @torch.no_grad()
 def test_a_token_that_does_not_exist_leaves_the_state_as_it_is(name, combine):
     mixer = made(name, combine)
-    read, writes, _ = drawn(mixer)
-    width = mixer.carry(torch.zeros(1, G, 1, K), lambda x: x)
+    read, updates, _ = drawn(mixer)
+    width = mixer.kept_features(torch.zeros(1, G, 1, K), lambda x: x)
     width = K + K + 2 + (0 if width is None else width.shape[-1])
-    for before in (mixer.empty_state(B, torch.device("cpu")), None):
+    for before in (mixer.initial_state(B, torch.device("cpu")), None):
         if before is None:
-            *_, before = mixer.recur(read, writes, mixer.empty_state(B, torch.device("cpu")), context())
-        nothing = mixer.write(Tokens(torch.zeros(B, G, 3, width), mixer.geometry))
+            *_, before = mixer.scan(read, updates, mixer.initial_state(B, torch.device("cpu")), context())
+        nothing = mixer.updates(Tokens(torch.zeros(B, G, 3, width), mixer.geometry))
         # The log of no tokens is written by the first call.
-        mixer.absorb(part(nothing, 0, 1), before)
+        mixer.update_state(part(nothing, 0, 1), before)
         state = tuple(x.clone() for x in before)
-        mixer.absorb(part(nothing, 0, 1), state)
+        mixer.update_state(part(nothing, 0, 1), state)
         assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
-        *_, after = mixer.recur(part(read, 0, 3), nothing, before, context())
+        *_, after = mixer.scan(part(read, 0, 3), nothing, before, context())
         # The expansion keeps means, which a block multiplies by n and divides again: one rounding.
         same = near if getattr(mixer.config, "features", None) == "expansion" else torch.equal
         assert all(same(*pair) for pair in zip(after, before, strict=True))

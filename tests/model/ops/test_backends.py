@@ -42,7 +42,7 @@ def gla(q, k, v, g, scale=None, initial_state=None, output_final_state=False):
     if g is not None and g.dim() == 3:
         g = g.unsqueeze(-1)
     heads_first = [x if x is None else x.transpose(1, 2) for x in (q * scale, k, v, g)]
-    y, final = additive.naive_recurrent(*heads_first, initial_state)
+    y, final = additive.recurrent(*heads_first, initial_state)
     return y.transpose(1, 2), final if output_final_state else None
 
 
@@ -86,9 +86,7 @@ def kernels(monkeypatch) -> list[str]:
     for name in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     kernel("gla", "chunk_gla", gla_by_channel)
-    kernel("gla", "fused_recurrent_gla", lambda q, k, v, gk, **rest: gla_by_channel(q, k, v, gk, **rest))
     kernel("simple_gla", "chunk_simple_gla", simple)
-    kernel("simple_gla", "fused_recurrent_simple_gla", simple)
     kernel("delta_rule", "chunk_delta_rule", delta)
     kernel("gated_delta_rule", "chunk_gated_delta_rule", gated_delta)
     kernel("kda", "chunk_kda", fla_naive("kda").naive_recurrent_kda)
@@ -120,18 +118,8 @@ def assert_close(got, expected, limit: float = 1e-5) -> None:
 def test_additive_kernels_get_and_return_our_layout(kernels, decay, with_state):
     x = inputs(decay)
     state = torch.randn(B, G, K, V) if with_state else None
-    assert_close(run_additive(**x, state=state), additive.naive_recurrent(**x, state=state))
+    assert_close(run_additive(**x, state=state), additive.recurrent(**x, state=state))
     assert kernels == ["chunk_gla" if decay == "channel" else "chunk_simple_gla"]
-
-
-@pytest.mark.parametrize("decay", ["none", "head", "fixed", "channel"])
-def test_decoding_kernels_update_the_state_in_place(kernels, decay):
-    x, state = inputs(decay, tokens=1), torch.randn(B, G, K, V)
-    expected = additive.naive_recurrent(**x, state=state)
-    y, after = run_additive(**x, state=state, decoding=True)
-    assert after is state
-    assert_close((y, after), expected)
-    assert kernels == ["fused_recurrent_gla" if decay == "channel" else "fused_recurrent_simple_gla"]
 
 
 def test_gradients_go_through_the_expansion_of_groups(kernels):
@@ -182,10 +170,10 @@ def test_delta_kernels_get_and_return_our_layout(kernels, decay, dtype, name):
 def test_slot_kernel_gets_and_returns_our_layout(kernels):
     x = inputs()
     g = F.logsigmoid(torch.randn(B, G, T, M))
-    x |= {"write": -torch.expm1(g), "log_decay": g}
+    x |= {"input_gate": -torch.expm1(g), "log_decay": g}
     state = torch.randn(B, G, K, M), torch.randn(B, G, M, V)
     y, final = slots.run(**x, state=state)
-    expected, last = slots.naive_recurrent(**x, state=state)
+    expected, last = slots.recurrent(**x, state=state)
     assert_close((y, *final), (expected, *last))
     assert kernels == ["chunk_gsa"]
 
@@ -233,14 +221,15 @@ def test_without_a_gpu_or_without_kernels(monkeypatch):
 
 
 def test_importing_the_recurrences_imports_torch_alone():
-    # The package itself registers its model type with transformers; a bare module stands for it.
+    # The packages around them register the model type with transformers; bare modules stand for them.
     code = """
 import sys, types
-package = sys.modules["linearize"] = types.ModuleType("linearize")
-package.__path__ = [sys.argv[1]]
-import linearize.ops
+for name, folder in (("linearize", sys.argv[1]), ("linearize.model", sys.argv[1] + "/model")):
+    package = sys.modules[name] = types.ModuleType(name)
+    package.__path__ = [folder]
+import linearize.model.ops
 print([name for name in ("fla", "transformers", "triton", "einops") if name in sys.modules])
 """
-    folder = str(Path(ops.__file__).parents[1])
+    folder = str(Path(ops.__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

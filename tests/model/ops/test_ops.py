@@ -4,12 +4,13 @@ for."""
 import pytest
 import torch
 from helpers.closeness import LIMIT, assert_close
+from helpers.oracles import naive_window_attention
 from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.model.ops import additive
 from linearize.model.ops.rows import Rows
-from linearize.model.ops.window import naive_window_attention, window_attention
+from linearize.model.ops.window import window_attention
 
 B, H, G, K, V = 2, 6, 2, 16, 12
 LENGTHS = [1, 2, 7, 8, 9, 63, 64, 65, 130, 300]
@@ -38,8 +39,7 @@ def inputs(T: int, decay: str, dtype: torch.dtype = torch.float32) -> dict[str, 
 @pytest.mark.parametrize("T", LENGTHS)
 def test_forms_agree(T, decay, dtype):
     x = inputs(T, decay, dtype)
-    expected = additive.naive_recurrent(**x)
-    assert_close(additive.parallel(**x), expected, LIMIT[dtype])
+    expected = additive.recurrent(**x)
     assert_close(additive.chunked(**x), expected, LIMIT[dtype])
 
 
@@ -53,9 +53,7 @@ def test_gradients_agree(decay):
         y, state = form(**x)
         return torch.autograd.grad((y * weight).sum() + state.square().sum(), leaves)
 
-    expected = gradients(additive.naive_recurrent)
-    assert_close(gradients(additive.chunked), expected, 1e-4)
-    assert_close(gradients(additive.parallel), expected, 1e-4)
+    assert_close(gradients(additive.chunked), gradients(additive.recurrent), 1e-4)
 
 
 def test_gradcheck():
@@ -79,13 +77,14 @@ def test_a_sequence_in_two_pieces(cut, decay):
 @pytest.mark.parametrize("decay", DECAYS)
 def test_steps_in_place(decay):
     x = inputs(20, decay)
-    expected, final = additive.naive_recurrent(**x)
+    expected, final = additive.recurrent(**x)
     state = x["state"].clone()
     address = state.data_ptr()
     for t in range(20):
         token = {n: v if v is None else v[:, :, t : t + 1] for n, v in x.items() if n != "state"}
-        y, state = additive.step(**token, state=state)
-        assert_close((y,), (expected[:, :, t : t + 1],), 1e-5)
+        q = token.pop("q")
+        additive.update_state(**token, state=state)
+        assert_close((additive.read_state(q, state),), (expected[:, :, t : t + 1],), 1e-5)
     assert state.data_ptr() == address
     assert_close((state,), (final,), 1e-5)
 
@@ -93,7 +92,7 @@ def test_steps_in_place(decay):
 def test_by_hand():
     """Two tokens, one head, K = V = 1, decay ½: S = 2·3 = 6, y = 6; S = ½·6 + 5·7 = 38, y = −38."""
     column = lambda *a: torch.tensor(a, dtype=torch.float32).view(1, 1, 2, 1)  # noqa: E731
-    for form in (additive.naive_recurrent, additive.parallel, additive.chunked):
+    for form in (additive.recurrent, additive.chunked):
         y, state = form(column(1, -1), column(2, 5), column(3, 7), column(0.5, 0.5).log())
         assert y.flatten().tolist() == pytest.approx([6, -38])
         assert state.item() == pytest.approx(38)
@@ -102,16 +101,8 @@ def test_by_hand():
 def test_a_zero_write_leaves_no_trace():
     x = inputs(10, "channel")
     zeros = {n: torch.zeros_like(x[n]) for n in ("k", "v", "log_decay")}
-    for form in (additive.naive_recurrent, additive.parallel, additive.chunked):
+    for form in (additive.recurrent, additive.chunked):
         assert torch.equal(form(x["q"], **zeros, state=x["state"])[1], x["state"])
-
-
-def test_materialised_matrix_is_the_recurrence():
-    x = inputs(33, "channel")
-    A = additive.materialise(x["q"], x["k"], x["log_decay"])
-    y = A @ x["v"].repeat_interleave(H // G, 1)
-    assert_close((y,), additive.naive_recurrent(x["q"], x["k"], x["v"], x["log_decay"])[:1], 1e-5)
-    assert not A.triu(1).any()
 
 
 def test_long_sequence_neither_overflows_nor_drifts():
@@ -134,7 +125,7 @@ def test_low_precision_inputs_are_computed_in_fp32():
     x = inputs(100, "channel")
     low = {n: t.bfloat16() if n in "qkv" else t for n, t in x.items()}
     y, state = additive.chunked(**low)
-    exact, _ = additive.naive_recurrent(**{n: t.float() for n, t in low.items()})
+    exact, _ = additive.recurrent(**{n: t.float() for n, t in low.items()})
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
     # The only rounding is that of the output.
     assert float((y.float() - exact).abs().max()) <= float(exact.abs().max()) * 2**-8

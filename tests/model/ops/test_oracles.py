@@ -80,11 +80,11 @@ def test_retention():
 def test_gated_slots(rep):
     _, k, v = inputs()
     q, g = torch.randn(B, H * rep, T, K), gate(M)
-    write, state = -torch.expm1(g), (torch.randn(B, H, K, M), torch.randn(B, H, M, V))
+    input_gate, state = -torch.expm1(g), (torch.randn(B, H, K, M), torch.randn(B, H, M, V))
     y, final = fla_naive("gsa").naive_recurrent_gsa(
-        *turned(q, k, v, write, g), scale=1.0, initial_state=state, output_final_state=True
+        *turned(q, k, v, input_gate, g), scale=1.0, initial_state=state, output_final_state=True
     )
-    got, last = slots.run(q, k, v, write, g, state)
+    got, last = slots.run(q, k, v, input_gate, g, state)
     assert_near((got, *last), (y.transpose(1, 2), *final))
 
 
@@ -95,7 +95,7 @@ def test_rwkv6():
     y, final = fla_naive("rwkv6", "recurrent_naive").naive_recurrent_rwkv6(
         q, k, v, g, u, scale=1.0, initial_state=state, output_final_state=True
     )
-    empty = bonus.empty_state(B, H, K, V, q.device)[1:]
+    empty = bonus.initial_state(B, H, K, V, q.device)[1:]
     got, (S, last_k, last_v, last_g) = bonus.run(q, k, v, g, torch.ones(B, H, T, 1), u, (state, *empty))
     assert_near((got, S * last_g.exp().mT + last_k.mT @ last_v), (y, final))
 
@@ -120,8 +120,8 @@ def test_running_softmax():
     logits = torch.randn(B, H, T, M)
     y, _ = fla_naive("gsa").naive_recurrent_gsa(*turned(q, k, v, logits), scale=1.0)
     empty = torch.zeros(B, H, 1, M), torch.zeros(B, H, 1, 1)
-    write, g, z, _ = gates.running_softmax(logits, torch.ones(B, H, T, 1), *empty)
-    state = slots.empty_state(B, H, K, V, M, q.device)
-    assert_near(slots.run(q, k, v, write, g, state)[:1], (y.transpose(1, 2),))
+    input_gate, g, z, _ = gates.running_softmax(logits, torch.ones(B, H, T, 1), *empty)
+    state = slots.initial_state(B, H, K, V, M, q.device)
+    assert_near(slots.run(q, k, v, input_gate, g, state)[:1], (y.transpose(1, 2),))
     assert_near((z[:, :, 0],), (logits.logsumexp(2),))
     assert math.isfinite(float(g.min()))

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from helpers import oracles
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.model.ops import additive, bonus, gates, rotation, run_additive, slots
+from linearize.model.ops import additive, bonus, decay, gates, rotation, run_additive, slots
 
 B, H, G, K, V, M = 2, 4, 2, 6, 5, 7
 # fp32 over a few chunks; algebra leaves fp64 no room.
@@ -39,7 +40,7 @@ def slot_inputs(T: int, strength: str = "mild", dtype: torch.dtype = torch.float
     x = inputs(T, dtype)
     g = decays(T, M, strength, dtype)
     state = torch.randn(B, G, K, M, dtype=dtype), torch.randn(B, G, M, V, dtype=dtype)
-    return x | {"write": -torch.expm1(g), "log_decay": g}, state
+    return x | {"input_gate": -torch.expm1(g), "log_decay": g}, state
 
 
 @pytest.mark.parametrize("total", [-59.0, -61.0])
@@ -53,10 +54,10 @@ def test_blocks_at_the_edge_of_factorising(total, width):
         g[..., 0] = total / width if even else 0
         if not even:
             g[:, :, width // 2 :: width, 0] = total
-        leaf = width if total > additive.STRONG else width // 2 if even and width > 8 else 0
-        assert additive._leaf(g.unflatten(2, (2, 64))[:, :, :1]) == leaf
+        leaf = width if total > decay.STRONG else width // 2 if even and width > 8 else 0
+        assert decay.leaf_width(g.unflatten(2, (2, 64))[:, :, :1]) == leaf
         double = {n: t.double() for n, t in x.items()}
-        exact = additive.naive_recurrent(**double, log_decay=g.double())
+        exact = additive.recurrent(**double, log_decay=g.double())
         got = additive.chunked(**x, log_decay=g)
         # Rounding of exponents up to 30 and of sums over 64 tokens.
         assert_close([t.double() for t in got], exact, 1e-5)
@@ -69,14 +70,14 @@ def test_pieces_make_one_sequence(width, monkeypatch):
     g = -torch.rand(G, 1, width, dtype=torch.float64) if width else None
     monkeypatch.setattr(additive, "PIECE", 70)
     got = additive.chunked(**x, log_decay=g, state=state)
-    assert_close(got, additive.naive_recurrent(**x, log_decay=g, state=state), 1e-10)
+    assert_close(got, additive.recurrent(**x, log_decay=g, state=state), 1e-10)
 
 
 def test_a_compiled_graph_takes_the_form_that_is_safe_for_all_values(monkeypatch):
     x, g = inputs(100), decays(100, K, "mild", torch.float32)
     expected = additive.chunked(**x, log_decay=g)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert additive._leaf(g) == 0
+    assert decay.leaf_width(g) == 0
     assert_close(additive.chunked(**x, log_decay=g), expected, 1e-5)
 
 
@@ -86,7 +87,7 @@ def test_a_compiled_graph_takes_the_form_that_is_safe_for_all_values(monkeypatch
 def test_slots_in_chunks(T, strength, dtype):
     x, state = slot_inputs(T, strength, dtype)
     y, final = slots.run(**x, state=state)
-    expected, last = slots.naive_recurrent(**x, state=state)
+    expected, last = slots.recurrent(**x, state=state)
     assert_close((y, *final), (expected, *last), LIMIT[dtype])
 
 
@@ -100,18 +101,18 @@ def test_gradients_of_slots(strength):
         y, final = form(**x, state=state)
         return torch.autograd.grad((y * weight).sum() + sum(s.square().sum() for s in final), leaves)
 
-    assert_close(gradients(slots.run), gradients(slots.naive_recurrent), 1e-4)
+    assert_close(gradients(slots.run), gradients(slots.recurrent), 1e-4)
 
 
 def test_slots_step_in_place():
     x, state = slot_inputs(12)
-    expected, last = slots.naive_recurrent(**x, state=state)
+    expected, last = slots.recurrent(**x, state=state)
     kept = tuple(s.clone() for s in state)
     for t in range(12):
         now = {n: v[:, :, t : t + 1] for n, v in x.items()}
         q = now.pop("q")
-        slots.absorb(**now, state=kept)
-        assert_close(slots.look(q, kept)[:1], (expected[:, :, t : t + 1],), 1e-5)
+        slots.update_state(**now, state=kept)
+        assert_close(slots.read_state(q, kept)[:1], (expected[:, :, t : t + 1],), 1e-5)
     assert_close(kept, last, 1e-5)
 
 
@@ -119,16 +120,16 @@ def test_slots_step_in_place():
 def test_bonus(T):
     x = inputs(T, torch.float64) | {"log_decay": decays(T, K, "uneven", torch.float64)}
     u, state = torch.randn(H, K, dtype=torch.float64), torch.randn(B, G, K, V, dtype=torch.float64)
-    expected, last = bonus.naive(**x, bonus=u, state=state)
-    empty = tuple(s.double() for s in bonus.empty_state(B, G, K, V, x["q"].device)[1:])
+    expected, last = oracles.with_bonus(**x, bonus=u, state=state)
+    empty = tuple(s.double() for s in bonus.initial_state(B, G, K, V, x["q"].device)[1:])
     y, (S, k, v, g) = bonus.run(**x, exists=torch.ones(B, G, T, 1), bonus=u, state=(state, *empty))
     assert_close((y, S * g.exp().mT + k.mT @ v), (expected, last), 1e-10)
     kept = state.clone(), *empty
     for t in range(min(T, 5)):
         now = {n: v[:, :, t : t + 1] for n, v in x.items()}
         q = now.pop("q")
-        bonus.absorb(**now, exists=torch.ones(B, G, 1, 1), state=kept)
-        assert_close((bonus.look(q, u, kept),), (expected[:, :, t : t + 1],), 1e-10)
+        bonus.update_state(**now, exists=torch.ones(B, G, 1, 1), state=kept)
+        assert_close((bonus.read_state(q, u, kept),), (expected[:, :, t : t + 1],), 1e-10)
 
 
 @pytest.mark.parametrize("width", [1, K])
@@ -137,7 +138,7 @@ def test_rotation(width):
     x = inputs(T, torch.float64) | {"log_decay": decays(T, width, "mild", torch.float64)}
     x["angle"] = torch.randn(B, G, T, K, dtype=torch.float64) * 3
     state = torch.zeros(B, G, 2 * K, V, dtype=torch.float64), torch.zeros(B, G, 1, K, dtype=torch.float64)
-    y, last = rotation.naive(**x, state=torch.zeros(B, G, K, V, dtype=torch.complex128))
+    y, last = oracles.rotated(**x, state=torch.zeros(B, G, K, V, dtype=torch.complex128))
     got, (S, phase) = rotation.run(**x, state=state)
     assert_close((got,), (y,), 1e-10)
     turned = torch.polar(torch.ones_like(phase), phase).mT * torch.complex(S[:, :, :K], -S[:, :, K:])
@@ -149,8 +150,8 @@ def test_rotation(width):
     for t in range(cut, cut + 5):
         now = {n: v[:, :, t : t + 1] for n, v in x.items()}
         q = now.pop("q")
-        rotation.absorb(**now, state=kept)
-        assert_close((rotation.look(q, kept),), (y[:, :, t : t + 1],), 1e-10)
+        rotation.update_state(**now, state=kept)
+        assert_close((rotation.read_state(q, kept),), (y[:, :, t : t + 1],), 1e-10)
 
 
 def test_phase_does_not_drift():
@@ -227,7 +228,7 @@ def test_no_tokens(family):
     if family == "additive":
         y, after = run_additive(**x, state=state)
     elif family == "bonus":
-        empty = bonus.empty_state(B, G, K, V, state.device)[1:]
+        empty = bonus.initial_state(B, G, K, V, state.device)[1:]
         y, (after, *_) = bonus.run(**x, exists=torch.ones(B, G, 0, 1), bonus=torch.randn(H, K), state=(state, *empty))
     elif family == "rotation":
         state = torch.randn(B, G, 2 * K, V)
