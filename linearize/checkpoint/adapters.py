@@ -6,7 +6,7 @@ copies lie in the adapters' file, so that plain peft puts them back, and the bas
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearize.checkpoint.open import open_model
+from linearize.checkpoint.reading import read_model, reading
+from linearize.checkpoint.shards import names
 from linearize.errors import InputError
 from linearize.model.architectures import role_modules
 from linearize.model.attention import LinearizedAttention
@@ -55,8 +56,8 @@ def attach(model: PreTrainedModel, settings: Peft, trained: Path | None = None) 
     mixers = _mixers(model) if settings.mixer else []
     if not targets and not mixers:
         raise InputError(
-            "peft.roles: found none, and the mixers of this model have no weights of their own, so nothing is trained; "
-            "name a role, or give the mixers a gate first: linearize calibrate"
+            "peft.roles: there is none, and the mixers of this model have no weights of their own, so nothing is "
+            "trained; name a role, or give the mixers a gate first: linearize calibrate"
         )
     if settings.method == "full":
         model.requires_grad_(False)
@@ -73,27 +74,69 @@ def attach(model: PreTrainedModel, settings: Peft, trained: Path | None = None) 
         if weight.requires_grad:
             weight.data = weight.data.float()
     if trained is not None:
-        weights = peft.load_peft_weights(str(trained), device="cpu")
-        found = json.loads((trained / "adapter_config.json").read_text())
-        new = peft.get_peft_model_state_dict(wrapped)
-        alone = found["target_modules"] == DUMMY_TARGET_MODULES  # adapters on nothing have no settings
-        same = alone or all(found.get(key) == getattr(config, key, None) for key in SETTINGS)
-        if not same or not weights.keys() <= new.keys():
-            raise InputError(
-                f"{trained}: its adapters have other settings than this stage's peft block; "
-                "give the stage the settings of the one before, or merge first"
-            )
-        peft.set_peft_model_state_dict(wrapped, new | weights)
+        _go_on(wrapped, config, trained)
     return wrapped
+
+
+def _go_on(wrapped: peft.PeftModel, config: peft.PeftConfig, trained: Path) -> None:
+    """Put the weights of trained adapters into new ones of the same settings, on the same roles or more."""
+    with reading(trained, "its adapters cannot be read", "train or download them again"):
+        weights = peft.load_peft_weights(str(trained), device="cpu")
+        settings = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
+        targets = settings["target_modules"]
+    alone = targets == DUMMY_TARGET_MODULES  # adapters on nothing have no settings
+    if not alone and any(settings.get(key) != getattr(config, key, None) for key in SETTINGS):
+        raise InputError(
+            f"{trained}: its adapters have other settings than this stage's peft block; "
+            "give the stage the settings of the one before, or merge first"
+        )
+    new = _weights_of(wrapped)
+    modules = [*([] if alone else targets), *(settings.get("modules_to_save") or ())]
+    expected = {name for name in new if any(f".{module}." in name for module in modules)}
+    same_names(trained, weights.keys(), expected, "give the stage the roles of the one before, or merge first")
+    peft.set_peft_model_state_dict(wrapped, new | weights)
+
+
+def _weights_of(wrapped: peft.PeftModel) -> dict[str, Tensor]:
+    """What peft saves of a model with adapters: their weights and the trained copies, by their names in the file."""
+    return peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+
+
+def same_names(where: object, given: Iterable[str], expected: Iterable[str], advice: str) -> None:
+    """Refuse weights under names that nothing has, and weights that are wanted and not there.
+
+    Raises:
+        InputError: names them.
+    """
+    unknown, absent = sorted(set(given) - set(expected)), sorted(set(expected) - set(given))
+    problems = [f"{what}: {names(some)}" for what, some in (("unknown", unknown), ("missing", absent)) if some]
+    if problems:
+        raise InputError(
+            f"{where}: the names of the trained weights do not match the model; {'; '.join(problems)}; {advice}"
+        )
 
 
 def put_on(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     """A model with the adapters in a folder; without peft's wrapper it is `get_base_model()` of the result.
 
     The `load_adapter` of transformers 5.23 does not find DoRA's magnitudes, and goes on with new ones.
+
+    Args:
+        model: the one that they were trained on.
+        folder: holds the adapters.
+
+    Returns:
+        The model in peft's wrapper, in evaluation mode.
+
+    Raises:
+        InputError: the adapters cannot be read, or do not fit the model: names the weights.
     """
-    with _quiet():
-        return peft.PeftModel.from_pretrained(model, str(folder))
+    advice = "put the adapters on the model that they were trained on"
+    with _quiet(), reading(folder, "its adapters cannot be put on the model", advice):
+        wrapped = peft.PeftModel.from_pretrained(model, str(folder))
+        written = peft.load_peft_weights(str(folder), device="cpu")
+    same_names(folder, written, _weights_of(wrapped), advice)
+    return wrapped
 
 
 def _mixers(model: nn.Module) -> list[str]:
@@ -127,6 +170,7 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         # GPT-2 keeps its weights transposed; peft sees that, sets the flag itself, and says so.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # an error of ours, see put_on
         yield
 
 
@@ -171,11 +215,18 @@ def save(model: Any, weights: dict[str, Tensor], base: Path, folder: Path) -> No
         weights: its trained weights, whole, by their names in it.
         base: the folder it was opened from; what was not trained is written as it is there.
         folder: to write into.
+
+    Raises:
+        InputError: a weight that was trained is not among them, or one that was not is.
     """
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    advice = "nothing was written, and the checkpoints are as they were; train with the versions they were made with"
+    same_names(folder, weights, trained, advice)
     if isinstance(model, peft.PeftModel):
         model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
         (folder / "README.md").unlink()  # peft's form to fill in; `linearize push` writes a card with facts
     else:
-        plain = open_model(base)
+        plain = read_model(base)
+        same_names(base, trained - plain.state_dict().keys(), (), advice)
         plain.load_state_dict(weights, strict=False)
         plain.save_pretrained(folder)

@@ -1,16 +1,14 @@
-"""Folders and texts that appear whole or not at all, copies hashed on the way, the manifest that checks a folder later.
-
-Standard library and a progress bar only: every stage that writes a folder goes through `output_folder`.
-"""
+"""Folders and texts that appear whole or not at all: every stage that writes a folder goes through `output_folder`."""
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from linearize.checkpoint.manifest import MANIFEST
 from linearize.errors import InputError
@@ -140,29 +138,25 @@ def _make_parents(out: Path) -> list[Path]:
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Make the folder `partial` and hold it for this process; remove it when the block raises."""
+    lock = FileLock(partial.with_suffix(".lock"), timeout=0)
     try:
-        partial.mkdir(exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"{partial}: another process is writing this folder; wait for it, or choose another folder"
+        ) from error
     except OSError as error:
         raise InputError(f"{partial.parent}: cannot be written to ({error.strerror}); choose another folder") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before us may have renamed the folder into place between our two calls.
-            held = partial.exists() and os.path.samestat(os.fstat(handle), partial.stat())
-        except BlockingIOError:
-            held = False
-        if not held:
-            raise InputError(
-                f"{partial}: another process is writing this folder; wait for it, or choose another folder"
-            )
-        try:
-            yield
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        partial.mkdir(exist_ok=True)
+        yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     finally:
-        os.close(handle)
+        with contextlib.suppress(OSError):  # on Windows an open file stays
+            os.unlink(lock.lock_file)  # while it is held: filelock notices when it gets a file that is gone
+        lock.release()
 
 
 def _key_file(partial: Path) -> Path:
@@ -208,5 +202,5 @@ def write_text(path: Path, text: str) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
     return path

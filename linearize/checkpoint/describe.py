@@ -5,9 +5,9 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from linearize.checkpoint import shards
 from linearize.checkpoint.sources import Located, fetch, locate, read_config
@@ -17,6 +17,38 @@ from linearize.model.sizes import state_bytes
 
 CONTEXTS = (1024, 4096, 8192, 32768, 131072)
 _COUNTS = ("parameters", "new_parameters")
+
+
+class TextSizes(NamedTuple):
+    """Sizes of the text model; `context` is None where the architecture sets no limit."""
+
+    layers: int
+    vocabulary: int
+    hidden: int
+    context: int | None
+
+
+def text_sizes(config: PreTrainedConfig) -> TextSizes:
+    """The sizes of a model's text part, under whatever names its architecture has for them.
+
+    Args:
+        config: plain, composite (text beside images) or linearized.
+
+    Returns:
+        Number of layers, tokens of the vocabulary, width of the hidden states, longest context in tokens.
+
+    Raises:
+        InputError: the architecture has none of the usual names for one of them.
+    """
+    text = config.get_text_config()
+    try:
+        context = getattr(text, "max_position_embeddings", None)
+        return TextSizes(text.num_hidden_layers, text.vocab_size, text.hidden_size, context)
+    except AttributeError as error:
+        raise InputError(
+            f"{config.model_type}: its configuration states no {error.name}; only decoder-only text models have all of "
+            "num_hidden_layers, vocab_size and hidden_size"
+        ) from error
 
 
 def cache_sizes(config: PreTrainedConfig, dtype_bytes: int = 2) -> dict[str, Any]:
@@ -53,7 +85,7 @@ def _with_block(config: PreTrainedConfig) -> PreTrainedConfig:
 def mixers_of(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """What each layer of a linearized model attends with: layer, mixer and the mixer's settings."""
     rows = []
-    for layer in range(config.get_text_config().num_hidden_layers):
+    for layer in range(text_sizes(config).layers):
         mixer = dict(config.linearize["layers"].get(str(layer), {"name": "softmax"}))
         rows.append({"layer": layer, "mixer": mixer.pop("name"), **mixer})
     return rows
@@ -81,7 +113,7 @@ def inspect(model: str | Path | Located) -> dict[str, Any]:
     if adapter is not None and adapter.is_file():
         return _inspect_adapter(adapter)
     located = model if isinstance(model, Located) else locate(str(model))
-    config = _config(located)
+    config = read_config(located, linearized=True)
     if located.gguf:
         tensors: dict[str, shards.Tensor] = {}
         sizes = {
@@ -107,27 +139,31 @@ def inspect(model: str | Path | Located) -> dict[str, Any]:
     }
 
 
-def text(found: dict[str, Any]) -> str:
-    """What `inspect` found, for a terminal: one fact per line, then the layers as a table, equal ones together."""
-    parameters = "" if found["parameters"] is None else f"{found['parameters']:,}, {found['new_parameters']:,} new; "
-    origin = found["source"]
+def text(description: dict[str, Any]) -> str:
+    """What `inspect` returned, for a terminal: one fact per line, then the layers as a table, equal ones together."""
+    parameters = (
+        ""
+        if description["parameters"] is None
+        else f"{description['parameters']:,}, {description['new_parameters']:,} new; "
+    )
+    origin = description["source"]
     rows = [
-        ("folder", found["path"]),
-        ("type", found["model_type"] + (f", from {origin['id']} ({origin['model_type']})" if origin else "")),
-        ("parameters", f"{parameters}{format_bytes(found['bytes'])} {' '.join(found['dtypes'])}".rstrip()),
+        ("folder", description["path"]),
+        ("type", description["model_type"] + (f", from {origin['id']} ({origin['model_type']})" if origin else "")),
+        ("parameters", f"{parameters}{format_bytes(description['bytes'])} {' '.join(description['dtypes'])}".rstrip()),
         *(
             (
                 f"cache at {row['context'] // 1024}K",
                 f"{format_bytes(row['linearized'])} (source {format_bytes(row['source_kv'])})",
             )
-            for row in found["cache"]["contexts"]
+            for row in description["cache"]["contexts"]
         ),
     ]
-    if "adapter" in found:
-        adapter = found["adapter"]
+    if "adapter" in description:
+        adapter = description["adapter"]
         rows.insert(1, ("adapter", f"{adapter['peft_type']}, r {adapter['r']}, {adapter['parameters']:,} parameters"))
     width = max(len(name) for name, _ in rows)
-    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", *_table(found["layers"])])
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", *_table(description["layers"])])
 
 
 def _table(layers: list[dict[str, Any]]) -> list[str]:
@@ -148,30 +184,16 @@ def _table(layers: list[dict[str, Any]]) -> list[str]:
     return aligned(table)
 
 
-def _config(located: Located) -> PreTrainedConfig:
-    try:
-        return (
-            AutoConfig.from_pretrained(located.path, local_files_only=True)
-            if _linearized(located)
-            else read_config(located)
-        )
-    except ValueError as error:
-        raise InputError(f"{located.path / 'config.json'}: cannot be read ({error})") from error
-
-
-def _linearized(located: Located) -> bool:
-    file = located.path / "config.json"
-    return located.gguf is None and '"linearize"' in file.read_text()
-
-
 def _inspect_adapter(file: Path) -> dict[str, Any]:
+    from linearize.checkpoint.open import base_folder
+
     settings = json.loads(file.read_text())
     name = "adapter_model.safetensors"
     if not (file.parent / name).is_file():
         raise InputError(f"{file.parent}: has adapter_config.json but no {name}; train or download the adapter again")
     tensors = shards.read_header(file.parent / name)
     adapter = {key: settings.get(key) for key in ("peft_type", "r", "lora_alpha", "target_modules")}
-    base = inspect(settings["base_model_name_or_path"])
+    base = inspect(base_folder(file.parent))
     return {**base, "adapter": {**adapter, "path": str(file.parent), **shards.describe(tensors)}}
 
 

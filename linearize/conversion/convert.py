@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from linearize import __version__, progress
 from linearize.checkpoint import atomic, copying, manifest, remote_code, shards
+from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.shards import Tensor
 from linearize.checkpoint.sources import Located, check_tokenizer, fetch, materialise
 from linearize.conversion.plan import build, build_source, new_tensors
@@ -27,22 +29,6 @@ from linearize.errors import InputError
 from linearize.recipe.load import to_yaml
 from linearize.recipe.schema import Recipe
 
-# Never carried over: weights in other formats, code that describes the source's class, and the source's own model card.
-_LEFT_BEHIND = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".index.json",
-    ".py",
-    ".md",
-)
-_SMALL = 128 << 20  # bytes; the largest tokenizers have a third of it
 _STAGE = ".source"  # inside the unfinished folder: weights of a source that is no safetensors folder
 
 
@@ -64,18 +50,17 @@ def check_weights(located: Located, tensors: Mapping[str, Tensor]) -> None:
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     ignored = {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())}
-    found, unexpected, mismatched = set(), [], []
+    present, unexpected, mismatched = set(), [], []
     for tensor in tensors.values():
         name, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, expected)
-        found.add(name)
+        present.add(name)
         if name not in expected:
             if not any(re.search(pattern, tensor.name) for pattern in ignored):
                 unexpected.append(tensor)
         elif pattern is None and tensor.shape != expected[name]:
             mismatched.append(f"{name} is {list(tensor.shape)}, the configuration makes it {list(expected[name])}")
     tied = model.all_tied_weights_keys
-    present = found | {target for target, source in tied.items() if source in found}
-    present |= {source for target, source in tied.items() if target in found}
+    present |= {name for pair in tied.items() if present.intersection(pair) for name in pair}
     missing = [name for name in expected if name not in present]
     problems = [f"missing: {shards.names(missing)}"] if missing else []
     if unexpected:
@@ -131,40 +116,32 @@ def convert(
     dtype = None if recipe.convert.dtype == "auto" else getattr(torch, recipe.convert.dtype)
     pickles = shards.pickles(located.path) if allow_pickle and not located.gguf else []
     staged = located.gguf is not None or bool(pickles) and not any(located.path.glob("*.safetensors"))
-    tensors: dict[str, Tensor] = {}
-    if not staged:
-        tensors = shards.read_folder(located.path)
-        check_weights(located, tensors)
+    tensors = {} if staged else _checked_tensors(located, located.path)
     read = [located.path / located.gguf] if located.gguf else pickles if staged else _files(tensors)
     with atomic.output_folder(out, overwrite, _key(read, recipe, link), keep="model*.safetensors") as folder:
         done = sum(path.stat().st_size for path in folder.iterdir())
         atomic.check_space(out, _needed(model, tensors, dtype, link) - done)
-        plain = located.path
+        plain = folder / _STAGE if staged else located.path
         if staged:
-            plain = folder / _STAGE
             materialise(located, plain, dtype)
-            tensors = shards.read_folder(plain)
-            check_weights(located, tensors)
-        place = _move if staged else copying.link if link else copying.copy
+            tensors = _checked_tensors(located, plain)
+        transfer = _move if staged else copying.link if link else copying.copy
         candidates = (dtype, model.config.dtype, shards.main_dtype(tensors))
         stored = next(each for each in candidates if isinstance(each, torch.dtype))
-        hashes = _write_weights(model, tensors, folder, dtype, stored, place)
+        hashes = _write_weights(model, tensors, folder, dtype, stored, transfer)
         model.config.dtype = stored
-        if with_code:
-            model.config.auto_map = remote_code.AUTO_MAP
-            (folder / remote_code.FILE).write_text(remote_code.code(), encoding="utf-8")
-        model.config.save_pretrained(folder)
-        _carry(plain if located.gguf else located.path, folder, model)
-        (folder / "recipe.yaml").write_text(to_yaml(recipe))
+        _write_the_rest(model, plain if located.gguf else located.path, folder, recipe, with_code)
         if staged:
             shutil.rmtree(plain)
-        facts = {
-            "source": model.config.linearize["source"],
-            "recipe_sha256": copying.sha256(folder / "recipe.yaml"),
-            "versions": {"linearize": __version__, "torch": torch.__version__, "transformers": transformers_version},
-        }
-        manifest.write_manifest(folder, facts, hashes)
+        manifest.write_manifest(folder, _facts(model, folder), hashes)
     return out
+
+
+def _checked_tensors(located: Located, folder: Path) -> dict[str, Tensor]:
+    """The headers of a source's weights, which lie in `folder`, once they fit its configuration."""
+    tensors = shards.read_folder(folder)
+    check_weights(located, tensors)
+    return tensors
 
 
 def _files(tensors: Mapping[str, Tensor]) -> list[Path]:
@@ -204,12 +181,17 @@ def _write_weights(
     folder: Path,
     dtype: torch.dtype | None,
     stored: torch.dtype,
-    place: Callable[..., str | None],
+    transfer: Callable[..., str | None],
 ) -> dict[str, str | None]:
-    """Write all shards and the index: tensors in `dtype` (None: as they are), the mixers' own in `stored`.
+    """Write all shards and the index.
 
     Args:
-        place: moves, links or copies an unchanged shard: (source, target, advance, look) -> its hash, if known.
+        model: the linearized model without values.
+        tensors: headers of the source's weights.
+        folder: to write into.
+        dtype: of the source's tensors; None: as they are.
+        stored: of the mixers' own tensors.
+        transfer: moves, links or copies an unchanged shard: (source, target, advance, digest) -> its hash, if known.
 
     Returns:
         File name -> sha256, or None where it was not computed.
@@ -225,7 +207,7 @@ def _write_weights(
             if target.exists():  # complete, from a run that was killed later
                 hashes[target.name] = copying.sha256(target, advance)
             elif cast == shard:
-                hashes[target.name] = place(file, target, advance, shards.no_nan(shard))
+                hashes[target.name] = transfer(file, target, advance, shards.sha256_without_nan)
             else:
                 writers = [shards.cast_tensor(old, to, advance) for old, to in zip(shard, cast, strict=True)]
                 shards.write_shard(target, zip(cast, writers, strict=True))
@@ -233,28 +215,38 @@ def _write_weights(
     if new:
         target, own = folder / shards.shard_name(count, count), folder / ".own.safetensors"
         save_file({name: tensor.to(stored) for name, tensor in new.items()}, own, metadata={"format": "pt"})
-        hashes[target.name] = _move(own, target, lambda count: None, shards.no_nan([]))
+        hashes[target.name] = _move(own, target, lambda count: None, copying.sha256)
     if count > 1:
         shards.write_index(folder, {k: v for name in hashes for k, v in shards.read_header(folder / name).items()})
     return hashes
 
 
-def _move(source: Path, target: Path, advance: Callable[[int], None], look: Callable[[int, memoryview], None]) -> str:
+def _move(source: Path, target: Path, advance: Callable[[int], None], digest: Callable[..., str]) -> str:
+    """Move a file that was just written; the arguments are those of `copying.copy`."""
+    value = digest(source, advance)
+    source.chmod(0o666 & target.parent.stat().st_mode)  # safetensors lets only the owner read
     source.replace(target)
-    target.chmod(0o666 & target.parent.stat().st_mode)  # safetensors lets only the owner read
-    return copying.sha256(target, advance, look)
+    return value
 
 
-def _carry(source: Path, folder: Path, model: PreTrainedModel) -> None:
-    """Copy the source's tokenizer, chat templates, generation settings, licence and other small files."""
-    for path in source.iterdir():
-        left_behind = path.name == "config.json" or path.name.startswith(".") or path.name.endswith(_LEFT_BEHIND)
-        if path.is_file() and not left_behind and path.stat().st_size <= _SMALL:
-            shutil.copyfile(path, folder / path.name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
+def _write_the_rest(model: PreTrainedModel, source: Path, folder: Path, recipe: Recipe, with_code: bool) -> None:
+    """Write what stands beside the weights: configuration, code, recipe, and the small files of the source."""
+    if with_code:
+        model.config.auto_map = remote_code.AUTO_MAP
+        (folder / remote_code.FILE).write_text(remote_code.code(), encoding="utf-8")
+    model.config.save_pretrained(folder)
+    copy_companions(source, folder, leave=(".py", ".md"))
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
     if not (folder / "generation_config.json").exists():
         generation = GenerationConfig.from_model_config(model.config)
         generation._from_model_config = False  # else every load makes it anew and says so
         generation.save_pretrained(folder)
+
+
+def _facts(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """What the manifest tells of a conversion."""
+    return {
+        "source": model.config.linearize["source"],
+        "recipe_sha256": copying.sha256(folder / "recipe.yaml"),
+        "versions": {"linearize": __version__, "torch": torch.__version__, "transformers": transformers_version},
+    }

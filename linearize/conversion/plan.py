@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from linearize.checkpoint.describe import cache_sizes
 from linearize.checkpoint.sources import Located, read_config
+from linearize.conversion import probe
 from linearize.errors import InputError
 from linearize.formats import format_bytes
 from linearize.model import architectures
@@ -23,7 +24,7 @@ class Plan:
     """What a conversion will do, from the configuration alone.
 
     Attributes:
-        source: id, model_type and where it was found.
+        source: id, model_type and where it is.
         mixer: name and settings.
         layers: layers that get the mixer.
         kept: attention layers that stay softmax.
@@ -106,6 +107,8 @@ def build_source(located: Located) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(
             f"{located.id}: transformers has no causal language model of type {config.model_type!r}; give a "
@@ -116,7 +119,7 @@ def build_source(located: Located) -> PreTrainedModel:
 def build(located: Located, recipe: Recipe) -> PreTrainedModel:
     """The linearized model without values (meta device)."""
     model = build_source(located)
-    architectures.check_supported(model.config.model_type)
+    probe.check_supported(model.config)
     layers, paths = recipe.convert.layers, architectures.attention_layers(model)
     if isinstance(layers, Mapping):
         kept = architectures.check_layers(paths, layers["keep"], model.config)

@@ -5,104 +5,36 @@ import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
+from linearize.checkpoint.describe import text_sizes
+from linearize.checkpoint.open import open_config
 from linearize.checkpoint.sources import relocate
 from linearize.errors import InputError
+from linearize.hub.names import is_repo_id
 from linearize.results.schema import COLUMNS
 from linearize.results.table import markdown_table
 
 # In every card written here. A README.md without it was written by hand and is published as it is.
 MARK = "<!-- Written by linearize. Delete this line to keep a later push from rewriting this file. -->"
 
-TEMPLATE = """\
----
-{{ card_data }}
----
-{{ mark }}
-
-# {{ name }}
-
-{% if adapter -%}
-A trained adapter for {{ origin }}, whose softmax attention was replaced by a linear recurrence.
-{%- else -%}
-{{ origin }} with softmax attention replaced by {{ mixers | join(", ") }} in {{ replaced }} of its {{ total }} layers.
-While text is generated, the state of a replaced layer has a fixed size, however long the text becomes.
-
-| layers | mixer | settings |
-|---:|---|---|
-{%- for count, mixer, settings in layers %}
-| {{ count }} | {{ mixer }} | {{ settings }} |
-{%- endfor %}
-{%- endif %}
-
-## Use
-
-With the package `linearize` installed:
-
-```python
-import linearize  # registers the model type with transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{{ location }}")
-tokenizer = AutoTokenizer.from_pretrained("{{ location }}")
-```
-
-`linearize generate {{ location }}` opens a chat.
-{%- if code %}
-
-Without it, the code in this repository does the same; it needs PyTorch and transformers only:
-
-```python
-model = AutoModelForCausalLM.from_pretrained("{{ location }}", trust_remote_code=True)
-```
-{%- endif %}
-
-## Results
-
-{% if table -%}
-{{ table }}
-
-What the columns are:
-{% for column, text in columns %}
-- **{{ column }}**: {{ text }}.
-{%- endfor %}
-
-All columns were measured with the same harness, prompts, settings and seed; ± is one standard error. The distance to
-*source* is what the conversion has cost, the distance to *window* is what the recurrent memory and the training have
-brought. Perplexity (lower is better) depends on the tokenizer and the text: compare it between these columns only.
-{%- else -%}
-This model was **not evaluated** before it was published; nothing is known about what the conversion has cost.
-`linearize eval` compares it with its source and with a window-only control.
-{%- endif %}
-{% if recipe %}
-## Recipe
-
-```yaml
-{{ recipe }}
-```
-{% endif %}
-## Licence
-
-{% if licence -%}
-Inherited from the source: `{{ licence }}`. The weights are derived from the source's, so its terms apply to them.
-{%- else -%}
-The licence of the source is not known. The weights are derived from the source's, so its terms, whatever they are,
-apply to them: find them out before you use this model.
-{%- endif %}
-"""
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
-def write_card(folder: Path, config: dict, adapter_of: str | None, repo: str | None, results: dict | None) -> str:
+def write_card(
+    folder: Path, config: dict, adapter_of: str | None, repo: str | None, results: dict | None, recipe: str | None
+) -> str:
     """The text of README.md for a folder; a README.md in it that somebody wrote by hand is returned unchanged.
 
     Args:
-        folder: holds recipe.yaml, if there is a recipe.
+        folder: to be published.
         config: its config.json; empty for an adapter.
         adapter_of: the base model's id if the folder holds an adapter.
         repo: the id to load from; None for the folder itself.
         results: the content of results.json; None if the model was not evaluated.
+        recipe: the content of recipe.yaml, if there is one.
+
+    Returns:
+        Markdown with the Hub's metadata at its head.
     """
     readme = folder / "README.md"
     if readme.is_file():
@@ -127,10 +59,9 @@ def write_card(folder: Path, config: dict, adapter_of: str | None, repo: str | N
         eval_results=_eval_results(results) or None,
         **licence,
     )
-    recipe = folder / "recipe.yaml"
     card = ModelCard.from_template(
         data,
-        template_str=TEMPLATE,
+        template_path=str(TEMPLATE),
         mark=MARK,
         name=name,
         location=repo or str(folder),
@@ -139,23 +70,14 @@ def write_card(folder: Path, config: dict, adapter_of: str | None, repo: str | N
         mixers=mixers,
         layers=_grouped(layers),
         replaced=len(layers),
-        total=config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers")),
+        total=None if adapter_of else text_sizes(open_config(folder)).layers,
         code="auto_map" in config,
         licence=licence.get("license"),
         table=markdown_table(results) if results else None,
         columns=[(name, COLUMNS[name]) for name in (results or {}).get("columns", ())],
-        recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else None,
+        recipe=recipe.strip() if recipe else None,
     )
     return f"{str(card).rstrip()}\n"
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether a name has the form ``organisation/name`` of the Hub."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
 
 
 def _grouped(layers: list[dict]) -> list[tuple[int, str, str]]:
@@ -170,19 +92,19 @@ def _grouped(layers: list[dict]) -> list[tuple[int, str, str]]:
 def _licence(source: dict) -> dict:
     """Licence and language of the source, as card metadata: from its own card or its GGUF file; empty if unknown."""
     try:
-        found = relocate(source)
+        located = relocate(source)
     except (InputError, KeyError):  # gone, out of reach, or never recorded
         return {}
     keys = ("license", "license_name", "license_link", "language")
-    if found.gguf:
+    if located.gguf:
         from gguf import GGUFReader
 
         names = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
-        fields = GGUFReader(found.path / found.gguf).fields
+        fields = GGUFReader(located.path / located.gguf).fields
         held = {key: fields.get(f"general.{name}") for key, name in names.items()}
         metadata = {key: field.contents() for key, field in held.items() if field}
-    elif (found.path / "README.md").is_file():
-        metadata = ModelCard.load(found.path / "README.md", ignore_metadata_errors=True).data.to_dict()
+    elif (located.path / "README.md").is_file():
+        metadata = ModelCard.load(located.path / "README.md", ignore_metadata_errors=True).data.to_dict()
     else:
         return {}
     return {key: metadata[key] for key in keys if metadata.get(key)}

@@ -1,7 +1,7 @@
 """Publish a folder: check that it is complete, write its model card, upload it to the Hugging Face Hub.
 
 Nothing is written to the folder. What goes up is what ``plan`` lists and nothing else: checkpoints, TensorBoard logs,
-hidden and half-written files stay, and where the source lay on this machine is taken out.
+hidden and half-written files stay, and no file tells where something lies on this machine (see `names`).
 """
 
 import hashlib
@@ -15,18 +15,32 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 
 from linearize.checkpoint import remote_code
 from linearize.checkpoint.copying import sha256
 from linearize.checkpoint.manifest import MANIFEST
+from linearize.checkpoint.reading import reading
+from linearize.checkpoint.shards import read_header
 from linearize.errors import InputError
 from linearize.formats import format_bytes
-from linearize.hub.card import is_repo_id, write_card
+from linearize.hub import names
+from linearize.hub.card import write_card
 from linearize.results import file as results_file
 
-# Matched against every part of a path. Optimiser states, logs and what an interrupted write left are not the model.
-NOT_UPLOADED = ("*checkpoint*", "tb", "runs", "__pycache__", "*.tmp", "*.partial", "*.incomplete", "*.lock", ".*")
+# Matched against every part of a path. Optimiser states, logs and what an interrupted write left are not the model; a
+# report names folders, and is made anew from results.json.
+NOT_UPLOADED = (
+    "*checkpoint*",
+    "tb",
+    "runs",
+    "report.html",
+    "__pycache__",
+    "*.tmp",
+    "*.partial",
+    "*.incomplete",
+    "*.lock",
+    ".*",
+)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # httpx's in huggingface_hub 1, httpx2's in 2: the root of what is raised when no answer comes back at all.
 TRANSPORT_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
@@ -49,6 +63,7 @@ class Upload:
         }
 
     def to_dict(self) -> dict:
+        """JSON-safe form: sizes in place of contents."""
         return {"folder": str(self.folder), "files": self.sizes(), "evaluated": self.evaluated, "card": self.card}
 
     def text(self) -> str:
@@ -128,10 +143,10 @@ def plan(folder: str | Path, repo: str | None = None, with_code: bool = False) -
     if measured:
         files["results.json"] = measured
     results = results_file.read(measured) if measured else None
+    recipe = names.named("recipe.yaml", files["recipe.yaml"].read_bytes()) if "recipe.yaml" in files else b""
     config = remote_code.auto_map(config) if with_code and config else config
-    card = write_card(folder, config, adapter_of, repo, results)
-    path = (config.get("linearize", {}).get("source") or {}).get("path")
-    changed = _without(path, files) if path else {}
+    card = write_card(folder, config, adapter_of, repo, results, recipe.decode())
+    changed = _changed(files)
     if with_code:
         changed |= _code(folder, config, changed.get("config.json"))
     _keep_manifest(files, changed)
@@ -154,7 +169,7 @@ def _checked(folder: Path) -> tuple[dict, str | None]:
     adapter_of, config = None, {}
     if (folder / "adapter_config.json").is_file():
         adapter_of = _json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
-        if Path(adapter_of).is_dir() or not is_repo_id(adapter_of):
+        if Path(adapter_of).is_dir() or not names.is_repo_id(adapter_of):
             raise InputError(
                 f"{folder}/adapter_config.json: the adapter belongs to {adapter_of or 'no model'}, which others cannot "
                 f"open; push the merged model instead (linearize merge {folder} --out MERGED), or push the base and "
@@ -179,20 +194,14 @@ def _check_weights(folder: Path, stem: str) -> None:
     for shard in sorted(shards):
         if not (folder / shard).is_file():
             raise InputError(f"{folder}: {shard} is missing, so the folder is not complete; write it again")
-        try:
-            with safe_open(folder / shard, "np"):
-                pass  # opening compares the header with the length of the file
-        except SafetensorError as error:
-            raise InputError(f"{folder / shard}: not a whole safetensors file ({error}); write it again") from error
+        read_header(folder / shard)
 
 
 def _json(path: Path) -> dict:
-    try:
+    if not path.is_file():
+        raise InputError(f"{path.parent}: has no {path.name}; push a folder that linearize wrote")
+    with reading(path, "not valid JSON", "write the folder again"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent}: has no {path.name}; push a folder that linearize wrote") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); write the folder again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected an object; write the folder again")
     return content
@@ -218,16 +227,11 @@ def _measured(folder: Path) -> Path | None:
         return None
 
 
-def _without(path: str, files: dict[str, Path]) -> dict[str, bytes]:
-    """The small text files that name a path of this machine, with its last part instead."""
-    changed: dict[str, bytes] = {}
-    for name, file in files.items():
-        if file.suffix in (".json", ".yaml", ".jsonl"):
-            before = file.read_text(encoding="utf-8")
-            after = before.replace(json.dumps(path)[1:-1], Path(path).name).replace(path, Path(path).name)
-            if after != before:
-                changed[name] = after.encode()
-    return changed
+def _changed(files: dict[str, Path]) -> dict[str, bytes]:
+    """What takes the place of files that name a path of this machine."""
+    before = {name: files[name].read_bytes() for name in names.PATHS if name in files}
+    after = {name: names.named(name, content) for name, content in before.items()}
+    return {name: content for name, content in after.items() if content != before[name]}
 
 
 def _code(folder: Path, config: dict, changed: bytes | None) -> dict[str, bytes]:
@@ -288,6 +292,8 @@ def _explained(repo: str) -> Iterator[None]:
     """Turn what the Hub's client raises into one paragraph that says what to do."""
     try:
         yield
+    except InputError:
+        raise
     except OfflineModeIsEnabled as error:
         raise InputError(f"--repo {repo}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it") from error
     except (HfHubHTTPError, TRANSPORT_ERROR, RuntimeError, ValueError) as error:

@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize import cli
-from linearize.checkpoint import copying, manifest
+from linearize.checkpoint import copying, manifest, shards
 from linearize.checkpoint.describe import inspect
 from linearize.checkpoint.manifest import verify
-from linearize.checkpoint.shards import INDEX, no_nan, read_folder
+from linearize.checkpoint.shards import INDEX, read_folder, sha256_without_nan
 from linearize.checkpoint.sources import load_source, locate
 from linearize.conversion.convert import convert
 from linearize.conversion.plan import Plan, plan
@@ -122,21 +122,20 @@ def test_values_that_do_not_fit_are_named(tmp_path: Path) -> None:
 def test_a_nan_anywhere_is_found_and_infinity_is_not_one(
     sharded_folder: Path, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying, "CHUNK", chunk)
+    monkeypatch.setattr(shards, "CHUNK", chunk)
     file = sorted(sharded_folder.glob("*.safetensors"))[-1]
-    tensors = {tensor.name: tensor for tensor in read_folder(sharded_folder).values() if tensor.file == file}
+    tensors = [tensor for tensor in read_folder(sharded_folder).values() if tensor.file == file]
     content = file.read_bytes()
-    for tensor in tensors.values():
-        for place in (tensor.start, tensor.start + tensor.size // 2 & ~1, tensor.start + tensor.size - 2):
+    for tensor in tensors:
+        for position in (tensor.start, tensor.start + tensor.size // 2 & ~1, tensor.start + tensor.size - 2):
             for value, bad in ((b"\xc0\x7f", True), (b"\x80\xff", False)):
                 changed = tmp_path / "changed"
-                changed.write_bytes(content[:place] + value + content[place + 2 :])
-                moved = [replace(each, file=changed) for each in tensors.values()]
+                changed.write_bytes(content[:position] + value + content[position + 2 :])
                 if bad:
                     with pytest.raises(InputError, match=f"changed: tensor {tensor.name}: .*not finite"):
-                        copying.copy(changed, tmp_path / "copy", look=no_nan(moved))
+                        copying.copy(changed, tmp_path / "copy", digest=sha256_without_nan)
                 else:
-                    copying.copy(changed, tmp_path / "copy", look=no_nan(moved))
+                    copying.copy(changed, tmp_path / "copy", digest=sha256_without_nan)
 
 
 def test_links_share_the_bytes(sharded_folder: Path, tmp_path: Path) -> None:
@@ -275,13 +274,16 @@ def first_shard(content: bytes) -> Callable[[Path], Any]:
             edit_index(lambda where: where.update({min(where, key=lambda name: where[name]): max(where.values())})),
             "but it stands in model-00001",
         ),
-        (truncate, "is cut short: tensor .* ends at byte"),
-        (corrupt_header, r"model-00001.*: tensor model.*: the header is corrupt \(BF16 \[\d+, 47\]"),
+        (truncate, "model-0000.*is not a whole safetensors file .cut short, or longer than its tensors: .* bytes"),
+        (
+            corrupt_header,
+            "model-00001.*is not a whole safetensors file .invalid shape, data type, or offset",
+        ),
         (first_shard(b"version https://git-lfs.github.com/spec/v1"), "is a Git LFS pointer.*git lfs pull"),
-        (first_shard(b""), "is not a safetensors file"),
-        (first_shard(struct.pack("<Q", 1000) + b"{"), "is cut short: 9 bytes, inside its header"),
-        (first_shard(struct.pack("<Q", 4) + b"abcd"), "is not a safetensors file"),
-        (first_shard(struct.pack("<Q", 2) + b"{}tail"), "has 4 bytes after its last tensor"),
+        (first_shard(b""), "is not a whole safetensors file .header too small"),
+        (first_shard(struct.pack("<Q", 1000) + b"{"), "is not a whole safetensors file .invalid header length"),
+        (first_shard(struct.pack("<Q", 4) + b"abcd"), "is not a whole safetensors file .invalid JSON"),
+        (first_shard(struct.pack("<Q", 2) + b"{}tail"), "cut short, or longer than its tensors: 14 bytes"),
         (
             edit_tensors(lambda tensors: tensors["model.embed_tokens.weight"][5, 7:].fill_(float("nan"))),
             "model-00001-of.*: tensor model.embed_tokens.weight: holds values that are not finite",
@@ -350,16 +352,18 @@ def test_outputs_that_would_harm_are_refused(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from linearize import files, recipe
-from linearize.convert import convert, plan
+from linearize.checkpoint import copying
 from linearize.checkpoint.sources import locate
+from linearize.conversion.convert import convert
+from linearize.conversion.plan import plan
+from linearize.recipe import load as recipe
 
 source, out, dtype = sys.argv[1:]
 wanted = recipe.from_dict({"source": {"id": source}, "convert": {"mixer": {"name": "softmax"}, "dtype": dtype}})
 plan(locate(source), wanted)  # imports what a conversion imports, once for all that are forked off
-files.CHUNK = 4096
-kernel = os.copy_file_range
-os.copy_file_range = lambda *arguments: (sys.audit("copy", out), kernel(*arguments))[1]
+copying.CHUNK = 4096
+kernel = os.sendfile
+os.sendfile = lambda *arguments: (sys.audit("copy", out), kernel(*arguments))[1]
 step, last = 0, None
 
 def count(event, arguments):
@@ -425,18 +429,20 @@ def test_after_a_kill_at_any_step_the_folder_is_whole_or_absent(
 FULL = """
 import resource, sys
 from pathlib import Path
-from linearize import files, recipe
-from linearize.convert import convert
+from linearize.checkpoint import atomic
 from linearize.checkpoint.sources import locate
+from linearize.conversion.convert import convert
+from linearize.errors import InputError
+from linearize.recipe import load as recipe
 
 source, out, dtype, limit = sys.argv[1:]
 if int(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-files.check_space = lambda *arguments: None  # another program takes the space after the check
+atomic.check_space = lambda *arguments: None  # another program takes the space after the check
 values = {"source": {"id": source}, "convert": {"mixer": {"name": "softmax"}, "dtype": dtype}}
 try:
     convert(locate(source), recipe.from_dict(values), Path(out))
-except files.InputError as error:
+except InputError as error:
     print(error, [path.name for path in Path(out).parent.iterdir()])
 """
 

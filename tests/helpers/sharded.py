@@ -8,8 +8,8 @@ import sys
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+from linearize import cli
 from linearize.recovery import loop
-from linearize.recovery import train as training
 
 begin, one_step = AcceleratorState.__init__, loop.Loop.step
 
@@ -31,9 +31,10 @@ if __name__ == "__main__":
     AcceleratorState.__init__ = shard
     loop.Loop.step = stop
     try:
-        training.main(sys.argv[1:])
+        cli.main()
     except SystemExit as interrupted:
         assert interrupted.code == 130
     loop.Loop.step = one_step
     AcceleratorState._reset_state()
-    training.main([*sys.argv[1:], "--resume"])
+    sys.argv.append("--resume")
+    cli.main()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from linearize import cli
 from linearize.recipe import load as recipes
 from linearize.recovery.monitor import read_log
 
@@ -41,5 +42,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def start(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     """``python -m linearize.train``, alone or under a launcher, in a process of its own."""
-    command = [sys.executable, *launcher, "-m", "linearize.recovery.train", *map(str, arguments)]
+    command = [sys.executable, *launcher, "-m", "linearize.train", *map(str, arguments)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def command_line(monkeypatch, *words) -> int:
+    """Exit code of `linearize WORDS`."""
+    monkeypatch.setattr("sys.argv", ["linearize", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return ended.code or 0
+    return 0

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from gguf import GGUFWriter
 from helpers.fakehub import TOKEN, FakeHub, Repo
 from helpers.tiny import tiny_model, tiny_tokenizer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize.checkpoint.manifest import verify, write_manifest
 from linearize.errors import InputError
 from linearize.evaluation.columns import fingerprint
+from linearize.hub.names import without_path
 from linearize.hub.push import card, plan, push
 from linearize.model.modeling import linearize_
 
@@ -71,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
 CLIENT = """
 import json, os, sys
 from linearize.errors import InputError
-from linearize.hub import push
+from linearize.hub.push import push
 for line in sys.stdin:
     login, asked = json.loads(line)
     os.environ["HF_TOKEN"] = login or ""
@@ -128,10 +130,12 @@ def client(served) -> Client:
     return served[1]
 
 
-def load(code: str, hub: FakeHub, home: Path) -> str:
+def load(code: str, hub: FakeHub, home: Path, *arguments: str) -> str:
     """Output of code that runs where nobody is logged in and nothing is cached."""
     environment = environ(hub, home, token=None)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -205,6 +209,29 @@ def test_an_adapter_goes_up_alone_when_its_base_is_on_the_hub(tmp_path: Path, hu
         "print(sum('lora' in name for name, _ in model.named_parameters()))"
     )
     assert load(code, hub, tmp_path / "reader") == "4"  # A and B of q_proj in two layers
+
+
+def test_an_adapter_whose_base_is_on_the_hub_runs_and_is_described(tmp_path: Path, hub: FakeHub, client: Client):
+    assert hub.url in client.push(write_folder(tmp_path / "base"), "acme/base")
+    assert hub.url in client.push(write_adapter(tmp_path / "adapter", "acme/base"), "acme/adapter")
+    code = (
+        "import sys, torch\n"
+        "from linearize.checkpoint.describe import inspect\n"
+        "from linearize.checkpoint.open import base_folder, load, open_config\n"
+        "from pathlib import Path\n"
+        "from safetensors.torch import save_file\n"
+        "assert open_config('acme/adapter').model_type == 'linearized'\n"
+        "logits = [load(name)[0](torch.arange(40)[None]).logits for name in sys.argv[1:3]]\n"
+        "assert torch.equal(*logits)\n"
+        "save_file({'logits': logits[0]}, sys.argv[3])\n"
+        "assert (base_folder(Path(sys.argv[1])) / 'model.safetensors').is_file()\n"
+        "print(inspect(sys.argv[1])['adapter']['parameters'])"
+    )
+    arguments = [str(tmp_path / "adapter"), "acme/adapter", str(tmp_path / "logits")]
+    assert load(code, hub, tmp_path / "reader", *arguments) == "448"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    with torch.no_grad():
+        assert not torch.equal(load_file(tmp_path / "logits")["logits"], plain(torch.arange(40)[None]).logits)
 
 
 def write_adapter(folder: Path, base: str) -> Path:
@@ -306,7 +333,7 @@ def truncate(folder: Path) -> None:
         (write("config.json", '{"model_type": "llama"}'), "model_type is 'llama'.*linearize convert --model"),
         (write("config.json", '{"model_type": "linearized"}'), "only linearized folders"),
         (remove("model.safetensors"), "model.safetensors is missing"),
-        (truncate, "model.safetensors: not a whole safetensors file"),
+        (truncate, "model.safetensors: is not a whole safetensors file"),
         (write("model.safetensors.index.json", '{"weight_map": {"a": "model-7.safetensors"}}'), "model-7.* is missing"),
         (remove("tokenizer_config.json"), "has no tokenizer_config.json"),
         (write("results.json", '{"schema": 99}'), "results.json: schema is 99"),
@@ -386,6 +413,59 @@ def test_licence_comes_from_the_source_and_its_path_stays_here(llama_folder: Pat
     for name, content in written.items():
         (published / name).write_bytes(content)
     assert verify(published) == []
+
+
+def test_names_are_published_and_never_paths(tmp_path: Path):
+    """A source at /models must not turn the entry /models of a vocabulary into a second `models`."""
+    home = tmp_path / "home" / "models"
+    folder = write_folder(tmp_path / "x", {"id": "models", "path": str(home)})
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"] |= {str(home): 900, "models": 901}
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary, indent=2))
+    data = [{"path": str(tmp_path / "home" / "diary.jsonl")}, {"path": "acme/text"}, {"path": "demo-text"}]
+    recipe = {"source": {"id": str(home)}, "data": data, "eval": {"suite": str(home / "mine.yaml")}}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    results = RESULTS | {"model": str(tmp_path / "runs" / "x"), "other": {"model": str(tmp_path / "runs" / "y")}}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "report.html").write_text(str(tmp_path))
+    (folder / "model.safetensors.partial").unlink()
+    facts = {"source": {"path": str(home)}, "training": {"model": str(tmp_path / "runs" / "0"), "data": data}}
+    write_manifest(folder, facts | {"calibration": {"data": data}, "selection": {"data": data}}, {})
+    upload = plan(folder, "acme/x")
+    written = {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in upload.files.items()}
+    tokenizer = written.pop("tokenizer.json")
+    assert tokenizer == (folder / "tokenizer.json").read_bytes() and str(home).encode() in tokenizer
+    assert [name for name, content in written.items() if str(tmp_path).encode() in content] == []
+    named = [entry["path"] for entry in yaml.safe_load(written["recipe.yaml"])["data"]]
+    assert named == ["diary.jsonl", "acme/text", "demo-text"]
+    assert yaml.safe_load(written["recipe.yaml"])["eval"]["suite"] == "mine.yaml"
+    manifest = json.loads(written["linearize.json"])
+    assert (manifest["training"]["model"], manifest["selection"]["data"][0]["path"]) == ("0", "diary.jsonl")
+    assert json.loads(written["results.json"])["model"] == "x"
+    assert (folder / "recipe.yaml").read_text() == json.dumps(recipe)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("C:\\Users\\me\\model", "model"),
+        ("../model/", "model"),
+        ("~/data/*.jsonl", "*.jsonl"),
+        ("acme/x", "acme/x"),
+        ("/", "/"),
+    ],
+)
+def test_the_name_of_a_path(path: str, name: str):
+    assert without_path(path) == name
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("gpt2", {"n_layer": 3}), ("llama", {"num_hidden_layers": 3})])
+def test_the_card_counts_layers_under_any_name(kind: str, layers: dict, tmp_path: Path):
+    config = AutoConfig.for_model(kind, vocab_size=384, hidden_size=16, num_attention_heads=2, **layers)
+    model = linearize_(AutoModelForCausalLM.from_config(config), MIXER, source={"id": f"acme/{kind}"})
+    model.save_pretrained(tmp_path / kind)
+    tiny_tokenizer().save_pretrained(tmp_path / kind)
+    assert "in 3 of its 3 layers" in card(tmp_path / kind)
 
 
 def test_licence_of_a_gguf_file(tmp_path: Path):
