@@ -1,14 +1,15 @@
-"""The one exception that reaches a user, and help with misspelt names. Standard library only."""
+"""The one exception that reaches a user, and help with misspelt names."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """The user asked for something that cannot be done.
 
     The text is one paragraph, *where: what was found; what is allowed; what to do*. The command line prints it to
-    stderr and exits with code 2. Any other exception that reaches the user is a bug of this package.
+    stderr and exits with code 2. Any other exception that reaches the user is a bug of this package. An
+    ``except ValueError`` around calls of this package catches it too, so it needs ``except InputError: raise`` first.
     """
 
 

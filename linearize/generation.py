@@ -6,23 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Cache,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextStreamer,
-)
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from linearize.checkpoint import adapters
-from linearize.checkpoint.open import is_adapter, open_model
+from linearize.checkpoint.open import load
 from linearize.errors import InputError
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
@@ -40,43 +31,8 @@ class Generation:
     tokens_per_second: float  # new tokens of all prompts per second of decoding; the prefill is left out
 
     def to_dict(self) -> dict:
+        """The fields, JSON-safe."""
         return asdict(self)
-
-
-def load(
-    folder: str | Path, dtype: str = "auto", device: str | torch.device | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open a model folder or a model of the Hub, with its tokenizer, ready to generate.
-
-    Args:
-        folder: what ``linearize convert``, ``train`` or ``merge`` wrote; any other causal language model works as well.
-        dtype: of the weights; ``auto`` is what the folder holds.
-        device: None for the GPU if there is one.
-
-    Raises:
-        InputError: there is no such folder, or it holds no model or no tokenizer.
-    """
-    name = str(folder)
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise InputError(
-            f"{name}: no such folder; expected one written by linearize, or the Hub id of a model (org/name)"
-        )
-    try:
-        if is_adapter(Path(name)):
-            model: Any = adapters.put_on(open_model(Path(name), dtype), Path(name)).get_base_model()
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot be opened as a language model: {' '.join(str(error).split())}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{name}: no usable tokenizer ({reason}); copy the source's tokenizer files into it"
-        ) from error
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.to(target).eval(), tokenizer  # pyright: ignore[reportArgumentType] (typed too narrowly there)
 
 
 def generate(
@@ -94,8 +50,9 @@ def generate(
     """Continue one or several prompts.
 
     Args:
-        folder: a folder or Hub id (see ``load``), or a model that is already loaded; then ``tokenizer`` is needed too.
+        folder: a folder or Hub id (see ``load``), or a model that is already loaded.
         prompt: a text, several texts (one left-padded batch), or the messages of one chat, the last one from the user.
+        tokenizer: of a model that is already loaded.
         max_new_tokens: upper limit per prompt; an end-of-text token ends a prompt earlier.
         temperature: 0 takes the most likely token; None does what the model's generation_config.json says.
         top_p: sample from the most likely tokens that together have this probability.
@@ -103,12 +60,15 @@ def generate(
         raw: give texts to the model as they are, even if the tokenizer has a chat template.
         stream: where the text is written while it comes into being; only with one prompt.
 
-    Example:
-        >>> generate("runs/merged", "Why is the sky blue?", max_new_tokens=40).texts[0]
+    Returns:
+        The answers.
 
     Raises:
         InputError: for an empty prompt, a setting out of range, messages without a chat template, or a folder that
             cannot be opened.
+
+    Example:
+        >>> generate("runs/merged", "Why is the sky blue?", max_new_tokens=40).texts[0]
     """
     problems = _problems(prompt, max_new_tokens, temperature, top_p, stream)
     if problems:
@@ -121,8 +81,8 @@ def generate(
         model, own = load(folder)
         tokenizer = tokenizer or own
     ids = [_tokens(tokenizer, text, special) for text, special in _texts(prompt, tokenizer, raw)]
-    settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p)
-    new, clock, _ = _decode(model, tokenizer, ids, settings, seed, stream)
+    decoder = _Decoder(model, tokenizer, max_new_tokens, temperature, top_p)
+    new, clock, _ = decoder(ids, seed, stream)
     answers = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in new]
     return clock.report(answers, [len(tokens) for tokens in ids], [len(tokens) for tokens in new])
 
@@ -138,7 +98,10 @@ class Chat:
         model: as loaded by ``load``.
         tokenizer: must have a chat template.
         system: the first message, if any.
-        max_new_tokens, temperature, top_p, seed: as in ``generate``; the seed is set once, before the first answer.
+        max_new_tokens: as in ``generate``.
+        temperature: as in ``generate``.
+        top_p: as in ``generate``.
+        seed: set once, before the first answer.
 
     Raises:
         InputError: the tokenizer has no chat template, or a setting is out of range.
@@ -160,16 +123,23 @@ class Chat:
             raise InputError(f"chat: {'; '.join(problems)}")
         if not tokenizer.chat_template:
             raise InputError("chat: the tokenizer has no chat template; give the text to continue as a prompt instead")
-        self.model, self.tokenizer = model, tokenizer
+        self.tokenizer, self.seed = tokenizer, seed
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        self.settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p)
-        self.seed = seed
+        self._decoder = _Decoder(model, tokenizer, max_new_tokens, temperature, top_p)
         self._cache: Cache | None = None
         self._ids = torch.empty(0, dtype=torch.long)  # [tokens] of the conversation so far
         self._text = ""  # the same conversation as the template writes it, up to the end of the last answer
 
     def say(self, content: str, stream: TextIO | None = None) -> Generation:
-        """Send one message and return the answer; ``prompt_tokens`` counts what had to be read, not the whole chat."""
+        """Send one message.
+
+        Args:
+            content: the message.
+            stream: where the answer is written while it comes into being.
+
+        Returns:
+            The answer; ``prompt_tokens`` counts what had to be read, not the whole chat.
+        """
         self.messages.append({"role": "user", "content": content})
         rendered = _rendered(self.tokenizer, self.messages)
         known = len(self._ids)
@@ -178,9 +148,7 @@ class Chat:
         else:
             self._cache, known = None, 0
             ids = _tokens(self.tokenizer, rendered)
-        (new,), clock, self._cache = _decode(
-            self.model, self.tokenizer, [ids], self.settings, self.seed, stream, self._cache
-        )
+        (new,), clock, self._cache = self._decoder([ids], self.seed, stream, self._cache)
         self.seed = None
         answer = str(self.tokenizer.decode(new, skip_special_tokens=True))
         self.messages.append({"role": "assistant", "content": answer})
@@ -212,7 +180,7 @@ def chat(chat: Chat, lines: Iterator[str], out: TextIO = sys.stdout) -> list[Mes
     return chat.messages
 
 
-# -- one call of transformers' generate --------------------------------------------------------------------------------
+# --- one call of transformers' generate
 
 
 class _Clock(BaseStreamer):
@@ -223,6 +191,7 @@ class _Clock(BaseStreamer):
         self.times: list[float] = [time.perf_counter()]
 
     def put(self, value: torch.Tensor) -> None:
+        """As of any streamer."""
         # transformers sends the prompt first; that moment is not interesting.
         if value.ndim < 2:
             self.times.append(time.perf_counter())
@@ -230,10 +199,12 @@ class _Clock(BaseStreamer):
             self.text.put(value)
 
     def end(self) -> None:
+        """As of any streamer."""
         if self.text:
             self.text.end()
 
     def report(self, texts: list[str], prompt_tokens: list[int], new_tokens: list[int]) -> Generation:
+        """The answers, of so many tokens each, with the times."""
         prefill, seconds = self.times[1] - self.times[0], self.times[-1] - self.times[0]
         # The first token of each prompt comes out of the prefill.
         rate = (sum(new_tokens) - len(new_tokens)) / max(seconds - prefill, 1e-9)
@@ -248,68 +219,74 @@ class _FileStreamer(TextStreamer):
         self.out = out
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write a part of the text."""
         print(text, file=self.out, end="\n" if stream_end else "", flush=True)
 
 
-def _decode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[torch.Tensor],
-    settings: GenerationConfig,
-    seed: int | None,
-    stream: TextIO | None,
-    cache: Cache | None = None,
-) -> tuple[list[torch.Tensor], _Clock, Cache]:
-    """Generate for prompts of different lengths.
+class _Decoder:
+    """A model, its tokenizer, and the settings to generate with.
 
     Args:
-        ids: token ids, one [tokens] int64 tensor per prompt.
-        cache: holds the first tokens of the (single) prompt already.
-
-    Returns:
-        The new ids of each prompt, without padding and with the end token if there was one; the times; the cache.
+        model: as loaded by ``load``.
+        tokenizer: of the model.
+        max_new_tokens: as in ``generate``.
+        temperature: as in ``generate``.
+        top_p: as in ``generate``.
     """
-    batch = pad_sequence(ids, batch_first=True, padding_value=int(settings.pad_token_id or 0), padding_side="left")
-    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
-    if seed is not None:
-        torch.manual_seed(seed)
-    clock = _Clock(_FileStreamer(tokenizer, stream) if stream else None)
-    output = model.generate(  # pyright: ignore[reportCallIssue]
-        batch.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=settings,
-        past_key_values=cache,
-        streamer=clock,
-    )
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    new = []
-    for row in output.sequences[:, batch.shape[1] :].cpu():
-        stops = [position for position, token in enumerate(row.tolist()) if token in ends]
-        new.append(row[: stops[0] + 1] if stops else row)
-    return new, clock, output.past_key_values
 
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int, temperature: float | None, top_p: float | None,
+    ):  # fmt: skip
+        settings = copy.deepcopy(model.generation_config) or GenerationConfig()
+        settings.max_new_tokens, settings.max_length = max_new_tokens, None
+        settings.return_dict_in_generate = True  # for the cache
+        if settings.eos_token_id is None:
+            settings.eos_token_id = tokenizer.eos_token_id
+        if settings.pad_token_id is None:
+            pad = tokenizer.pad_token_id
+            settings.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+        if temperature is not None:
+            settings.do_sample, settings.temperature = temperature > 0, temperature or None
+        if top_p is not None:
+            settings.top_p = top_p
+        if not settings.do_sample:
+            settings.temperature = settings.top_p = settings.top_k = None  # set, they draw a warning per call
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
 
-def _settings(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    temperature: float | None,
-    top_p: float | None,
-) -> GenerationConfig:
-    settings = copy.deepcopy(model.generation_config) or GenerationConfig()
-    settings.max_new_tokens, settings.max_length = max_new_tokens, None
-    settings.return_dict_in_generate = True  # for the cache
-    if settings.eos_token_id is None:
-        settings.eos_token_id = tokenizer.eos_token_id
-    if settings.pad_token_id is None:
-        settings.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if temperature is not None:
-        settings.do_sample, settings.temperature = temperature > 0, temperature or None
-    if top_p is not None:
-        settings.top_p = top_p
-    if not settings.do_sample:
-        settings.temperature = settings.top_p = settings.top_k = None  # set, they draw a warning per call
-    return settings
+    def __call__(
+        self, ids: list[torch.Tensor], seed: int | None, stream: TextIO | None, cache: Cache | None = None
+    ) -> tuple[list[torch.Tensor], _Clock, Cache]:
+        """Generate for prompts of different lengths.
+
+        Args:
+            ids: token ids, one [tokens] int64 tensor per prompt.
+            seed: makes sampling repeatable.
+            stream: where the text is written.
+            cache: holds the first tokens of the (single) prompt already.
+
+        Returns:
+            The new ids of each prompt, without padding and with the end token if there was one; the times; the cache.
+        """
+        settings = self.settings
+        batch = pad_sequence(ids, batch_first=True, padding_value=int(settings.pad_token_id or 0), padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
+        if seed is not None:
+            torch.manual_seed(seed)
+        clock = _Clock(_FileStreamer(self.tokenizer, stream) if stream else None)
+        output = self.model.generate(  # pyright: ignore[reportCallIssue]
+            batch.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            generation_config=settings,
+            past_key_values=cache,
+            streamer=clock,
+        )
+        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        new = []
+        for row in output.sequences[:, batch.shape[1] :].cpu():
+            stops = [position for position, token in enumerate(row.tolist()) if token in ends]
+            new.append(row[: stops[0] + 1] if stops else row)
+        return new, clock, output.past_key_values
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> torch.Tensor:

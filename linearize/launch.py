@@ -1,4 +1,4 @@
-"""Run a module of this package under `accelerate launch`."""
+"""Run a verb of the command line under `accelerate launch`."""
 
 import signal
 import subprocess
@@ -12,14 +12,17 @@ TOLD = 3.0
 to be passed on, since the processes that a launcher starts would otherwise go on without it."""
 
 
-def launch(verb: str, flags: Sequence[str], module: str, arguments: Sequence[str], stdout: int | None = None) -> None:
-    """Run a module of this package under ``accelerate launch``, and wait for it.
+def launch(
+    verb: str, flags: Sequence[str], module: str, arguments: Sequence[str], *, stdout: int | None = None
+) -> None:
+    """Run a module under ``accelerate launch``, and wait for it.
 
     Args:
         verb: of the command line, for errors.
         flags: of ``accelerate launch``.
-        module, arguments: what the processes run.
-        stdout: where their stdout goes; None leaves it where ours goes.
+        module: what the processes run, ``linearize.cli``.
+        arguments: of the module.
+        stdout: where their stdout goes, as for `subprocess.Popen`; None leaves it where ours goes.
 
     Raises:
         InputError: the flags are none, or the launched processes failed (they have said why).

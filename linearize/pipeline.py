@@ -7,8 +7,9 @@ A folder appears by one rename when it is complete and holds the recipe that mad
 folder is there and the parts of the recipe it depends on are unchanged.
 """
 
-import tempfile
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,46 +49,62 @@ def run(
     Example:
         >>> run(recipe.load("smollm2-135m"), "runs/demo")["summary"]["recovery"]["student"]
     """
-    from linearize.checkpoint.sources import locate
-    from linearize.conversion.convert import convert
-    from linearize.conversion.plan import plan
     from linearize.evaluation.evaluate import evaluate
-    from linearize.recovery.calibrate import calibrate
     from linearize.recovery.merge import merge
-    from linearize.recovery.select import select
 
     out = Path(out)
-    converted, merged = out / "0-converted", out / "merged"
-    before = {out / folder: block for block, folder in BEFORE.items() if getattr(wanted, block) is not None}
-    trained = [out / f"{number}-{stage.name}" for number, stage in enumerate(wanted.train, 1)]
+    stages = _stages(wanted, out)
     # All of them before any work, so that a changed recipe is not found out after an hour of training.
-    stages: dict[Path, str | int | None] = {converted: None, **before}
-    stages |= {**{folder: number for number, folder in enumerate(trained, 1)}, merged: len(trained)}
     finished = {folder for folder, after in stages.items() if _finished(folder, wanted, after, overwrite)}
     for folder in stages:
         if folder in finished:
             note(f"{folder}: finished earlier, kept")
-
-    if converted not in finished:
-        located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
-        note(plan(located, wanted).text())
-        convert(located, wanted, converted, overwrite=overwrite)
-    folder = converted
-    for after, block in before.items():
-        if after not in finished:
-            {"calibrate": calibrate, "select": select}[block](folder, wanted, after, overwrite=overwrite)
-        folder = after
-    for stage, after in zip(wanted.train, trained, strict=True):
-        if after not in finished:
-            train_stage(folder, wanted, stage.name, after, resume=True, overwrite=overwrite, flags=flags)
-        folder = after
+    *before, merged = stages
+    folder = out
+    for target in before:
+        if target not in finished:
+            _make(stages[target], wanted, folder, target, overwrite, flags, note)
+        folder = target
     if (folder / "adapter_config.json").is_file():
         if merged not in finished:
             merge(folder, merged, overwrite=overwrite)
         folder = merged
-    return evaluate(
-        folder, suite=wanted.eval.suite, out=out / "results.json", resume=folder in finished and not overwrite
-    )
+    resume = folder in finished and not overwrite
+    return evaluate(folder, suite=wanted.eval.suite, out=out / "results.json", resume=resume)
+
+
+def _stages(wanted: Recipe, out: Path) -> dict[Path, str | int | None]:
+    """The folders of a recipe in their order, the merged one last, and after which stage each stands.
+
+    The stage is None for the conversion, the name of a block of `BEFORE`, or how many training stages there were.
+    """
+    stages: dict[Path, str | int | None] = {out / "0-converted": None}
+    stages |= {out / folder: block for block, folder in BEFORE.items() if getattr(wanted, block) is not None}
+    stages |= {out / f"{number}-{stage.name}": number for number, stage in enumerate(wanted.train, 1)}
+    return stages | {out / "merged": len(wanted.train)}
+
+
+def _make(
+    after: str | int | None, wanted: Recipe, folder: Path, target: Path, overwrite: bool, flags: Sequence[str],
+    note: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Make the folder `target` of one stage, see `_stages`, from the folder of the stage before."""
+    if isinstance(after, int):
+        train_stage(folder, wanted, wanted.train[after - 1].name, target, resume=True, overwrite=overwrite, flags=flags)
+        return
+    if after is None:
+        from linearize.checkpoint.sources import locate
+        from linearize.conversion.convert import convert
+        from linearize.conversion.plan import plan
+
+        located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
+        note(plan(located, wanted).text())
+        convert(located, wanted, target, overwrite=overwrite)
+        return
+    from linearize.recovery.calibrate import calibrate
+    from linearize.recovery.select import select
+
+    {"calibrate": calibrate, "select": select}[after](folder, wanted, target, overwrite=overwrite)
 
 
 def train_stage(
@@ -105,6 +122,18 @@ def train_stage(
     One process needs no launcher; without one, errors stay one paragraph and nothing depends on the machine's default
     accelerate configuration. Whoever wants several processes says so by flags.
 
+    Args:
+        folder: the model to train.
+        wanted: the resolved recipe.
+        stage: name of its stage; None: the first.
+        out: folder to appear.
+        resume: go on from the last checkpoint of an interrupted run.
+        overwrite: replace `out`, or an interrupted run with other settings.
+        flags: of ``accelerate launch``.
+
+    Returns:
+        `out`.
+
     Raises:
         InputError: bad input, or the launched processes failed (they have said why).
     """
@@ -114,14 +143,17 @@ def train_stage(
 
         return train(folder, wanted, name, out, resume=resume, overwrite=overwrite)
     atomic.check_output(out, overwrite)
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "recipe.yaml"
-        file.write_text(recipes.to_yaml(wanted), encoding="utf-8")
-        arguments = ["--model", str(folder), "--recipe", str(file), "--stage", name, "--out", str(out)]
-        arguments += ["--resume"] * resume + ["--overwrite"] * overwrite
-        launch(
-            "train", flags, "linearize.recovery.train", arguments, stdout=2
-        )  # into stderr: stdout is kept for the result
+    file = out.with_name(f"{out.name}.training") / "recipe.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(recipes.to_yaml(wanted), encoding="utf-8")
+    arguments = [str(folder), "--out", str(out), "--recipe", str(file), "--stage", name]
+    arguments += ["--resume"] * resume + ["--overwrite"] * overwrite
+    try:
+        launch("train", flags, "linearize.cli", ["train", *arguments], stdout=subprocess.DEVNULL)
+    finally:
+        with suppress(OSError):  # the folder stays where it holds checkpoints
+            file.unlink()
+            file.parent.rmdir()
     return out
 
 
@@ -145,10 +177,7 @@ def _finished(folder: Path, wanted: Recipe, after: str | int | None, overwrite: 
 
 
 def _decides(made: Recipe, after: str | int | None) -> dict[str, str]:
-    """The parts of a recipe that decide the folder after a stage: dotted keys and their values.
-
-    The stage is None for the conversion, the name of a block of `BEFORE`, or how many training stages there were.
-    """
+    """The parts of a recipe that decide the folder after a stage, see `_stages`: dotted keys and their values."""
     values = recipes.to_dict(made)
     parts = {"source": values["source"], "convert": values["convert"]}
     if after is not None:

@@ -1,6 +1,9 @@
-"""`python -m linearize.train`, the form that launchers start; the training stages are in `linearize.recovery`."""
+"""`python -m linearize.train --model DIR …`: `linearize train DIR …` under the name that launchers were told first."""
 
-from linearize.recovery.train import main
+import sys
+
+from linearize import cli
 
 if __name__ == "__main__":
-    main()
+    sys.argv[1:] = ["train", *(word.removeprefix("--model=") for word in sys.argv[1:] if word != "--model")]
+    cli.main()

@@ -34,6 +34,11 @@ from linearize.recipe.schema import (
 SUFFIXES = (".yaml", ".yml")
 NAME = "convert.mixer.name"
 """The key that, overridden, also drops what the new mixer does not know."""
+DEFAULTS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m",
+    "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
+}
+"""Source of several shipped recipes -> the one that it gets unasked."""
 
 
 def names() -> list[str]:
@@ -42,7 +47,7 @@ def names() -> list[str]:
 
 
 def path_of(name: str) -> Path:
-    """File of a shipped recipe.
+    """The file of a shipped recipe.
 
     Raises:
         InputError: no shipped recipe has this name.
@@ -86,30 +91,40 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | Iterable[str] 
 
 
 def default(source_id: str, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
-    """Recipe for a model that was named without one: the shipped recipe with this source, else this file's defaults.
+    """The recipe for a model that was named without one.
 
-    Where several have it, the one that bears the model's name: the others are baselines, which must be asked for.
+    Args:
+        source_id: a Hub id, a folder or a GGUF file.
+        overrides: as in :func:`load`.
+
+    Returns:
+        The shipped recipe with exactly this source, where several have it the one in `DEFAULTS`; else the defaults.
+
+    Raises:
+        InputError: as :func:`load`.
     """
-    for name in sorted(names(), key=lambda name: name not in source_id.lower()):
+    for name in [DEFAULTS[source_id]] if source_id in DEFAULTS else names():
         if yaml.safe_load(path_of(name).read_text(encoding="utf-8"))["source"]["id"] == source_id:
             return load(name, overrides)
     return from_dict({"source": {"id": source_id}}, overrides, where="defaults")
 
 
 def resolve(model: str, overrides: Mapping[str, Any] | Iterable[str] = (), recipe: str | Path | None = None) -> Recipe:
-    """Recipe for whatever a user names as a model.
+    """The recipe for whatever a user names as a model.
 
     Args:
         model: a recipe, a recipe file, a Hub id, a folder or a GGUF file.
         overrides: as in :func:`load`.
         recipe: a recipe to use for this model instead of its own.
 
+    Returns:
+        The resolved recipe.
+
     Raises:
         InputError: as :func:`load`.
     """
     if recipe is not None:
-        there = load(recipe, overrides)
-        return replace(there, source=resolve(model).source)
+        return replace(load(recipe, overrides), source=resolve(model).source)
     if Path(model).suffix in SUFFIXES or model in names():
         return load(model, overrides)
     return default(model, overrides)
@@ -121,7 +136,15 @@ def run_folder(recipe: Recipe) -> Path:
 
 
 def with_stage(recipe: Recipe, name: str) -> Recipe:
-    """The same recipe; behind its own stages one of `STAGES`, where it has none of that name."""
+    """Add a stage to a recipe.
+
+    Args:
+        recipe: the recipe.
+        name: of one of `STAGES`.
+
+    Returns:
+        The same recipe, with that stage after its own ones where it has none of the name.
+    """
     known = any(stage.name == name for stage in recipe.train)
     return recipe if known else replace(recipe, train=(*recipe.train, STAGES[name]))
 
@@ -135,6 +158,9 @@ def from_dict(
         values: the content of a recipe file.
         overrides: as in :func:`load`.
         where: named at the start of every error.
+
+    Returns:
+        The resolved recipe.
 
     Raises:
         InputError: one line per problem.
@@ -154,6 +180,10 @@ def from_dict(
 
 def validate(recipe: Recipe, where: str = "recipe") -> None:
     """Check what the types cannot: the settings of the mixer, by the mixer itself.
+
+    Args:
+        recipe: built.
+        where: named at the start of every error.
 
     Raises:
         InputError: one line per problem.
@@ -190,22 +220,22 @@ def _mixer_problems(mixer: dict[str, Any]) -> list[str]:
 
 
 def _explain(problem: Any) -> str:
-    """One problem as pydantic reports it, as ``key: found; allowed``."""
+    """A problem that pydantic reports, as ``key: found; allowed``."""
     location = [str(part) for part in problem["loc"]]
-    key, found = ".".join(location), problem["input"]
+    key, value = ".".join(location), problem["input"]
     message = problem["msg"].removeprefix("Value error, ").replace("a dictionary or an instance of", "a mapping, see")
     match problem["type"]:
         case "unexpected_keyword_argument":
             return f"{key}: unknown key. {suggest(location[-1], _fields(location[:-1]))}"
         case "missing":
             return f"{key}: missing; it has no default"
-        case "value_error" if isinstance(found, ArgsKwargs):  # a check of several keys, whose text says what was found
+        case "value_error" if isinstance(value, ArgsKwargs):  # a check of several keys, whose text says what was found
             return f"{key}: {message}" if key else message
-    return f"{key}: found {found!r}; {message[0].lower()}{message[1:]}"
+    return f"{key}: found {value!r}; {message[0].lower()}{message[1:]}"
 
 
 def _fields(location: list[str]) -> list[str]:
-    """Keys that are allowed at a place of the recipe."""
+    """The keys that are allowed at a location in the recipe."""
     kinds: dict[str, Any] = {"source": Source, "convert": Convert, "data": Data, "calibrate": Calibrate}
     kinds |= {"select": Select, "train": Stage, "eval": Eval, "peft": Peft}
     parts = [part for part in location if part in kinds]
@@ -252,29 +282,37 @@ def _split(text: str) -> tuple[str, str]:
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Set one dotted key in place; an entry of a list is named by its number or its name (``train.distil.lr``)."""
-    *parents, last = key.split(".")
-    at: Any = values
-    for depth, name in enumerate([*parents, last]):
+    names = key.split(".")
+    inner: Any = values
+    for depth, name in enumerate(names):
         part: Any = name
-        if isinstance(at, list):
-            entries = {str(i): i for i in range(len(at))}
-            entries |= {
-                str(entry["name"]): i for i, entry in enumerate(at) if isinstance(entry, dict) and "name" in entry
+        if isinstance(inner, list):
+            named = {
+                str(entry["name"]): i for i, entry in enumerate(inner) if isinstance(entry, dict) and "name" in entry
             }
+            entries = {str(i): i for i in range(len(inner))} | named
             if name not in entries:
                 raise InputError(f"--set {key}: there is no entry {name!r}. {suggest(name, entries)}")
             part = entries[name]
-        elif not isinstance(at, dict):
-            raise InputError(f"--set {key}: {'.'.join(parents[:depth])} holds {at!r}, which has no keys below it")
-        elif depth < len(parents) and at.get(name) is None:
-            at[name] = {}
-        if depth == len(parents):
-            at[part] = value
-        at = at[part]
+        elif not isinstance(inner, dict):
+            raise InputError(f"--set {key}: {'.'.join(names[:depth])} holds {inner!r}, which has no keys below it")
+        elif depth < len(names) - 1 and inner.get(name) is None:
+            inner[name] = {}
+        if depth == len(names) - 1:
+            inner[part] = value
+        inner = inner[part]
 
 
 def recipe_of(folder: Path, name: str | None, overrides: Iterable[str] = ()) -> Recipe:
-    """Recipe for training a folder: its own, or a named one, which then says nothing about source and conversion.
+    """The recipe for a stage after the conversion: the folder's own, or a named one with the folder's conversion.
+
+    Args:
+        folder: what `convert` or a later stage has written.
+        name: a recipe or recipe file; of it, source and conversion do not count. None: the folder's recipe.yaml.
+        overrides: as in :func:`load`.
+
+    Returns:
+        The resolved recipe.
 
     Raises:
         InputError: bad recipe, or the folder holds none and none is named.

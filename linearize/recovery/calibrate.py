@@ -7,7 +7,7 @@ per head is chosen that brings the student's output nearest to the source's, in 
 - a memory with a log weight w: the shift c of w among GRID that is best, error (y + σ(w + c − lse)(m − y) − target)²;
 - any other memory: the factor γ of y + γ m, which is a regression of target − y on m.
 
-What is nearest layer by layer need not be best for the whole model: all numbers are scaled by that one of SCALES with
+The best fit of each layer need not be the best for the whole model: all numbers are scaled by that one of SCALES with
 which the model predicts a block of other text best, 0 where they do not help.
 
 No gradient, no change of any source weight. The numbers are the weight `gate` [H] of each layer's mixer.
@@ -38,9 +38,13 @@ SCALES = (1.0, 0.5, 0.0)
 
 
 class Watched(nn.Module):
-    """In the place of a mixer: returns the source's own attention and sums what the fit needs."""
+    """In the stead of a mixer: returns the source's own attention and sums what the fit needs.
 
-    name = "softmax"
+    Args:
+        mixer: whose branches are fitted.
+    """
+
+    keeps_source_cache = True
 
     def __init__(self, mixer: Mixer):
         super().__init__()
@@ -48,24 +52,29 @@ class Watched(nn.Module):
         self.sums: Tensor | float = 0.0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """As of a mixer: q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> [B, H, T, V]."""
         target = context.attend(q, k, v)
         near, far = self.mixer.branches(q, k, v, context)
         if near is None or far is None:
             return target
         reach = self.mixer.config.window + self.mixer.config.sinks
-        y, m, wanted = (x[:, :, reach:].float() for x in (near[0], far[0], target))
+        y, m, wanted = (x[:, :, reach:].float() for x in (near.y, far.y, target))
         miss, step = y - wanted, m - y
-        if far[1] is None or near[1] is None:
+        if far.log_weight is None or near.log_weight is None:
             self.sums = self.sums - torch.stack([(m * miss).sum((0, 2, 3)), -(m * m).sum((0, 2, 3))])
         else:
-            weight, lse = far[1][:, :, reach:], near[1][:, :, reach:]
+            weight, lse = far.log_weight[:, :, reach:], near.log_weight[:, :, reach:]
             share = (weight - lse + GRID.to(lse.device).view(-1, 1, 1, 1)).sigmoid()
             products = (miss * step).sum(-1), (step * step).sum(-1)
             self.sums = self.sums + (2 * share * products[0] + share.square() * products[1]).sum((1, 3))
         return target
 
     def gate(self) -> Tensor:
-        """What fits best, [H]."""
+        """The gate that fits best, [H].
+
+        Raises:
+            InputError: no text reached beyond window and sinks.
+        """
         if not isinstance(self.sums, Tensor):
             raise InputError(
                 "calibrate: no text reached beyond window and sinks; use longer blocks (--seq-len) than they are"
@@ -114,7 +123,7 @@ def fit(model: PreTrainedModel, ids: Tensor, advance: Callable[[], None] = lambd
 
 @torch.inference_mode()
 def scale(model: PreTrainedModel, block: Tensor) -> dict[float, float]:
-    """Scale the gates of a calibrated model in place, as text that they were not fitted to wants it.
+    """Scale the gates of a calibrated model in place, by the factor with which it predicts other text best.
 
     Args:
         model: as `fit` leaves it.
@@ -126,16 +135,16 @@ def scale(model: PreTrainedModel, block: Tensor) -> dict[float, float]:
     block = block[None].to(model.device)
     gates = [(m.mixer.gate.data, m.mixer.gate.data.clone()) for m in linearized_modules(model) if m.mixer.delayed]
 
-    def turn(factor: float) -> None:
+    def set_gates(factor: float) -> None:
         for gate, fitted in gates:
             gate.copy_(factor * fitted)
 
     losses = {}
     for factor in SCALES:
-        turn(factor)
+        set_gates(factor)
         losses[factor] = float(model(block, labels=block, use_cache=False).loss)
     losses = dict(sorted(losses.items(), key=lambda item: item[1]))
-    turn(next(iter(losses)))
+    set_gates(next(iter(losses)))
     return losses
 
 
@@ -154,8 +163,8 @@ def calibrate(
         model_dir: a converted folder.
         wanted: the recipe that names the data.
         out: folder to appear.
-        tokens, seq_len: how much text to fit to, in blocks of how many tokens; one block more is read for `scale`.
-            None: as the recipe's `calibrate` says.
+        tokens: how much text to fit to; one block more is read for `scale`. None: as the recipe's `calibrate` says.
+        seq_len: tokens in a block; None: as the recipe says.
         overwrite: replace a model folder in the place of `out`.
 
     Returns:

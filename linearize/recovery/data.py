@@ -1,9 +1,8 @@
 """Blocks of tokens to train on: read text, tokenise it once, cut it into blocks, draw them in a fixed order.
 
 Documents of a data set are tokenised one after the other with the end-of-text token between them; the long row of
-tokens is kept in a file (in ``LINEARIZE_CACHE``, else ``~/.cache/linearize``) and cut into blocks of ``seq_len``. Which
-block comes at which place of a run is a function of the seed alone: neither the number of processes nor a resume
-changes it.
+tokens is kept in a file (in ``LINEARIZE_CACHE``, else ``~/.cache/linearize``) and cut into blocks of ``seq_len``. The
+order of the blocks is a function of the seed alone: neither the number of processes nor a resume changes it.
 """
 
 import hashlib
@@ -12,9 +11,10 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
@@ -23,23 +23,12 @@ from datasets.exceptions import DatasetsError
 
 from linearize.checkpoint.copying import sha256
 from linearize.errors import InputError, suggest
+from linearize.progress import step_progress
 from linearize.recipe.resources import package_folder
+from linearize.recipe.schema import Data
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 DOCUMENTS_AT_ONCE = 256
-
-
-class Source(Protocol):
-    """One entry of a recipe's ``data``."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def column(self) -> str: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
 
 
 class Blocks(Sequence):
@@ -76,12 +65,12 @@ class Blocks(Sequence):
         taken = np.zeros(len(rows), dtype=np.int64)
         order = [self._shuffled(seed, which, 0, size) for which, size in enumerate(sizes)]
         self.plan = np.empty((count, 2), dtype=np.int64)
-        for place in range(count):
-            which = int(np.argmax(shares * (place + 1) - taken))
+        for index in range(count):
+            which = int(np.argmax(shares * (index + 1) - taken))
             epoch, step = divmod(int(taken[which]), sizes[which])
             if step == 0 and epoch:
                 order[which] = self._shuffled(seed, which, epoch, sizes[which])
-            self.plan[place] = which, order[which][step]
+            self.plan[index] = which, order[which][step]
             taken[which] += 1
         self.epochs = [float(n / size) for n, size in zip(taken, sizes, strict=True)]
 
@@ -92,22 +81,22 @@ class Blocks(Sequence):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, place: Any) -> torch.Tensor:
+    def __getitem__(self, index: Any) -> torch.Tensor:
         """Token ids int64 ``[seq_len]`` of the block at an index, ``[n, seq_len]`` of the blocks of a slice."""
-        if isinstance(place, slice):
-            return torch.stack([self[i] for i in range(*place.indices(len(self)))])
-        which, block = self.plan[place]
+        if isinstance(index, slice):
+            return torch.stack([self[i] for i in range(*index.indices(len(self)))])
+        which, block = self.plan[index]
         start = int(block) * self.seq_len
         return torch.from_numpy(self.rows[which][start : start + self.seq_len].astype(np.int64))
 
     def distinct(self) -> Iterator[torch.Tensor]:
         """Token ids int64 ``[seq_len]`` of every block of the run, each once."""
         _, first = np.unique(self.plan, axis=0, return_index=True)
-        return (self[int(place)] for place in first)
+        return (self[int(index)] for index in first)
 
 
 def blocks(
-    sources: Sequence[Source], tokenizer: Any, seq_len: int, count: int, seed: int = 0, hold: bool = False
+    sources: Sequence[Data], tokenizer: Any, seq_len: int, count: int, seed: int = 0, hold: bool = False
 ) -> Blocks:
     """Tokenise a mixture of data sets and lay out the blocks of a run.
 
@@ -118,6 +107,9 @@ def blocks(
         count: blocks in the run.
         seed: of the order.
         hold: as in :class:`Blocks`.
+
+    Returns:
+        The blocks, in the order of the run.
 
     Raises:
         InputError: a data set cannot be read, lacks the column, is empty, or is smaller than one block.
@@ -136,8 +128,12 @@ def blocks(
     return Blocks(rows, [source.weight for source in sources], seq_len, count, seed, hold)
 
 
-def tokens(source: Source, tokenizer: Any) -> np.ndarray:
+def tokens(source: Data, tokenizer: Any) -> np.ndarray:
     """All tokens of one data set, documents separated by the end-of-text token, from the cache if they are there.
+
+    Args:
+        source: an entry of a recipe's ``data``.
+        tokenizer: of the model to be trained.
 
     Returns:
         int32 ``[tokens]``, mapped from a file.
@@ -164,39 +160,44 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LINEARIZE_CACHE") or default)
 
 
-def _tokenise(documents: datasets.Dataset, source: Source, tokenizer: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and renamed: another process, or the next run after a crash, sees all of it or nothing.
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix="tokens-", suffix=".tmp", delete=False) as out:
+@contextmanager
+def whole_file(file: Path) -> Iterator[Any]:
+    """A file to write into, of which other processes, or the next run after a crash, see all or nothing."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as out:
         try:
-            for ids in _encoded(documents, source, tokenizer):
-                out.write(np.asarray(ids, dtype=np.int32).tobytes())
-            if out.tell() == 0:
-                raise InputError(f"data: {source.path!r} holds no text in column {source.column!r}; check the file")
+            yield out
         except BaseException:
             os.unlink(out.name)
             raise
     os.replace(out.name, file)
 
 
-def _encoded(documents: datasets.Dataset, source: Source, tokenizer: Any) -> Iterator[list[int]]:
-    for batch in documents.select_columns([source.column]).iter(DOCUMENTS_AT_ONCE):
-        texts = dict(batch)[source.column]
-        for text in texts:
-            if text is not None and not isinstance(text, str):
-                raise InputError(
-                    f"data: {source.path!r}: column {source.column!r} holds {type(text).__name__}, expected text; "
-                    f"columns there: {', '.join(documents.column_names)}"
-                )
-        texts = [text for text in texts if text and text.strip()]
-        if not texts:
-            continue
-        # verbose: a document longer than the model's context is no mistake here.
-        for ids in tokenizer(texts, verbose=False)["input_ids"]:
-            yield ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+def _tokenise(documents: datasets.Dataset, source: Data, tokenizer: Any, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with step_progress(f"tokenising {source.path}", len(documents)) as advance, whole_file(file) as out:
+        for batch in documents.select_columns([source.column]).iter(DOCUMENTS_AT_ONCE):
+            texts = dict(batch)[source.column]
+            for ids in _encoded(texts, documents, source, tokenizer):
+                out.write(np.asarray(ids, dtype=np.int32).tobytes())
+            advance(len(texts))
+        if out.tell() == 0:
+            raise InputError(f"data: {source.path!r} holds no text in column {source.column!r}; check the file")
 
 
-def _open(source: Source) -> tuple[datasets.Dataset, str]:
+def _encoded(texts: list[Any], documents: datasets.Dataset, source: Data, tokenizer: Any) -> Iterator[list[int]]:
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise InputError(
+                f"data: {source.path!r}: column {source.column!r} holds {type(text).__name__}, expected text; "
+                f"columns there: {', '.join(documents.column_names)}"
+            )
+    texts = [text for text in texts if text and text.strip()]
+    # verbose: a document longer than the model's context is no mistake here.
+    for ids in tokenizer(texts, verbose=False)["input_ids"] if texts else ():
+        yield ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
+def _open(source: Data) -> tuple[datasets.Dataset, str]:
     """The documents of a data set, and a text that changes when its content does."""
     files = _files(source.path)
     datasets.disable_progress_bars()
@@ -209,7 +210,7 @@ def _open(source: Source) -> tuple[datasets.Dataset, str]:
         if where == "text":
             options["sample_by"] = "document"
     try:
-        found = datasets.load_dataset(where, split=source.split, **options)
+        documents: Any = datasets.load_dataset(where, split=source.split, **options)
     except (OSError, ValueError, DatasetsError) as error:
         # datasets wraps what was wrong with a file into a sentence that does not say it.
         cause = str(error.__cause__ or error).strip() or type(error).__name__
@@ -217,14 +218,13 @@ def _open(source: Source) -> tuple[datasets.Dataset, str]:
         raise InputError(
             f"data: cannot read {source.path!r}, split {source.split!r}: {cause.splitlines()[0]}{hint}"
         ) from error
-    assert isinstance(found, datasets.Dataset)
-    if source.column not in found.column_names:
+    if source.column not in documents.column_names:
         raise InputError(
-            f"data: {source.path!r} has no column {source.column!r}. {suggest(source.column, found.column_names)}"
+            f"data: {source.path!r} has no column {source.column!r}. {suggest(source.column, documents.column_names)}"
         )
     if files:
-        return found, f"{source.split} {[sha256(file) for file in files]}"
-    return found, found._fingerprint
+        return documents, f"{source.split} {[sha256(file) for file in files]}"
+    return documents, documents._fingerprint
 
 
 def embedded() -> list[str]:
@@ -237,20 +237,20 @@ def _files(path: str) -> list[Path]:
     """The local files that a recipe's ``path`` means; none if it is a folder or the id of a data set on the Hub."""
     if path in embedded():
         return [package_folder("recipes") / "data" / f"{path}.jsonl.gz"]
-    found = sorted(Path(match) for match in glob(os.path.expanduser(path), recursive=True) if os.path.isfile(match))
-    kinds = {_kind(file) for file in found}
+    files = sorted(Path(match) for match in glob(os.path.expanduser(path), recursive=True) if os.path.isfile(match))
+    kinds = {_kind(file) for file in files}
     if len(kinds) > 1 or not kinds <= set(READERS):
         raise InputError(
             f"data: {path!r}: cannot read {', '.join(sorted(kinds))} as one data set; "
             f"allowed: one of {', '.join(READERS)}, also with .gz behind it"
         )
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and _kind(Path(path)) not in READERS
-    if not found and not is_hub_id and not os.path.isdir(os.path.expanduser(path)):
+    if not files and not is_hub_id and not os.path.isdir(os.path.expanduser(path)):
         raise InputError(
             f"data: found nothing named {path!r}; allowed: a local file or glob, a data set on the Hub as owner/name, "
             f"or an embedded text. {suggest(path, embedded())}"
         )
-    return found
+    return files
 
 
 def _kind(file: Path) -> str:

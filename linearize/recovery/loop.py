@@ -1,7 +1,6 @@
-"""One optimiser step of a training stage, on one process or many, and its checkpoints."""
+"""One optimiser step of a training stage, on one process or many."""
 
 import math
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from linearize.checkpoint import adapters
 from linearize.checkpoint.open import is_adapter, open_model
@@ -23,19 +21,44 @@ from linearize.recovery.data import Blocks
 from linearize.recovery.losses import Losses, count_targets, token_losses
 from linearize.recovery.memory import check_length, drop_windows, position_weights
 from linearize.recovery.monitor import SHOWN, first_not_finite
-from linearize.recovery.resume import checkpoints
 from linearize.recovery.teacher import Teacher
 from linearize.recovery.transfer import transfer
 
 DIVIDED = {DistributedType.FSDP: ("adamw", "muon"), DistributedType.DEEPSPEED: ("adamw",)}
 """Ways to divide the weights over processes -> optimisers that work on parts. Adafactor's sums cross them; ZeRO-3 hands
 its optimiser flat pieces, of which Muon cannot see the matrices."""
-KEPT = 2  # checkpoints: the last one, and the one before in case the disk fails
-TRAINED = "trained.safetensors"
+
+
+def open_student(folder: Path, stage: Stage) -> Any:
+    """The model to train, with its adapters, in training mode.
+
+    Frozen weights are stored in the compute dtype. What is trained is fp32 always: a small step added to a bf16 weight
+    is rounded away.
+
+    Args:
+        folder: a linearized model, or adapters to go on with.
+        stage: what is trained, in which dtype.
+
+    Raises:
+        InputError: there is no such model, or it does not fit the stage.
+    """
+    compute = getattr(torch, stage.dtype)
+    model: Any = open_model(folder, compute if adapters.keeps_source(stage.peft) else torch.float32)
+    if stage.peft:
+        model = adapters.attach(model, stage.peft, folder if is_adapter(folder) else None)
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.to(compute)
+    if stage.gradient_checkpointing:
+        # transformers has renamed it and warns at the old name, the only one that earlier releases know.
+        old = "gradient_checkpointing_enable"
+        enable = getattr(model, old.replace("gradient", "activation"), None) or getattr(model, old)
+        enable({"use_reentrant": False})
+    return model.train()
 
 
 class Loop:
-    """A model in training: what one optimiser step needs, and its checkpoints.
+    """A model in training, and what one optimiser step needs.
 
     Args:
         accelerator: of this process.
@@ -47,103 +70,112 @@ class Loop:
     Attributes:
         model: as it is called, wrapped for the processes it runs on.
         plain: the same model unwrapped.
-        teacher: what is turned into the source, to learn from it: ``plain``, unless all of it is trained.
-        layers: layer index -> its place among the losses of transfer.
+        trained: its trained weights by name. size: how many numbers they are, of the model's total.
+        divided: whether weights are divided over processes.
+        teacher: the source, to learn from.
+        layers: layer index -> its index among the losses of transfer.
         by_position: weights of positions in the losses of tokens, [T].
     """
 
     def __init__(self, accelerator: Accelerator, stage: Stage, folder: Path, data: Blocks, steps: int):
-        self.accelerator, self.stage, self.folder, self.data, self.steps = accelerator, stage, folder, data, steps
-        compute = getattr(torch, stage.dtype)
-        set_seed(stage.seed)
-        # Frozen weights are stored in the compute dtype. What is trained is fp32 always: a small step added to a bf16
-        # weight is rounded away.
-        shared = adapters.keeps_source(stage.peft)
-        model = open_model(folder, compute if shared else torch.float32)
-        before = folder if is_adapter(folder) else None
-        self.plain: Any = adapters.attach(model, stage.peft, before) if stage.peft else model
-        for weight in self.plain.parameters():
-            if not weight.requires_grad:
-                weight.data = weight.data.to(compute)
+        self.accelerator, self.stage, self.data, self.steps = accelerator, stage, data, steps
         self.divided = accelerator.distributed_type in DIVIDED
+        set_seed(stage.seed)
+        self.plain = open_student(folder, stage)
         self.teacher = Teacher(
             self.plain, stage, folder, accelerator.device, self.autocast, data.distinct(),
-            lambda mine: bool(self._sum([mine])[0]) if self.divided else mine,
+            lambda mine: bool(self._sum([mine])[0]) if self.divided else mine, accelerator.is_main_process,
         )  # fmt: skip
-        if stage.gradient_checkpointing:
-            # transformers has renamed it and warns at the old name, the only one that earlier releases know.
-            old = "gradient_checkpointing_enable"
-            enable = getattr(self.plain, old.replace("gradient", "activation"), None) or getattr(self.plain, old)
-            enable({"use_reentrant": False})
-        self.plain.train()
         if stage.watch or stage.beyond > 1:
             check_length(self.plain, stage.seq_len, f"train.{stage.name}")
         self.by_position = position_weights(self.plain, stage.seq_len, stage.beyond).to(accelerator.device)
-        self.layers = {m.layer_idx: place for place, m in enumerate(linearized_modules(self.plain))}
+        self.layers = {module.layer_idx: index for index, module in enumerate(linearized_modules(self.plain))}
         set_seed(stage.seed, device_specific=True)  # dropout differs between processes; the new weights above must not
+        names = [name for name, weight in self.plain.named_parameters() if weight.requires_grad]
         # Counted here: what is divided over processes is seen in part only.
-        self.size = sum(weight.numel() for weight in self.plain.parameters() if weight.requires_grad)
+        self.size = sum(self.plain.get_parameter(name).numel() for name in names)
         self.total = self.plain.num_parameters()
         optimizer, scheduler = optim.build(self.plain, stage, steps)
         self.model, self.optimizer, self.scheduler = accelerator.prepare(self.plain, optimizer, scheduler)
         self.trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
-        if not self.divided:  # else accelerate writes and reads all weights, the frozen ones too
-            accelerator.register_save_state_pre_hook(self._save_trained)
-            accelerator.register_load_state_pre_hook(self._load_trained)
+        advice = "so they could not be saved: divide them in another way (fsdp_version: 2)"
+        adapters.same_names("the model as the launcher has wrapped it", self.trained, names, advice)
 
     def step(self, step: int, checkpoint: Path | None) -> dict[str, Any]:
-        """Run optimiser step number ``step`` (from 1) and return its record for the log.
+        """Run one optimiser step.
+
+        Args:
+            step: its number, from 1.
+            checkpoint: the last state that was saved, for the error.
+
+        Returns:
+            Its record for the log.
 
         Raises:
-            InputError: a loss or gradient is not finite; ``checkpoint`` is the last state before that.
+            InputError: a loss or gradient is not finite.
         """
-        started = time.perf_counter()
+        started, stage = time.perf_counter(), self.stage
         batches = self._batches(step)
         (targets,) = self._sum([sum(count_targets(ids, self.by_position) for ids in batches)])
-        processes, stage = self.accelerator.num_processes, self.stage
-        sums = torch.zeros(2 + len(self.layers), device=self.accelerator.device)
-        for place, ids in enumerate(batches):
-            alone = place < len(batches) - 1 or stage.transfer
-            draw = stage.seed, step, place * processes + self.accelerator.process_index
-            # Around the backward pass too: gradient checkpointing runs the forward once more in it.
-            self.accelerator.sync_gradients = place == len(batches) - 1  # DeepSpeed steps inside `backward`
-            with (
-                self.accelerator.no_sync(self.model) if alone else nullcontext(),
-                drop_windows(self.plain, stage.window_dropout, draw),
-            ):
-                losses = self.losses(ids, sums)
-                if losses:
-                    self._check_reach(losses)
-                    # Processes average their gradients, so each brings its part of the mean times their number.
-                    self.accelerator.backward(losses.total * (processes / targets))
+        lm, kl, *errors = self._sum(self._accumulate(step, batches, targets))
+        means = {"lm": lm / targets, "kl": kl / targets} if stage.lm or stage.kl else {}
         if stage.transfer:
-            self._average_gradients()
-        lm, kl, *errors = self._sum(sums)
-        found = {"lm": lm / targets, "kl": kl / targets} if stage.lm or stage.kl else {}
-        if stage.transfer:
-            found["transfer"] = sum(errors) / stage.batch
-        weights = list(self.trained.values())
-        norm = float(torch.as_tensor(self.accelerator.clip_grad_norm_(weights, self.stage.max_grad_norm)))
+            means["transfer"] = sum(errors) / stage.batch
+        norm = self.accelerator.clip_grad_norm_(list(self.trained.values()), stage.max_grad_norm)
         record = {
             "step": step,
-            "tokens": step * self.stage.batch * self.stage.seq_len,
-            **found,
+            "tokens": step * stage.batch * stage.seq_len,
+            **means,
             "lr": self.scheduler.get_last_lr()[0],
-            "grad_norm": norm,
+            "grad_norm": float(torch.as_tensor(norm)),
         }
-        if not all(map(math.isfinite, (*found.values(), norm))):
-            bad = [f"transfer of layer {i}" for i, place in self.layers.items() if not math.isfinite(errors[place])]
+        if not all(map(math.isfinite, (*means.values(), record["grad_norm"]))):
+            bad = [f"transfer of layer {i}" for i, index in self.layers.items() if not math.isfinite(errors[index])]
             self._stop(record, batches, checkpoint, bad)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        seconds = time.perf_counter() - started
-        return {**record, "tokens_per_second": self.stage.batch * self.stage.seq_len / seconds}
+        return {**record, "tokens_per_second": stage.batch * stage.seq_len / (time.perf_counter() - started)}
+
+    def _accumulate(self, step: int, batches: list[Tensor], targets: float) -> Tensor:
+        """Add the gradients of this process's micro batches, divided by the targets of all processes.
+
+        Returns:
+            Sums over them: lm, kl, and transfer of each layer, fp32 [2 + layers].
+        """
+        accelerator, stage = self.accelerator, self.stage
+        sums = torch.zeros(2 + len(self.layers), device=accelerator.device)
+        for index, ids in enumerate(batches):
+            last = index == len(batches) - 1
+            draw = stage.seed, step, index * accelerator.num_processes + accelerator.process_index
+            accelerator.sync_gradients = last  # DeepSpeed steps inside `backward`
+            with (
+                nullcontext() if last and not stage.transfer else accelerator.no_sync(self.model),
+                # Around the backward pass too: gradient checkpointing runs the forward once more in it.
+                drop_windows(self.plain, stage.window_dropout, draw),
+            ):
+                losses = self.losses(ids, sums)
+                if losses and not losses.total.requires_grad:
+                    raise InputError(
+                        f"train.{stage.name}.seq_len: blocks of {stage.seq_len} tokens reach nothing that is trained: "
+                        "the memory begins behind window and sinks; use longer blocks, or name roles in peft"
+                    )
+                if losses:
+                    # Processes average their gradients, so each brings its part of the mean times their number.
+                    accelerator.backward(losses.total * (accelerator.num_processes / targets))
+        # The wrapper averages at a backward pass through the whole model only.
+        if stage.transfer and accelerator.num_processes > 1:
+            for weight in self.trained.values():
+                if weight.grad is not None:
+                    weight.grad = accelerator.reduce(weight.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
+        return sums
 
     def losses(self, ids: Tensor, sums: Tensor) -> Losses | None:
-        """Losses of the tokens of one micro batch ``ids`` [B, T], if the stage has any.
+        """The losses of the tokens of one micro batch, if the stage has any. Gradients of transfer are made on the way.
 
-        The gradients of transfer are made on the way. All is added to ``sums``: lm, kl, and transfer of each layer.
+        Args:
+            ids: int64 [B, T].
+            sums: fp32 [2 + layers], to which lm, kl, and transfer of each layer are added.
         """
         stage, source = self.stage, None
 
@@ -155,8 +187,8 @@ class Loop:
             hooks = transfer(self.teacher.model, self.plain, learn) if stage.transfer else nullcontext({})
             with hooks as errors:
                 source = self.teacher(ids, **keep)
-            for index, error in errors.items():
-                sums[2 + self.layers[index]] += error
+            for layer, error in errors.items():
+                sums[2 + self.layers[layer]] += error
         if not stage.lm and not stage.kl:
             return None
         with self.autocast():
@@ -169,35 +201,21 @@ class Loop:
         return losses
 
     def autocast(self) -> torch.autocast:
+        """The precision that the stage computes in."""
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.stage.dtype == "bfloat16")
 
-    def save(self, work: Path, step: int) -> Path:
-        """Write a checkpoint that is either complete or not there, and forget the oldest."""
-        checkpoint = work / "checkpoints" / f"step-{step:08d}"
-        unfinished = checkpoint.with_name("unfinished")
-        self.accelerator.save_state(str(unfinished))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            unfinished.rename(checkpoint)
-            for old in checkpoints(work)[:-KEPT]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-        return checkpoint
-
-    def load(self, checkpoint: Path) -> int:
-        """Go back to a checkpoint; returns its step."""
-        self.accelerator.load_state(str(checkpoint))
-        return int(checkpoint.name.removeprefix("step-"))
-
     def weights(self) -> dict[str, Tensor]:
-        """The trained weights, whole, on the main process; all processes must ask for them together."""
-        state: Any = self.accelerator.get_state_dict(self.model)
-        return {name: state[name] for name in self.trained if name in state}
+        """The trained weights, whole, on the main process; all processes must ask for them together.
 
-    def bytes(self) -> int:
-        """Disk space for checkpoints (fp32 weights and two moments), one more while it is written, best and result."""
-        frozen = (KEPT + 1) * 4 * (self.total - self.size) if self.divided else 0
-        return (3 * (KEPT + 1) + 2) * 4 * self.size + frozen
+        Raises:
+            InputError: one of them is not among what the processes bring together.
+        """
+        state: Any = self.accelerator.get_state_dict(self.model)
+        if not self.accelerator.is_main_process:
+            return {}
+        there = self.trained.keys() & state.keys()  # frozen weights come along where processes divide all of them
+        adapters.same_names("the trained model", there, self.trained, "resume without FSDP or DeepSpeed")
+        return {name: state[name] for name in self.trained}
 
     def about(self) -> str:
         """The run in one line."""
@@ -208,13 +226,6 @@ class Loop:
             f"{stage.name}: {self.size:,} of {self.total:,} weights on {where}; {self.steps} steps of "
             f"{stage.batch} x {stage.seq_len} tokens; passes over the data: {passes}{self.teacher.about}"
         )
-
-    def _check_reach(self, losses: Losses) -> None:
-        if not losses.total.requires_grad:
-            raise InputError(
-                f"train.{self.stage.name}.seq_len: blocks of {self.stage.seq_len} tokens reach nothing that is "
-                "trained: the memory begins behind window and sinks; use longer blocks, or name roles in peft"
-            )
 
     def _batches(self, step: int) -> list[Tensor]:
         """This process's micro batches of a step: which blocks the step has does not depend on how it is divided."""
@@ -228,29 +239,12 @@ class Loop:
         mine = torch.as_tensor(values, dtype=torch.float32, device=self.accelerator.device)
         return torch.as_tensor(self.accelerator.reduce(mine, "sum")).tolist()
 
-    def _average_gradients(self) -> None:
-        """Over all processes, as the wrapper of the model does it for a backward pass through the whole model only."""
-        for weight in self.trained.values():
-            if self.accelerator.num_processes > 1 and weight.grad is not None:
-                weight.grad = self.accelerator.reduce(weight.grad, "mean")
-
-    def _save_trained(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
-        weights.clear()  # the frozen weights are in the model's folder already
-        if self.accelerator.is_main_process:
-            save_file({n: w.detach().contiguous() for n, w in self.trained.items()}, f"{folder}/{TRAINED}")
-
-    def _load_trained(self, models: list[nn.Module], folder: str) -> None:
-        models.clear()
-        with torch.no_grad():
-            for name, value in load_file(f"{folder}/{TRAINED}").items():
-                self.trained[name].copy_(value)
-
     def _stop(self, record: dict[str, Any], batches: list[Tensor], checkpoint: Path | None, bad: list[str]) -> None:
         sums = torch.zeros(2 + len(self.layers), device=self.accelerator.device)
-        place = ", ".join(bad + [first_not_finite(self.plain, lambda: [self.losses(ids, sums) for ids in batches])])
+        where = ", ".join(bad + [first_not_finite(self.plain, lambda: [self.losses(ids, sums) for ids in batches])])
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        found = ", ".join(f"{name} {record[name]:g}" for name in (*SHOWN, "grad_norm") if name in record)
+        values = ", ".join(f"{name} {record[name]:g}" for name in (*SHOWN, "grad_norm") if name in record)
         raise InputError(
-            f"train.{self.stage.name}: step {record['step']} of {self.steps}: {found} (lr {record['lr']:g}); the first "
-            f"value that is not finite: {place}; {kept}. Lower lr or max_grad_norm, and train again"
+            f"train.{self.stage.name}: step {record['step']} of {self.steps}: {values} (lr {record['lr']:g}); the "
+            f"first value that is not finite: {where}; {kept}. Lower lr or max_grad_norm, and train again"
         )

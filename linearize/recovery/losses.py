@@ -57,9 +57,11 @@ class Losses(NamedTuple):
 
 
 def count_targets(labels: Tensor, weights: Tensor | None = None) -> float:
-    """What sums over the targets of ``labels`` [B, T] are to be divided by: their number, or the sum of their weights.
+    """What sums over targets are to be divided by: their number, or the sum of their weights.
 
-    Nothing predicts the first token of a row. ``weights`` [T] are as in :func:`token_losses`.
+    Args:
+        labels: int64 [B, T], -100 where there is no target; nothing predicts the first token of a row.
+        weights: of the positions that predict, [T], as in :func:`token_losses`.
     """
     targets = labels[:, 1:] != IGNORE
     return float(targets.sum() if weights is None else (targets * weights[:-1]).sum())
@@ -90,6 +92,9 @@ def token_losses(
         temperature: τ.
         weights: of the positions that predict, [T], ≥ 0: every sum is a weighted one. None: 1 each.
 
+    Returns:
+        Sums over the targets.
+
     Raises:
         ValueError: ``kl`` without ``source``.
 
@@ -103,9 +108,17 @@ def token_losses(
 
 
 def likeliest(logits: Tensor, k: int, temperature: float = 1.0) -> Likeliest:
-    """The k likeliest tokens of logits [..., V], in fp32 at least; log_p comes in fp16, which near 0 is finest.
+    """The k likeliest tokens of a distribution.
 
-    Their probabilities are rounded here, so `token_losses` makes them sum to 1 again.
+    Their probabilities are rounded here, to fp16, which is finest near 0; `token_losses` makes them sum to 1 again.
+
+    Args:
+        logits: [..., V], of any floating dtype; softmax is taken in fp32 at least.
+        k: how many tokens.
+        temperature: τ.
+
+    Returns:
+        ids int32, log_p fp16, log_rest.
     """
     V = logits.shape[-1]
     parts = []
@@ -139,12 +152,16 @@ class _TokenLosses(torch.autograd.Function):
         counts = (targets != IGNORE).to(dtype)
         if weights is not None:
             counts = counts * weights.to(counts).repeat(len(labels))
-        known = Likeliest(*(x.flatten(0, 1) for x in source)) if isinstance(source, Likeliest) else None
-        teacher = source.reshape(-1, V) if isinstance(source, Tensor) else None
-        gradient = None
+        if isinstance(source, Likeliest):
+            source = Likeliest(*(x.flatten(0, 1) for x in source))
+        elif source is not None:
+            source = source.reshape(-1, V)
+        gradient: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            reuse = teacher is not None and teacher.dtype == student.dtype
-            gradient = teacher if reuse else torch.empty_like(student)
+            if isinstance(source, Tensor) and source.dtype == student.dtype:
+                gradient = source
+            else:
+                gradient = torch.empty_like(student)
         lm_sum, kl_sum = student.new_zeros((), dtype=dtype), student.new_zeros((), dtype=dtype)
         step = max(1, CHUNK // V)
         for start in range(0, len(targets), step):
@@ -158,14 +175,13 @@ class _TokenLosses(torch.autograd.Function):
             if lm and gradient is not None:
                 slope = lm * log_q.exp()
                 slope.scatter_add_(-1, target, torch.full_like(target, -lm, dtype=dtype))
-            if kl:
+            if kl and source is not None:
                 if temperature != 1:
                     log_q = (s / temperature).log_softmax(-1)
-                if known is not None:
-                    log_p = _spread(Likeliest(*(x[part] for x in known)), log_q)
+                if isinstance(source, Likeliest):
+                    log_p = _spread(Likeliest(*(x[part] for x in source)), log_q)
                 else:
-                    assert teacher is not None
-                    t = teacher[part].to(dtype)
+                    t = source[part].to(dtype)
                     log_p = (t if temperature == 1 else t / temperature).log_softmax(-1)
                 p = log_p.exp()
                 kl_sum += temperature**2 * (torch.linalg.vecdot(p, log_p - log_q) * count).sum()

@@ -7,22 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linearize.errors import InputError
 from linearize.model.branches import branches, reaches, windows
 from linearize.recovery.losses import count_targets, token_losses
+from linearize.recovery.resume import read_into
 
 
 def drop_windows(model: nn.Module, probability: float, seed: tuple[int, ...]) -> AbstractContextManager[None]:
-    """The model for one micro batch: with this probability a window of random length in [1, W], and, drawn on its own
-    with the same probability, a random number of sinks in [0, s].
+    """Cut the window of a model for one micro batch, at random, so that its memory is needed.
+
+    With the probability, a window of random length in [1, W]; drawn on its own with the same probability, a random
+    number of sinks in [0, s].
 
     Args:
         model: linearized. W and s are the largest of its layers; a layer with less keeps its own.
         probability: 0 leaves the model as it is.
-        seed: decides the draw, alone.
+        seed: alone decides the draw.
+
+    Returns:
+        A context in which the window is cut.
     """
     pairs = reaches(model)
     if not probability or not pairs:
@@ -35,7 +41,17 @@ def drop_windows(model: nn.Module, probability: float, seed: tuple[int, ...]) ->
 
 
 def position_weights(model: nn.Module, seq_len: int, far: float, near: float = 1.0) -> Tensor:
-    """Weights [T] for `token_losses`: `far` where the memory can be seen, in a block of T tokens, `near` before."""
+    """Weights of the positions in a block, for `token_losses`.
+
+    Args:
+        model: linearized.
+        seq_len: T.
+        far: the weight where the memory can be seen.
+        near: the weight before.
+
+    Returns:
+        fp32 [T].
+    """
     weights = torch.full((seq_len,), near)
     weights[_first_beyond(model, seq_len) :] = far
     return weights
@@ -43,6 +59,11 @@ def position_weights(model: nn.Module, seq_len: int, far: float, near: float = 1
 
 def check_length(model: nn.Module, seq_len: int, where: str) -> None:
     """Refuse blocks in which nothing is predicted from where a memory can be seen.
+
+    Args:
+        model: linearized.
+        seq_len: tokens in a block.
+        where: of the recipe, for the error.
 
     Raises:
         InputError: the blocks are too short, or there is no memory behind a window.
@@ -61,23 +82,27 @@ def _first_beyond(model: nn.Module, seq_len: int) -> int:
 
 @torch.no_grad()
 def gain(model: Any, block: Tensor) -> dict[str, float]:
-    """What the memory adds on one block of text [T], to what is predicted from where the memory can be seen.
+    """What the memory adds on one block of text, to what is predicted from where the memory can be seen.
+
+    Args:
+        model: linearized.
+        block: token ids int64 [T], T beyond window + sinks.
 
     Returns:
-        held_loss: next-token loss there in nats, memory on. memory_gain: the same with memory off, minus held_loss.
+        held_loss: next-token loss there in nats. memory_gain: the same without memory, minus held_loss.
     """
     training = model.training
     model.eval()
     ids, weights = block[None], position_weights(model, len(block), 1.0, 0.0).to(block.device)
     try:
-        found = {}
+        losses = {}
         for branch in ("all", "window"):
             with branches(model, branch):
-                losses = token_losses(model(input_ids=ids, use_cache=False).logits, ids, weights=weights)
-            found[branch] = float(losses.lm) / count_targets(ids, weights)
+                summed = token_losses(model(input_ids=ids, use_cache=False).logits, ids, weights=weights)
+            losses[branch] = float(summed.lm) / count_targets(ids, weights)
     finally:
         model.train(training)
-    return {"held_loss": found["all"], "memory_gain": found["window"] - found["all"]}
+    return {"held_loss": losses["all"], "memory_gain": losses["window"] - losses["all"]}
 
 
 class Watch:
@@ -86,21 +111,28 @@ class Watch:
     Args:
         model: linearized.
         trained: its trained weights by name, on which the model runs.
-        block: text held back [T], or None if `step` is never called.
+        block: text held back, token ids int64 [T].
         keep: what is best: `memory` the largest gain, `loss` the lowest loss; `last` keeps nothing.
         folder: of the file, which a resumed run finds again.
     """
 
-    def __init__(self, model: Any, trained: dict[str, Tensor], block: Tensor | None, keep: str, folder: Path):
+    def __init__(self, model: Any, trained: dict[str, Tensor], block: Tensor, keep: str, folder: Path):
         self.model, self.trained, self.block, self.keep = model, trained, block, keep
         self.file = folder / "best.safetensors"
 
     def step(self, step: int, write: bool = True) -> dict[str, float]:
-        """Measure after this step, see `gain`; the weights are kept, where `write`, if they are the best so far."""
-        assert self.block is not None
-        found = gain(self.model, self.block.to(next(self.model.parameters()).device))
+        """Measure, and keep the weights if they are the best so far.
+
+        Args:
+            step: number of the step that was just taken.
+            write: whether this process writes the file.
+
+        Returns:
+            As `gain`.
+        """
+        measured = gain(self.model, self.block.to(next(self.model.parameters()).device))
         if self.keep != "last" and write:
-            score = found["memory_gain"] if self.keep == "memory" else -found["held_loss"]
+            score = measured["memory_gain"] if self.keep == "memory" else -measured["held_loss"]
             best = self._best()
             # A resumed run repeats steps, and may come to its own best again: that changes nothing.
             if best is None or score > best[0]:
@@ -108,15 +140,18 @@ class Watch:
                 weights = {name: weight.detach().contiguous() for name, weight in self.trained.items()}
                 save_file(weights, unfinished, {"score": repr(score), "step": str(step)})
                 unfinished.rename(self.file)
-        return found
+        return measured
 
     def restore(self) -> int:
-        """Put the best weights back into the model; returns the step after which they were measured."""
+        """Put the best weights back into the model; returns the step after which they were measured.
+
+        Raises:
+            InputError: their file is gone, or holds other weights than those of the model.
+        """
         best = self._best()
-        assert best is not None
-        with torch.no_grad():
-            for name, value in load_file(self.file).items():
-                self.trained[name].copy_(value)
+        if best is None:
+            raise InputError(f"{self.file}: the weights to keep are gone; pass --overwrite to start anew")
+        read_into(self.trained, self.file)
         return best[1]
 
     def _best(self) -> tuple[float, int] | None:

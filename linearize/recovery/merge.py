@@ -10,11 +10,13 @@ from peft.utils import ModulesToSaveWrapper
 
 from linearize.checkpoint.adapters import put_on
 from linearize.checkpoint.atomic import output_folder
-from linearize.checkpoint.companions import carry
+from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.manifest import MANIFEST, versions, write_manifest
-from linearize.checkpoint.open import is_adapter, open_model
+from linearize.checkpoint.open import base_folder, is_adapter, open_model
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
+from linearize.progress import step_progress
+from linearize.recovery.monitor import BOARD
 
 
 def merge(adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path:
@@ -23,7 +25,7 @@ def merge(adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path
     Sums are formed in fp32 and rounded once, to the dtype of the weights.
 
     Args:
-        adapter: folder that a training stage with adapters has written.
+        adapter: folder with adapters on a linearized model: of a training stage, downloaded, or of another trainer.
         out: folder to appear.
         overwrite: replace a model folder in its place.
 
@@ -42,22 +44,32 @@ def merge(adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path
             f"{adapter}: there are no adapters here (no adapter_config.json); give the folder of a LoRA stage"
         )
     with output_folder(out, overwrite) as folder:
-        wrapped = put_on(open_model(adapter), adapter)
-        for module in wrapped.modules():
-            if isinstance(module, BaseTunerLayer):
-                base: Any = module.get_base_layer()
-                dtype = base.weight.dtype
-                base.float()
-                module.merge()
-                base.to(dtype)
-        for module in linearized_modules(wrapped):
-            if isinstance(module.mixer, ModulesToSaveWrapper):
-                before = next(module.mixer.original_module.parameters())
-                module.mixer = module.mixer.modules_to_save["default"].to(before.dtype)
-        plain: Any = wrapped.base_model.unload()  # type: ignore[operator]
-        plain.save_pretrained(folder)
-        carry(adapter, folder)
-        shutil.copytree(adapter / "tb", folder / "tb")
-        made = json.loads((adapter / MANIFEST).read_text())
-        write_manifest(folder, {key: made[key] for key in ("source", "training")} | {"versions": versions()}, {})
+        fold(put_on(open_model(adapter), adapter)).save_pretrained(folder)
+        base, made = base_folder(adapter, weights=False), {}
+        for written in (base, adapter):  # what the adapters do not bring along is the base's
+            copy_companions(written, folder)
+            if (written / MANIFEST).is_file():
+                facts = json.loads((written / MANIFEST).read_text())
+                made |= {key: facts[key] for key in ("source", "training") if key in facts}
+        if (adapter / BOARD).is_dir():
+            shutil.copytree(adapter / BOARD, folder / BOARD)
+        write_manifest(folder, {"source": None, **made, "versions": versions()}, {})
     return out
+
+
+def fold(wrapped: Any) -> Any:
+    """Fold adapters into the model under peft's wrapper, and return it without."""
+    layers = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
+    with step_progress("merging", len(layers)) as advance:
+        for module in layers:
+            base: Any = module.get_base_layer()
+            dtype = base.weight.dtype
+            base.float()
+            module.merge()
+            base.to(dtype)
+            advance()
+    for module in linearized_modules(wrapped):
+        if isinstance(module.mixer, ModulesToSaveWrapper):
+            before = next(module.mixer.original_module.parameters())
+            module.mixer = module.mixer.modules_to_save["default"].to(before.dtype)
+    return wrapped.base_model.unload()

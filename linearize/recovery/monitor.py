@@ -1,22 +1,20 @@
 """What a training run tells: a bar on stderr, one JSON line per step, TensorBoard; and where a NaN came from."""
 
 import json
-import sys
-import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+
+from linearize.progress import Bar
 
 LOG = "train_log.jsonl"
 BOARD = "tb"
 SHOWN = ("lm", "kl", "transfer")
-SECONDS_BETWEEN_LINES = 10
 
 
 class Monitor:
@@ -30,19 +28,16 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, steps: int, done: int, about: str):
-        self.steps, self.started, self.printed = steps, time.monotonic(), 0.0
+        self.steps, self.gain = steps, ""
         log = folder / LOG
         kept = [line for line in read_log(log) if line["step"] <= done]
         log.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.log = log.open("a")
-        self.board = SummaryWriter(str(folder / BOARD), purge_step=done + 1 if done else None, flush_secs=10)
-        self.first, self.gain = done, ""
-        console = Console(stderr=True)
-        console.print(about, highlight=False, soft_wrap=True)
-        columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("", total=steps, completed=done)
-        self.bar.start()
+        self._open = ExitStack()
+        self.log = self._open.enter_context(log.open("a"))
+        board = SummaryWriter(str(folder / BOARD), purge_step=done + 1 if done else None, flush_secs=10)
+        self.board, self.bar = self._open.enter_context(board), self._open.enter_context(Bar())
+        self.bar.line(about)
+        self.bar.start("", steps, done=done)
 
     def step(self, record: dict[str, Any]) -> None:
         """Report one step: ``step``, ``tokens_per_second``, some of `SHOWN`, and whatever else was measured."""
@@ -55,20 +50,13 @@ class Monitor:
             self.gain = f"  memory gain {record['memory_gain']:.4f}"
         losses = "  ".join(f"{name} {record[name]:.4f}" for name in SHOWN if name in record)
         text = f"{losses}{self.gain}  {record['tokens_per_second']:,.0f} tokens/s"
-        self.bar.update(self.task, completed=record["step"], description=text)
-        now = time.monotonic()
-        if self.bar.disable and (now - self.printed > SECONDS_BETWEEN_LINES or record["step"] == self.steps):
-            self.printed = now
-            left = (now - self.started) / (record["step"] - self.first) * (self.steps - record["step"])
-            minutes, seconds = divmod(round(left), 60)
-            print(
-                f"step {record['step']}/{self.steps}  {text}  {minutes}:{seconds:02d} left", file=sys.stderr, flush=True
-            )
+        self.bar.advance(text=text)
+        if record["step"] == self.steps:
+            self.bar.line(f"step {self.steps}/{self.steps}  {text}")
 
     def close(self) -> None:
-        self.bar.stop()
-        self.board.close()
-        self.log.close()
+        """End the bar, and close the files."""
+        self._open.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -83,21 +71,24 @@ def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str:
     Args:
         model: after the backward pass of the step.
         run: repeats the forward pass.
+
+    Returns:
+        Which it is, by name.
     """
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             return f"weight {name}"
-    found: list[str] = []
+    culprits: list[str] = []
 
-    def look(name: str) -> Callable[..., None]:
+    def check(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             if any(isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all() for x in tensors):
-                found.append(f"output of {name}")
+                culprits.append(f"output of {name}")
 
         return hook
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
             run()
@@ -105,5 +96,5 @@ def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str:
         for hook in hooks:
             hook.remove()
     gradients = ((name, weight.grad) for name, weight in reversed(list(model.named_parameters())))
-    found += [f"gradient of {name}" for name, grad in gradients if grad is not None and not grad.isfinite().all()]
-    return found[0] if found else "not found when the step was repeated"
+    culprits += [f"gradient of {name}" for name, grad in gradients if grad is not None and not grad.isfinite().all()]
+    return culprits[0] if culprits else "not seen when the step was repeated"

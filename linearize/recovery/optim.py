@@ -24,6 +24,9 @@ def build(model: nn.Module, stage: Stage, steps: int) -> tuple[torch.optim.Optim
         model: linearized, with adapters or without.
         stage: its optimizer, schedule, rates and decay.
         steps: in the whole run.
+
+    Returns:
+        Both; the schedule is stepped after each step of the optimiser.
     """
     chosen: list[Any] = groups(model, stage)
     match stage.optimizer:
@@ -40,24 +43,31 @@ def build(model: nn.Module, stage: Stage, steps: int) -> tuple[torch.optim.Optim
 
 
 def groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
-    """Parameter groups, the mixers' own weights last: rate, decay, and whether they are matrices that act on a vector.
+    """Parameter groups, the mixers' own weights last.
 
     Embeddings and the head are tables of vectors, which Muon's authors leave to AdamW.
+
+    Args:
+        model: linearized, with adapters or without.
+        stage: its rates and decay.
+
+    Returns:
+        As for an optimiser: params, lr, weight_decay; and `matrices`, whether they are matrices that act on a vector.
     """
     mixers = {weight for module in linearized_modules(model) for weight in module.mixer.parameters()}
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()  # type: ignore[operator]
     tables |= set(head.parameters()) if head is not None else set()
-    found: dict[tuple[bool, bool, bool], list[Tensor]] = {}
+    kinds: dict[tuple[bool, bool, bool], list[Tensor]] = {}
     for weight in model.parameters():
         if weight.requires_grad:
             kind = weight in mixers, weight.ndim < 2, weight.ndim == 2 and weight not in tables
-            found.setdefault(kind, []).append(weight)
+            kinds.setdefault(kind, []).append(weight)
     rates = {False: stage.lr, True: stage.mixer_lr or stage.lr}
     return [
-        {"params": found[kind], "lr": rates[kind[0]], "weight_decay": 0.0 if kind[1] else stage.weight_decay}
+        {"params": kinds[kind], "lr": rates[kind[0]], "weight_decay": 0.0 if kind[1] else stage.weight_decay}
         | {"matrices": kind[2]}
-        for kind in sorted(found)
+        for kind in sorted(kinds)
     ]
 
 
@@ -82,6 +92,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step, as of any optimiser of torch."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for kind, part in self.parts.items():
             # Anew at each step: loading a checkpoint or sharding the weights replaces both.

@@ -1,17 +1,15 @@
-"""What the stages between conversion and training share: their block of the recipe, a converted folder with a little
-text to read, and what they leave beside the weights."""
+"""What calibrate and select share: their block of the recipe, a model with a little text to read, and small files."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from linearize.checkpoint import companions, manifest
+from linearize.checkpoint import manifest
+from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
-from linearize.checkpoint.open import is_adapter, open_model
+from linearize.checkpoint.open import is_adapter, open_model, open_tokenizer, pick_device
 from linearize.errors import InputError
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import Reading
@@ -19,7 +17,15 @@ from linearize.recovery.data import blocks
 
 
 def settle(wanted: recipes.Recipe, block: str, **given: Any) -> tuple[recipes.Recipe, Any]:
-    """The recipe with this block in it, and the block: values that are given (not None) go before those it has.
+    """Settle one block of a recipe: values that are given (not None) go before those it has.
+
+    Args:
+        wanted: the recipe.
+        block: ``calibrate`` or ``select``.
+        **given: values of the block.
+
+    Returns:
+        The recipe with this block in it, and the block.
 
     Raises:
         InputError: a value that the block does not allow.
@@ -31,7 +37,12 @@ def settle(wanted: recipes.Recipe, block: str, **given: Any) -> tuple[recipes.Re
 
 
 def read(folder: Path, wanted: recipes.Recipe, settings: Reading) -> tuple[Any, Tensor]:
-    """A converted model, on the GPU if there is one, and text of the recipe's data for it.
+    """Open a converted model, on the accelerator if there is one, and text of the recipe's data for it.
+
+    Args:
+        folder: the model.
+        wanted: the recipe that names the data.
+        settings: how much text.
 
     Returns:
         The model, in evaluation mode, and int64 [tokens // seq_len, seq_len].
@@ -42,9 +53,8 @@ def read(folder: Path, wanted: recipes.Recipe, settings: Reading) -> tuple[Any, 
     if is_adapter(folder):
         raise InputError(f"{folder}: these are adapters; fold them in first: linearize merge {folder} --out DIR")
     model: Any = open_model(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = blocks(wanted.data, tokenizer, settings.seq_len, settings.tokens // settings.seq_len)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), ids[:]
+    ids = blocks(wanted.data, open_tokenizer(folder), settings.seq_len, settings.tokens // settings.seq_len)
+    return model.to(pick_device()), ids[:]
 
 
 def finish(
@@ -55,16 +65,17 @@ def finish(
     made: dict[str, Any],
     hashes: dict[str, str | None] | None = None,
 ) -> None:
-    """Write what stands beside the weights: the small files of `folder`, the recipe, and a manifest.
+    """Write the small files beside the weights: those of `folder`, the recipe, and a manifest.
 
     Args:
         folder: that was read.
         work: that is written; its weights and config.json are there.
         wanted: the recipe, from `settle`.
-        name, made: what the manifest tells of this stage, JSON-safe, and under which name.
+        name: under which the manifest tells of this stage.
+        made: what it tells, JSON-safe.
         hashes: as for `write_manifest`.
     """
-    companions.carry(folder, work)
+    copy_companions(folder, work)
     (work / "recipe.yaml").write_text(recipes.to_yaml(wanted))
     origin = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
     facts = {key: value for key, value in origin.items() if key in ("source", "calibration", "selection")}

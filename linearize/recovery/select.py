@@ -12,91 +12,34 @@ A layer that is softmax again has its source's attention and its source's growin
   neither anything.
 
 Per heads, the same is asked of key/value heads with their query heads instead of layers: a head that is chosen stays
-softmax inside its layer (mixers/heads.py), and a layer of which all are chosen becomes softmax again as a whole.
+softmax inside its layer (model/softmax_heads.py), and a layer of which all are chosen becomes softmax again as a whole.
 
 Predicted KL of a choice: the sum of the KLs of the layers that stay replaced, each measured alone. Errors of layers
 need not add up, so it is an estimate; for none kept and for the choice itself the KL is measured too.
 """
 
-import copy
-import json
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from linearize import formats, progress
-from linearize.checkpoint import atomic, copying, shards
-from linearize.checkpoint.describe import is_new, layer_of
+from linearize.checkpoint import atomic
 from linearize.errors import InputError
-from linearize.formats import aligned, ranges
 from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.branches import branches
-from linearize.model.mixers import Context, Geometry
-from linearize.model.sizes import state_bytes
 from linearize.recipe import load as recipes
 from linearize.recovery import reading
 from linearize.recovery.losses import IGNORE, count_targets, token_losses
+from linearize.recovery.parts import CONTEXT, Part, by_layer, caches, only, write_without
 
-CONTEXT = 32768
-"""Tokens of context at which a choice is priced."""
 GREEDY = 1
 """Blocks that greedy reads."""
-Part = int | tuple[int, int]
-"""What is replaced or softmax: a layer; or a layer and one of its key/value heads."""
-
-
-class Partly(nn.Module):
-    """In the place of a mixer: some key/value heads have it, the others their source's attention.
-
-    Args:
-        mixer: of the whole layer.
-        replaced: its heads.
-    """
-
-    name = "softmax"
-
-    def __init__(self, mixer: Any, replaced: list[int]):
-        super().__init__()
-        self.mixer, self.replaced = mixer, replaced
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        y = context.attend(q, k, v).unflatten(1, (k.shape[1], -1)).clone()
-        y[:, self.replaced] = self.mixer(q, k, v, context).unflatten(1, (k.shape[1], -1))[:, self.replaced]
-        return y.flatten(1, 2)
-
-
-@contextmanager
-def only(model: PreTrainedModel, parts: Collection[Part]) -> Iterator[None]:
-    """Within `branches(model, "source")`: these parts have their mixer for a while."""
-    chosen = _by_layer(parts)
-    modules = {m.layer_idx: m for m in linearized_modules(model) if m.layer_idx in chosen}
-    mixers = {i: m.mixer for i, m in modules.items()}
-    try:
-        for i, heads in chosen.items():
-            if heads:
-                modules[i].mixer = Partly(mixers[i], heads)
-        with branches(model, "all", chosen):
-            yield
-    finally:
-        for i, m in modules.items():
-            m.mixer = mixers[i]
-
-
-def _by_layer(parts: Collection[Part]) -> dict[int, list[int]]:
-    """Layer -> its heads, ascending; no heads where the layer is meant as a whole."""
-    found: dict[int, list[int]] = {}
-    for part in parts:
-        layer, heads = (part, []) if isinstance(part, int) else (part[0], [part[1]])
-        found[layer] = sorted(found.get(layer, []) + heads)
-    return dict(sorted(found.items()))
 
 
 @torch.no_grad()
@@ -125,10 +68,10 @@ def measure(
         # Candidates inside blocks: the source's logits of one block are all that is kept.
         for block, targets in zip(ids[:, None].to(model.device), labels[:, None].to(model.device), strict=True):
             source = model(block, use_cache=False).logits
-            for place, parts in enumerate(candidates):
+            for index, parts in enumerate(candidates):
                 with only(model, parts):
                     losses = token_losses(model(block, use_cache=False).logits, targets, source, kl=1.0)
-                sums[:, place] += torch.stack([losses.lm, losses.kl]).cpu()
+                sums[:, index] += torch.stack([losses.lm, losses.kl]).cpu()
                 advance()
     loss, kl = sums / count_targets(labels)
     return loss, kl.clamp(min=0)  # of equal distributions it is 0 up to rounding
@@ -151,7 +94,14 @@ def repeats(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def greedy(model: PreTrainedModel, ids: Tensor, parts: list[Part], keep: int) -> list[Part]:
-    """The parts to restore, the first one first, each the best one beside those before it."""
+    """The parts to restore, each the best one beside those before it (as arXiv 2512.20569 adds layers).
+
+    Args:
+        model: linearized.
+        ids: int64 [blocks, T].
+        parts: to choose from.
+        keep: how many.
+    """
     chosen: list[Part] = []
     for step in range(keep):
         rest = [i for i in parts if i not in chosen]
@@ -162,7 +112,15 @@ def greedy(model: PreTrainedModel, ids: Tensor, parts: list[Part], keep: int) ->
 
 
 def evenly(parts: list[Part], keep: int) -> list[Part]:
-    """`keep` of the parts, each in the middle of an equal share of them."""
+    """Spread a choice.
+
+    Args:
+        parts: to choose from.
+        keep: how many, from 0 to all.
+
+    Returns:
+        The parts in the middle of equal shares of them.
+    """
     return [parts[(2 * i + 1) * len(parts) // (2 * keep)] for i in range(keep)]
 
 
@@ -186,59 +144,33 @@ def choose(model: PreTrainedModel, ids: Tensor, keep: int, by: str, per: str = "
         InputError: K is not in 0 … L, no layer is replaced, or the blocks are too short; per heads, some were chosen
             before, or no layer sees the whole text.
     """
-    modules = [m for m in linearized_modules(model) if m.mixer.name != "softmax"]
-    mixers = {m.layer_idx: m.mixer for m in modules}
-    if per == "heads" and any(m.softmax_heads for m in modules):
+    parts = _candidates(model, per)
+    if not 0 <= keep <= len(parts):
         raise InputError(
-            "select.per: the folder has layers in which some heads stay softmax already; choose heads in the folder "
-            "that it was made from, or more layers as a whole (per: layers)"
-        )
-    layers: list[Part] = sorted(mixers)
-    if per == "heads":
-        whole = [i for i in layers if isinstance(i, int) and architectures.reach(model.config, i) is None]
-        if not whole:
-            raise InputError(
-                "select.per: the source's attention slides a window in every replaced layer, so that no head has a "
-                "cache of the whole text to keep; choose layers (per: layers)"
-            )
-        layers = [(i, head) for i in whole for head in range(mixers[i].geometry.kv_heads)]
-    if not 0 <= keep <= len(layers):
-        raise InputError(
-            f"select.keep: found {keep}; the folder has {len(layers)} replaced {per}, so from 0 to {len(layers)} of "
+            f"select.keep: found {keep}; the folder has {len(parts)} replaced {per}, so from 0 to {len(parts)} of "
             "them can become softmax again (a layer that was left softmax by the conversion does not count)"
         )
-    reach = min((m.window + m.sinks if m.windowed else 0 for m in mixers.values()), default=0)
-    needed = max(8, 2 * reach + 1) if by == "recall" else reach + 1
-    if ids.shape[1] < needed:
-        raise InputError(
-            f"select.seq_len: found {ids.shape[1]}; the criterion {by} sees no layer leave its window and sinks in "
-            f"blocks of less than {needed} tokens; use longer ones"
-        )
-    _, kl = measure(model, ids, [[i] for i in layers], about=f"{per}, one at a time")
-    alone = dict(zip(layers, kl.tolist(), strict=True))
-    scores: dict[Part, float] = {}
-    if by == "sensitivity":
-        scores = alone
-    elif by == "recall":
-        again, labels = repeats(ids)
-        (whole, *loss), _ = measure(model, again, [[], *([i] for i in layers)], labels, f"{per}, on repeated text")
-        cost = (torch.stack(loss) - whole).clamp(min=0) / (kl + kl.mean()).clamp(min=torch.finfo(kl.dtype).tiny)
-        scores = dict(zip(layers, cost.tolist(), strict=True))
-    first = greedy(model, ids[:GREEDY], layers, keep) if by == "greedy" else []
+    _check_length(model, ids, by)
+    _, kl = measure(model, ids, [[part] for part in parts], about=f"{per}, one at a time")
+    alone = dict(zip(parts, kl.tolist(), strict=True))
+    scores = alone if by == "sensitivity" else {}
+    if by == "recall":
+        scores = dict(zip(parts, _recall_scores(model, ids, parts, kl, f"{per}, on repeated text"), strict=True))
+    first = greedy(model, ids[:GREEDY], parts, keep) if by == "greedy" else []
     ranks = scores or alone
-    order = first + sorted((i for i in layers if i not in first), key=lambda i: ranks[i], reverse=True)
-    choices = [sorted(evenly(layers, k) if by == "uniform" else order[:k]) for k in range(len(layers) + 1)]
-    _, kl = measure(model, ids, [layers, [i for i in layers if i not in choices[keep]]], about="the choice")
+    order = first + sorted((part for part in parts if part not in first), key=lambda part: ranks[part], reverse=True)
+    choices = [sorted(evenly(parts, k) if by == "uniform" else order[:k]) for k in range(len(parts) + 1)]
+    _, kl = measure(model, ids, [parts, [part for part in parts if part not in choices[keep]]], about="the choice")
     measured = {0: float(kl[0]), keep: float(kl[1])}
     cache = caches(model.config, choices)
     return {
         **_named(choices[keep], per),
-        "alone": [{**_name(i), "kl": alone[i], "score": scores.get(i)} for i in layers],
+        "alone": [{**_name(part), "kl": alone[part], "score": scores.get(part)} for part in parts],
         "budgets": [
             {
                 "keep": k,
                 **_named(chosen, per),
-                "predicted_kl": sum(alone[i] for i in layers if i not in chosen),
+                "predicted_kl": sum(alone[part] for part in parts if part not in chosen),
                 "kl": measured.get(k),
                 "cache_32k": cache[k],
             }
@@ -247,83 +179,68 @@ def choose(model: PreTrainedModel, ids: Tensor, keep: int, by: str, per: str = "
     }
 
 
+def _replaced(model: PreTrainedModel) -> dict[int, Any]:
+    """Layer -> its attention module, of the layers that have a mixer, ascending."""
+    modules = {m.layer_idx: m for m in linearized_modules(model) if not m.mixer.keeps_source_cache}
+    return dict(sorted(modules.items()))
+
+
+def _candidates(model: PreTrainedModel, per: str) -> list[Part]:
+    """The replaced layers, or key/value heads of those that see the whole text.
+
+    Raises:
+        InputError: per heads, some were chosen before, or no layer sees the whole text.
+    """
+    modules = _replaced(model)
+    if per == "layers":
+        return [*modules]
+    if any(module.softmax_heads for module in modules.values()):
+        raise InputError(
+            "select.per: the folder has layers in which some heads stay softmax already; choose heads in the folder "
+            "that it was made from, or more layers as a whole (per: layers)"
+        )
+    unlimited = [layer for layer in modules if architectures.reach(model.config, layer) is None]
+    if not unlimited:
+        raise InputError(
+            "select.per: the source's attention slides a window in every replaced layer, so that no head has a cache "
+            "of the whole text to keep; choose layers (per: layers)"
+        )
+    return [(layer, head) for layer in unlimited for head in range(modules[layer].mixer.geometry.kv_heads)]
+
+
+def _check_length(model: PreTrainedModel, ids: Tensor, by: str) -> None:
+    """Refuse blocks so short that the criterion would see no memory at work."""
+    mixers = [module.mixer for module in _replaced(model).values()]
+    reach = min((mixer.window + mixer.sinks if mixer.windowed else 0 for mixer in mixers), default=0)
+    needed = max(8, 2 * reach + 1) if by == "recall" else reach + 1
+    if ids.shape[1] < needed:
+        raise InputError(
+            f"select.seq_len: found {ids.shape[1]}; the criterion {by} sees no layer leave its window and sinks in "
+            f"blocks of less than {needed} tokens; use longer ones"
+        )
+
+
+def _recall_scores(model: PreTrainedModel, ids: Tensor, parts: list[Part], kl: Tensor, about: str) -> list[float]:
+    """What each part alone costs on repeated text, divided by its `kl` [parts] on plain text plus the mean of all."""
+    again, labels = repeats(ids)
+    (source, *loss), _ = measure(model, again, [[], *([part] for part in parts)], labels, about)
+    cost = (torch.stack(loss) - source).clamp(min=0)
+    return (cost / (kl + kl.mean()).clamp(min=torch.finfo(kl.dtype).tiny)).tolist()
+
+
 def _name(part: Part) -> dict[str, int]:
     return {"layer": part} if isinstance(part, int) else {"layer": part[0], "head": part[1]}
 
 
 def _named(parts: Collection[Part], per: str) -> dict[str, Any]:
     """A choice in JSON."""
-    found = _by_layer(parts)
-    return {per: list(found) if per == "layers" else {str(i): heads for i, heads in found.items()}}
+    layers = by_layer(parts)
+    return {per: list(layers) if per == "layers" else {str(i): heads for i, heads in layers.items()}}
 
 
-def _blocks(layers: dict[str, Any], parts: Collection[Part], groups: int) -> dict[str, Any]:
-    """The layers of a configuration's `linearize` block when these parts, of so many heads each, are softmax again."""
-    found = dict(layers)
-    for i, heads in _by_layer(parts).items():
-        values = found.pop(str(i))
-        if heads and len(heads) < groups:
-            found[str(i)] = {**values, "softmax_heads": heads}
-    return {i: found[i] for i in layers if i in found}
-
-
-def caches(config: PreTrainedConfig, choices: Sequence[Collection[Part]]) -> list[int]:
-    """Bytes of cache of one row of 32K tokens, for each choice of parts that are softmax again."""
-    groups = architectures.geometry(config).kv_heads
-    sizes = []
-    for chosen in choices:
-        changed = copy.copy(config)
-        layers = config.linearize["layers"]  # type: ignore[attr-defined]
-        changed.linearize = {**config.linearize, "layers": _blocks(layers, chosen, groups)}  # type: ignore[attr-defined]
-        sizes.append(state_bytes(changed, CONTEXT)["linearized"])
-    return sizes
-
-
-def write(folder: Path, work: Path, chosen: Collection[Part]) -> dict[str, str | None]:
-    """Copy configuration and weights of a linearized folder without the mixers of some layers or heads; bytes stay as
-    they are. Weights of a mixer have a row per query head or per key/value head; those of chosen heads are left out.
-
-    Returns:
-        File name -> sha256, as for `write_manifest`.
-    """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    block, g = config["linearize"], architectures.geometry(AutoConfig.from_pretrained(folder))
-    block["layers"] = _blocks(block["layers"], chosen, g.kv_heads)
-    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors, heads = shards.read_folder(folder), _by_layer(chosen)
-    kept: dict[str, tuple[shards.Tensor, Callable[[BinaryIO], None]]] = {}
-    for name, tensor in tensors.items():
-        layer = layer_of(name)
-        if not is_new(name) or layer not in heads:
-            kept[name] = tensor, shards.cast_tensor(tensor, tensor, lambda count: None)
-        elif str(layer) in block["layers"]:
-            with safe_open(tensor.file, "pt") as file:
-                kept[name] = _without(tensor, file.get_tensor(name), heads[layer], g)
-    hashes: dict[str, str | None] = {}
-    for file in dict.fromkeys(tensor.file for tensor, _ in kept.values()):
-        own = [pair for pair in kept.values() if pair[0].file == file]
-        target = work / file.name
-        if [tensor for tensor, _ in own] == [tensor for tensor in tensors.values() if tensor.file == file]:
-            hashes[file.name] = copying.copy(file, target)
-        else:
-            shards.write_shard(target, own)
-            hashes[file.name] = copying.sha256(target)
-    if (folder / shards.INDEX).is_file():
-        shards.write_index(work, {name: tensor for name, (tensor, _) in kept.items()})
-    return hashes
-
-
-def _without(
-    tensor: shards.Tensor, x: Tensor, heads: list[int], g: Geometry
-) -> tuple[shards.Tensor, Callable[[BinaryIO], None]]:
-    """A mixer's weight x without the rows of some key/value heads, and what writes it."""
-    rows = x.unflatten(0, (g.kv_heads, -1))[[i for i in range(g.kv_heads) if i not in heads]].flatten(0, 1)
-    content = rows.contiguous().view(torch.uint8).numpy().tobytes()
-
-    def write(file: BinaryIO) -> None:
-        file.write(content)
-
-    return replace(tensor, shape=tuple(rows.shape), size=len(content)), write
+def _parts(choice: dict[str, Any]) -> list[Part]:
+    """The parts in what `choose` returned, or in one of its budgets."""
+    return choice["layers"] if "layers" in choice else [(int(i), h) for i, hs in choice["heads"].items() for h in hs]
 
 
 def select(
@@ -331,12 +248,8 @@ def select(
     wanted: recipes.Recipe,
     out: str | Path | None = None,
     *,
-    keep: int | None = None,
-    by: str | None = None,
-    per: str | None = None,
-    tokens: int | None = None,
-    seq_len: int | None = None,
     overwrite: bool = False,
+    **given: Any,
 ) -> dict[str, Any]:
     """Choose which layers, or heads, of a converted folder become softmax again, on the recipe's data.
 
@@ -345,9 +258,9 @@ def select(
         wanted: the recipe that names the data.
         out: folder to appear, without the mixers of the chosen layers and else the same, every tensor byte for byte;
             None: only measure.
-        keep, by, per, tokens, seq_len: how many, by which criterion, layers or heads, on how much text, in blocks of
-            how many tokens. None: as the recipe's `select` says.
         overwrite: replace a model folder in the place of `out`.
+        **given: keep, by, per, tokens, seq_len: how many, by which criterion, layers or heads, on how much text, in
+            blocks of how many tokens. None, or left out: as the recipe's `select` says.
 
     Returns:
         What `choose` returns, with keep, by, per, tokens and seq_len.
@@ -361,55 +274,47 @@ def select(
     folder = Path(model_dir)
     if out is not None:
         atomic.check_output(Path(out), overwrite)
-    wanted, settings = reading.settle(wanted, "select", keep=keep, by=by, per=per, tokens=tokens, seq_len=seq_len)
+    wanted, settings = reading.settle(wanted, "select", **given)
     model, ids = reading.read(folder, wanted, settings)
-    found = {**asdict(settings), **choose(model, ids, settings.keep, settings.by, settings.per)}
+    choice = {**asdict(settings), **choose(model, ids, settings.keep, settings.by, settings.per)}
     if out is not None:
         with atomic.output_folder(out, overwrite) as work:
-            hashes = write(folder, work, _parts(found))
-            reading.finish(folder, work, wanted, "selection", found, hashes)
-    return found
+            hashes = write_without(folder, work, _parts(choice))
+            reading.finish(folder, work, wanted, "selection", choice, hashes)
+    return choice
 
 
-def _parts(found: dict[str, Any]) -> list[Part]:
-    """The choice in what `choose` returned, or one of its budgets."""
-    return found["layers"] if "layers" in found else [(int(i), h) for i, hs in found["heads"].items() for h in hs]
+def _shown(choice: dict[str, Any]) -> str:
+    """A choice for people: layers as ranges, heads as ``3:0,2 5:1``."""
+    if "layers" in choice:
+        return formats.ranges(choice["layers"])
+    return " ".join(f"{i}:{','.join(map(str, heads))}" for i, heads in choice["heads"].items())
 
 
-def _shown(found: dict[str, Any]) -> str:
-    """The same for people: layers as ranges, heads as ``3:0,2 5:1``."""
-    if "layers" in found:
-        return ranges(found["layers"])
-    return " ".join(f"{i}:{','.join(map(str, heads))}" for i, heads in found["heads"].items())
-
-
-def text(found: dict[str, Any]) -> str:
-    """What `select` found, for a terminal: the choice, each layer alone, and what every budget costs."""
-    ranked = any(row["score"] not in (None, row["kl"]) for row in found["alone"])
-    per = found.get("per", "layers")
-    headed, chosen_parts = per == "heads", _parts(found)
-    layers: list[tuple[str, ...]] = [
-        ("layer", *(["head"] if headed else []), "KL alone", *(["score"] if ranked else []), "stays")
-    ]
-    for row in sorted(found["alone"], key=lambda row: -(row["score"] if ranked else row["kl"])):
-        score = [f"{row['score']:.4g}"] if ranked else []
-        part = (row["layer"], row["head"]) if headed else row["layer"]
-        place = [str(row[key]) for key in ("layer", "head") if key in row]
-        layers.append((*place, f"{row['kl']:.4g}", *score, "softmax" if part in chosen_parts else ""))
+def text(choice: dict[str, Any]) -> str:
+    """What `select` returned, for a terminal: the choice, each layer alone, and what every budget costs."""
+    ranked = any(row["score"] not in (None, row["kl"]) for row in choice["alone"])
+    per, chosen = choice["per"], [_name(part) for part in _parts(choice)]
+    keys = ("layer", "head") if per == "heads" else ("layer",)
+    alone: list[tuple[str, ...]] = [(*keys, "KL alone", *["score"] * ranked, "stays")]
+    for row in sorted(choice["alone"], key=lambda row: -(row["score"] if ranked else row["kl"])):
+        part = {key: row[key] for key in keys}
+        numbers = [f"{row[key]:.4g}" for key in ("kl", *["score"] * ranked)]
+        alone.append((*map(str, part.values()), *numbers, "softmax" if part in chosen else ""))
     budgets = [("keep", "predicted KL", "measured KL", f"cache at {CONTEXT // 1024}K", per)]
-    for row in found["budgets"]:
+    for row in choice["budgets"]:
         kl = "" if row["kl"] is None else f"{row['kl']:.4g}"
-        numbers = str(row["keep"]), f"{row['predicted_kl']:.4g}", kl, formats.format_bytes(row["cache_32k"])
-        budgets.append((*numbers, _shown(row)))
-    chosen = f"softmax in {_shown(found)}" if chosen_parts else "softmax in none"
+        size = formats.format_bytes(row["cache_32k"])
+        budgets.append((str(row["keep"]), f"{row['predicted_kl']:.4g}", kl, size, _shown(row)))
     return "\n".join(
         [
-            f"{found['keep']} of {len(found['alone'])} replaced {per} by {found['by']}: {chosen}",
-            f"KL to the source in nats per token, {found['tokens']} tokens in blocks of {found['seq_len']}; predicted: "
-            f"sum over the {per} that stay replaced, each measured alone, an estimate",
+            f"{choice['keep']} of {len(choice['alone'])} replaced {per} by {choice['by']}: "
+            f"softmax in {_shown(choice) or 'none'}",
+            f"KL to the source in nats per token, {choice['tokens']} tokens in blocks of {choice['seq_len']}; "
+            f"predicted: sum over the {per} that stay replaced, each measured alone, an estimate",
             "",
-            *aligned(layers),
+            *formats.aligned(alone),
             "",
-            *aligned(budgets),
+            *formats.aligned(budgets),
         ]
     )

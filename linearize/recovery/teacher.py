@@ -1,16 +1,14 @@
-"""The source that a student learns from; and what it says, computed once: its likeliest tokens, kept on disk.
+"""The source that a student learns from; and its likeliest tokens, computed once and kept on disk.
 
-One file per block of text, in a folder that is named by all that decides its content: the source's weights and
+There is one file per block of text, in a folder that is named by all that decides its content: the source's weights and
 settings, k, the temperature, and the precision it runs in. So a second pass over the data, a resumed run, another
-student of the same source and another order of the data find what there is, and the source runs for the rest only.
-The source reads one block at a time: what is kept does not depend on how a step is divided.
+student of the same source and another order of the data read what is there, and the source runs for the rest only.
+It reads one block at a time: what is kept does not depend on how a step is divided.
 """
 
 import hashlib
 import json
-import os
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, distributed
 
 from linearize.checkpoint import adapters, shards
 from linearize.checkpoint.atomic import check_space
@@ -29,12 +27,13 @@ from linearize.checkpoint.copying import CHUNK
 from linearize.checkpoint.describe import is_new
 from linearize.checkpoint.open import base_folder, is_adapter, open_model
 from linearize.errors import InputError
+from linearize.progress import byte_progress
 from linearize.recipe.schema import Stage
-from linearize.recovery.data import cache_folder
+from linearize.recovery.data import cache_folder, whole_file
 from linearize.recovery.losses import Likeliest, likeliest
 
-# Of a configuration, what does not change what the source computes.
 OTHER = {"linearize", "_name_or_path", "transformers_version", "auto_map", "architectures", "dtype", "model_type"}
+"""Keys of a configuration that do not change what the source computes."""
 
 
 class Teacher:
@@ -47,8 +46,10 @@ class Teacher:
         device, autocast: how the source runs.
         blocks: token ids [T] of every block of the run, once each.
         any_process: as for `Known`.
+        is_main: whether this is the one process that reads the source's weights to name the folder.
 
     Attributes:
+        known: the likeliest tokens; None where the stage asks for all.
         about: part of a line for people; empty where nothing is kept.
 
     Raises:
@@ -58,6 +59,7 @@ class Teacher:
     def __init__(
         self, student: Any, stage: Stage, folder: Path, device: torch.device,
         autocast: Callable[[], AbstractContextManager], blocks: Iterable[Tensor], any_process: Callable[[bool], bool],
+        is_main: bool = True,
     ):  # fmt: skip
         self.student, self.stage, self.folder = student, stage, folder
         self.device, self.autocast = device, autocast
@@ -65,14 +67,18 @@ class Teacher:
         if k := stage.top_k:
             if k > (size := student.config.get_text_config().vocab_size):
                 raise InputError(f"train.{stage.name}.top_k: found {k}; expected at most the vocabulary, {size} tokens")
-            where = place(folder, student.config, k, stage.temperature, stage.dtype)
-            self.known = Known(where, k, stage.temperature, self.logits, any_process)
+            # The same name in all processes; only one of them reads all weights for it.
+            name = [source_hash(folder, student.config, k, stage.temperature, stage.dtype) if is_main else None]
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.broadcast_object_list(name)
+            kept = cache_folder() / f"source-{name[0]}"
+            self.known = Known(kept, k, stage.temperature, self.logits, any_process)
             there, missing = self.known.prepare(blocks)
-            self.about = f"; the source's {k} likeliest tokens: {there} of {there + missing} blocks known, in {where}"
+            self.about = f"; the source's {k} likeliest tokens: {there} of {there + missing} blocks known, in {kept}"
 
     @cached_property
     def model(self) -> Any:
-        """What is turned into the source: the student itself, unless all of it is trained."""
+        """The model that `logits` turns into the source: the student itself, unless all of it is trained."""
         if adapters.keeps_source(self.stage.peft):
             return self.student
         with torch.random.fork_rng():  # opened in the first step that needs it, whose random numbers must not move
@@ -80,10 +86,19 @@ class Teacher:
         return model.requires_grad_(False).to(self.device)
 
     def __call__(self, ids: Tensor, **keep: int) -> Tensor | Likeliest:
-        """What the source says of ids [B, T]: logits [B, T, V], or their likeliest tokens."""
+        """The source's logits [B, T, V] for token ids [B, T], or its likeliest tokens; `keep` as for `logits`."""
         return self.logits(ids, **keep) if self.known is None else self.known(ids)
 
     def logits(self, ids: Tensor, **keep: int) -> Tensor:
+        """Run the source.
+
+        Args:
+            ids: token ids int64 [B, T].
+            keep: of the model's forward: for how many last tokens logits are wanted.
+
+        Returns:
+            [B, T, V].
+        """
         with self.autocast(), adapters.as_source(self.model):
             return self.model(input_ids=ids, use_cache=False, **keep).logits
 
@@ -92,7 +107,7 @@ class Known:
     """The k likeliest tokens of the source after each token of a text.
 
     Args:
-        folder: where they are kept, from `place`.
+        folder: where they are kept; its name tells one source, and one way to ask it, from others.
         k: how many tokens.
         temperature: of the distribution.
         run: the source: ids [1, T] -> logits [1, T, V].
@@ -108,23 +123,26 @@ class Known:
         self.run, self.any_process = run, any_process
 
     def __call__(self, ids: Tensor) -> Likeliest:
-        """For token ids [B, T]: [B, T, k] on their device.
+        """For token ids int64 [B, T]: [B, T, k] on their device.
 
         Raises:
             InputError: the disk is full, or the folder cannot be written or read.
         """
         rows = ids.cpu()
-        found = [self._read(self._file(row), len(row)) for row in rows]
-        if self.any_process(None in found):
-            for place, row in enumerate(ids):
-                known = likeliest(self.run(row[None])[0], self.k, self.temperature)
-                if found[place] is None:
-                    found[place] = known = Likeliest(*(x.cpu() for x in known))
-                    self._write(self._file(rows[place]), known)
-        return Likeliest(*(torch.stack(each).to(ids.device) for each in zip(*found, strict=True)))
+        known = [self._read(self._file(row), len(row)) for row in rows]
+        if self.any_process(None in known):
+            for index, row in enumerate(ids):
+                asked = likeliest(self.run(row[None])[0], self.k, self.temperature)
+                if known[index] is None:
+                    known[index] = asked = Likeliest(*(x.cpu() for x in asked))
+                    self._write(self._file(rows[index]), asked)
+        return Likeliest(*(torch.stack(each).to(ids.device) for each in zip(*known, strict=True)))
 
     def prepare(self, rows: Iterable[Tensor]) -> tuple[int, int]:
-        """Make the folder, and check that the disk has room for what is missing of these blocks [T].
+        """Make the folder, and check that the disk has room for what is missing.
+
+        Args:
+            rows: token ids int64 [T] of every block that will be asked for.
 
         Returns:
             How many blocks are there, and how many are not.
@@ -160,16 +178,9 @@ class Known:
         return known if good else None
 
     def _write(self, file: Path, known: Likeliest) -> None:
-        content = save(known._asdict(), {"crc32": _checksum(known)})
-        # Written beside its place and renamed: whoever looks sees all of it or nothing.
         try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as out:
-                try:
-                    out.write(content)
-                except BaseException:
-                    os.unlink(out.name)
-                    raise
-            os.replace(out.name, file)
+            with whole_file(file) as out:
+                out.write(save(known._asdict(), {"crc32": _checksum(known)}))
         except OSError as error:
             raise self._unusable(error) from error
 
@@ -187,24 +198,30 @@ def _checksum(known: Likeliest) -> str:
     return str(value)
 
 
-def place(model_dir: Path, config: Any, k: int, temperature: float, dtype: str) -> Path:
-    """The folder in the user's cache for one source and one way of asking it.
+def source_hash(model_dir: Path, config: Any, k: int, temperature: float, dtype: str) -> str:
+    """Hash all that decides the likeliest tokens of a source: its weights, its settings, and the way to ask it.
 
     Args:
         model_dir: a converted folder, or adapters on one.
         config: of its model.
-        k, temperature, dtype: how many tokens, of which distribution, computed in which precision.
+        k: how many tokens.
+        temperature: of their distribution.
+        dtype: the precision it is computed in.
+
+    Returns:
+        32 hexadecimal digits.
     """
     base = base_folder(model_dir) if is_adapter(model_dir) else model_dir
     settings = {key: value for key, value in config.to_dict().items() if key not in OTHER}
     settings["model_type"] = config.linearize["source"]["model_type"]
     digest = hashlib.sha256(json.dumps([settings, k, temperature, dtype], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(shards.read_folder(base).items()):
-        if is_new(name):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        with tensor.file.open("rb") as file:
-            file.seek(tensor.start)
-            for start in range(0, tensor.size, CHUNK):
-                digest.update(file.read(min(CHUNK, tensor.size - start)))
-    return cache_folder() / f"source-{digest.hexdigest()[:32]}"
+    tensors = [tensor for name, tensor in sorted(shards.read_folder(base).items()) if not is_new(name)]
+    with byte_progress("reading the source's weights", sum(tensor.size for tensor in tensors)) as advance:
+        for tensor in tensors:
+            digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+            with tensor.file.open("rb") as file:
+                file.seek(tensor.start)
+                for start in range(0, tensor.size, CHUNK):
+                    digest.update(file.read(min(CHUNK, tensor.size - start)))
+                    advance(min(CHUNK, tensor.size - start))
+    return digest.hexdigest()[:32]

@@ -24,11 +24,19 @@ from linearize.checkpoint.adapters import as_student
 from linearize.model.attention import linearized_modules
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Σ over blocks of mean_t |found − wanted|² / mean_t |wanted|², fp32: [B, T, D] twice -> a scalar."""
-    found, wanted = found.float(), wanted.float()
-    size = wanted.square().sum((1, 2)).clamp(min=torch.finfo(wanted.dtype).tiny)
-    return ((found - wanted).square().sum((1, 2)) / size).sum()
+def relative_error(y: Tensor, target: Tensor) -> Tensor:
+    """The error of a layer's output, summed over blocks: Σ mean_t |y − target|² / mean_t |target|².
+
+    Args:
+        y: [B, T, D], of any floating dtype.
+        target: the same.
+
+    Returns:
+        fp32 scalar.
+    """
+    y, target = y.float(), target.float()
+    size = target.square().sum((1, 2)).clamp(min=torch.finfo(target.dtype).tiny)
+    return ((y - target).square().sum((1, 2)) / size).sum()
 
 
 @contextmanager
@@ -45,7 +53,7 @@ def transfer(source: nn.Module, student: nn.Module, learn: Callable[[Tensor], No
     """
     errors: dict[int, Tensor] = {}
 
-    def watch(own: Any) -> Callable[..., None]:
+    def compare(own: Any) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             with as_student(own):
                 # Not own(...): that would run the hooks again.
@@ -57,7 +65,7 @@ def transfer(source: nn.Module, student: nn.Module, learn: Callable[[Tensor], No
         return hook
 
     pairs = zip(linearized_modules(source), linearized_modules(student), strict=True)
-    hooks = [module.register_forward_hook(watch(own), with_kwargs=True) for module, own in pairs]
+    hooks = [module.register_forward_hook(compare(own), with_kwargs=True) for module, own in pairs]
     try:
         yield errors
     finally:

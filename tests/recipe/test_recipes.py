@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import yaml
 from helpers.tiny import TEXT, save_source
 from transformers import AutoModelForCausalLM
 
-from linearize.errors import InputError, suggest
+from linearize.errors import InputError
 from linearize.recipe import load as recipes
 from linearize.recipe import resources
 from linearize.recipe.schema import Source, parse_layers
@@ -108,11 +109,26 @@ def test_defaults_for_a_bare_model() -> None:
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    # Two recipes have the second source; a baseline is never what a model gets unasked.
+    # Several recipes have these sources; a baseline or variant is never what a model gets unasked.
     [("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"), ("meta-llama/Meta-Llama-3-8B", "llama-3-8b")],
 )
 def test_the_id_of_a_shipped_source_finds_its_recipe(model: str, name: str) -> None:
     assert recipes.resolve(model) == recipes.load(name)
+
+
+def test_a_default_is_declared_where_several_recipes_share_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is found by the whole id of the source, whatever the names of the recipes."""
+    sources = [recipes.load(name).source.id for name in recipes.names()]
+    assert {source for source in sources if sources.count(source) > 1} == set(recipes.DEFAULTS)
+    assert all(recipes.load(name).source.id == source for source, name in recipes.DEFAULTS.items())
+    assert recipes.default("meta-llama/meta-llama-3-8b").name == recipes.default("8B").name == ""
+    texts = {name: recipes.path_of(name).read_text() for name in recipes.names()}
+    other = {"qwen3-8b": texts["qwen3-8b"].replace("Qwen/Qwen3-8B", "org/mistral-7b-qwen3-8b")}
+    monkeypatch.setattr(
+        recipes, "path_of", lambda name: SimpleNamespace(read_text=lambda **_: {**texts, **other}[name])
+    )
+    monkeypatch.setattr(recipes, "load", lambda name, overrides: name)
+    assert recipes.default("org/mistral-7b-qwen3-8b") == "qwen3-8b"
 
 
 def test_recipe_of_another_model() -> None:
@@ -301,12 +317,6 @@ def test_accelerate_config_is_understood(name: str, block: str) -> None:
     config = load_config_from_file(str(file))
     assert config.num_processes == 8 and config.mixed_precision == "no"
     assert config.fsdp_config.get("fsdp_version") == 2 or config.deepspeed_config["zero_stage"] == 3
-    known = vars(launch_command_parser().parse_args(["-m", "linearize.recovery.train"]))
+    known = vars(launch_command_parser().parse_args(["-m", "linearize.cli"]))
     # accelerate passes unknown keys of these blocks over in silence: a misspelt one would change nothing.
     assert set(yaml.safe_load(file.read_text())[block]) <= set(known)
-
-
-def test_suggestions() -> None:
-    assert suggest("GLA", ["gla", "window"]) == "Did you mean 'gla'? Available: gla, window"
-    assert suggest("xyz", ["gla"]) == "Available: gla"
-    assert suggest("gla", []) == "Available: none"

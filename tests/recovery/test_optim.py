@@ -248,7 +248,7 @@ def test_schedules(name: str, expected: list[float]):
 
 @pytest.mark.parametrize(("way", "optimizer"), [("FSDP", "adafactor"), ("DEEPSPEED", "muon")])
 def test_optimisers_that_cannot_work_on_parts_of_weights(converted, text, tmp_path, monkeypatch, way, optimizer):
-    monkeypatch.setattr(training.Accelerator, "distributed_type", training.DistributedType(way))
+    monkeypatch.setattr(training.Accelerator, "distributed_type", training_loop.DistributedType(way))
     with pytest.raises(InputError, match=f"optimizer: found {optimizer}; with weights divided by {way} allowed: adamw"):
         train(converted, recipe_for(text, optimizer=optimizer), None, tmp_path / "out")
 
@@ -262,7 +262,7 @@ def test_sharded_processes_give_the_weights_of_one(converted, text, tmp_path):
     config = recipes.yaml.safe_load((resources.package_folder("recipes") / "accelerate" / "fsdp2.yaml").read_text())
     # As `accelerate launch` hands its configuration on.
     environment = {key.upper(): str(value) for key, value in config["fsdp_config"].items()}
-    arguments = ["--recipe", "recipe.yaml", "--model", str(converted), "--out", "two"]
+    arguments = ["train", str(converted), "--recipe", "recipe.yaml", "--out", "two"]
     done = subprocess.run(
         [*launcher, *arguments],
         cwd=tmp_path,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.selection import LAYERS, plain_kl
+from helpers.selection import LAYERS, ids, model, plain_kl, wanted, work
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +22,8 @@ from linearize.recipe import load as recipes
 from linearize.recovery.select import choose, evenly, greedy, measure, repeats, select, text
 from linearize.recovery.train import train
 from linearize.reporting import plot
+
+__all__ = ["ids", "model", "wanted", "work"]  # fixtures
 
 
 def test_the_layers_that_cost_most_stay(model, ids):

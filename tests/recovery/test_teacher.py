@@ -5,12 +5,14 @@ import json
 import os
 import signal
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers.tiny import MIXER, save_converted, tiny_tokenizer
 from helpers.training import losses, recipe_for, start, weights, without_times
 
+from linearize.checkpoint.open import open_model
 from linearize.errors import InputError
 from linearize.recipe import load as recipes
 from linearize.recovery import teacher
@@ -158,7 +160,7 @@ def test_a_disk_that_cannot_keep_it_is_one_paragraph(folder, monkeypatch, tmp_pa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(teacher.os, "replace", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(InputError, match="cannot be kept there .No space left on device.; free some space"):
             source(torch.arange(8)[None])
     assert source.prepare([torch.arange(8), torch.arange(8)]) == (0, 1)
@@ -190,3 +192,21 @@ def test_wishes_that_make_no_sense_are_named(converted, text, tmp_path):
     with pytest.raises(InputError, match="distil.top_k: found 385; expected at most the vocabulary, 384"):
         train(converted, recipe_for(text, top_k=385), None, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_only_the_main_process_reads_the_weights_to_name_the_folder(converted, text, monkeypatch, folder):
+    """The others are told the name."""
+    stage = recipe_for(text, top_k=K).train[0]
+    student = open_model(converted)
+
+    def folder_of(is_main):
+        made = Teacher(student, stage, converted, torch.device("cpu"), nullcontext, [], bool, is_main)
+        assert made.known is not None
+        return made.known.folder
+
+    monkeypatch.setattr(teacher.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(teacher.distributed, "broadcast_object_list", lambda values: None)
+    assert len(folder_of(True).name) == len("source-") + 32
+    monkeypatch.setattr(teacher.distributed, "broadcast_object_list", lambda values: values.__setitem__(0, "told"))
+    monkeypatch.setattr(teacher.shards, "read_folder", lambda *_: pytest.fail("read the weights"))
+    assert folder_of(False) == folder / "source-told"

@@ -16,7 +16,7 @@ from linearize.model.modeling import linearize_
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import Peft
 from linearize.recovery import loop as training_loop
-from linearize.recovery import train as training
+from linearize.recovery.merge import merge
 from linearize.recovery.monitor import read_log
 from linearize.recovery.train import train
 from linearize.recovery.transfer import transfer
@@ -127,7 +127,7 @@ def test_a_stage_brings_each_layer_nearer_and_runs_no_other_loss(converted, text
     keys = {"step", "tokens", "transfer", "lr", "grad_norm", "tokens_per_second"}
     assert set(read_log(tmp_path / "out" / "train_log.jsonl")[0]) == keys
     with pytest.raises(InputError, match="kl and transfer of train.distil learn from"):
-        merged = training.merge(tmp_path / "out", tmp_path / "merged")
+        merged = merge(tmp_path / "out", tmp_path / "merged")
         train(merged, recipe_for(text, **ONLY), None, tmp_path / "again")
 
 
