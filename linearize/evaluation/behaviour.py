@@ -14,6 +14,7 @@ import math
 import statistics
 import tempfile
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import IO, Any
 
 import torch
@@ -21,24 +22,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
-from linearize.evaluation import perplexity
-from linearize.evaluation.continuations import (
-    CHARACTERS,
-    LONGEST,
-    Advance,
-    agreement,
-    beginnings,
-    cached_is_whole,
-    greedy,
-    repetition,
-)
+from linearize.evaluation import continuations, perplexity
+from linearize.evaluation.continuations import Advance
 from linearize.evaluation.suite import BehaviourSpec
 from linearize.model.attention import linearized_modules
 
 CHECKED = 4
 """Continuations whose logits are kept and compared with a whole forward."""
 FIRST_STATE = 64
-"""Tokens before the state is looked at for the first time; then at every doubling."""
+"""Tokens before the state is read for the first time; then at every doubling."""
 LEAST = -6e4
 """Smallest logit, relative to the largest, that is told apart: half precision reaches that far."""
 DAMAGED = "the model's weights are damaged or its dtype is too narrow: evaluate in float32 (--dtype float32)"
@@ -57,17 +49,43 @@ class Continuations:
     cached: dict[str, Any]
 
 
+def check(spec: BehaviourSpec, blocks: int | None, context: int | None) -> None:
+    """Refuse what cannot be measured.
+
+    Args:
+        spec: how much of everything.
+        blocks: how many the suite's first text has; None without a text.
+        context: most tokens that the model can read; None where it does not say.
+
+    Raises:
+        InputError: too few blocks, or something does not fit the context.
+    """
+    if blocks is not None and blocks < spec.kl_blocks:
+        raise InputError(
+            f"behaviour: kl_blocks is {spec.kl_blocks}, but the suite's first text has {blocks} blocks; set kl_blocks "
+            f"to at most {blocks}, or take more blocks of the text"
+        )
+    for what, key, tokens in (
+        ("prompts and continuations", "tokens", continuations.LONGEST + spec.tokens),
+        ("the state's text", "state", spec.state),
+    ):
+        if context is not None and tokens > context:
+            raise InputError(
+                f"behaviour: {what} of up to {tokens} tokens do not fit the model's context of {context}; lower "
+                f"behaviour.{key}"
+            )
+
+
 class Behaviour:
     """What all columns of a run share: blocks, beginnings, a long text, and what the source makes of them.
 
-    Columns run one after the other and the source's weights are gone, or hold other mixers, when the others run. So
-    `refer` runs the source first and keeps its continuations in memory and its logits in an unnamed temporary file,
+    Columns run one after the other, and the source's weights may be gone when the others run. So `refer` runs the
+    source first and keeps its continuations in memory and its logits in an unnamed temporary file,
     until `close` or the end of the process: blocks · (length − 1) · vocabulary · 2 bytes, 0.2 GB for 4 × 512 tokens
     of a vocabulary of 49,152. All logits are kept, not the largest few, because the tail is where a damaged model puts
-    its probability. They are kept in half precision below their maximum, where the likeliest tokens, near 0, are the
-    most exact. On SmolLM2-135M-Instruct against untrained gla (W = 24), 127 tokens, KL 0.2723, this is off by 5e-6
-    (2e-4 at the worst token), float32 by 3e-6, unshifted half precision by 1.7e-4, the 1024 largest alone by 3.6e-3.
-    What half precision costs on other models is what the source's own column shows as its KL (there 8e-8).
+    its probability; in half precision below their maximum, where the likeliest tokens, near 0, are the most exact. Of a
+    KL of 0.2723 (SmolLM2-135M-Instruct against untrained gla, W = 24) this takes 5e-6, float32 3e-6, unshifted half
+    precision 1.7e-4, the 1024 largest alone 3.6e-3. On other models the source's own KL shows it (there 8e-8).
 
     Args:
         spec: how much of everything.
@@ -77,10 +95,9 @@ class Behaviour:
         window: W of the buckets; None as in `perplexity.edges`.
         batch_size: rows per forward pass.
         seed: of the choice of beginnings.
-        context: most tokens that the model can read; None where it does not say.
 
     Raises:
-        InputError: the text is too short, or something does not fit the context.
+        InputError: the text is too short.
     """
 
     def __init__(
@@ -93,35 +110,25 @@ class Behaviour:
         window: int | None,
         batch_size: int,
         seed: int,
-        context: int | None,
     ):
         self.spec, self.batch_size = spec, batch_size
-        if len(blocks) < spec.kl_blocks:
-            raise InputError(
-                f"behaviour: kl_blocks is {spec.kl_blocks}, but the suite's first text has {len(blocks)} blocks; set "
-                f"kl_blocks to at most {len(blocks)}, or take more blocks of the text"
-            )
-        for what, key, tokens in (
-            ("prompts and continuations", "tokens", LONGEST + spec.tokens),
-            ("the state's text", "state", spec.state),
-        ):
-            if context is not None and tokens > context:
-                raise InputError(
-                    f"behaviour: {what} of up to {tokens} tokens do not fit the model's context of {context}; lower "
-                    f"behaviour.{key}"
-                )
         self.blocks = blocks[: spec.kl_blocks]
         self.borders = perplexity.edges(blocks.shape[1], window)
-        self.prompts = beginnings(text, tokenizer, spec.prompts, seed)
+        self.prompts = continuations.beginnings(text, tokenizer, spec.prompts, seed)
         doublings = range((spec.state // FIRST_STATE).bit_length())
         self.positions = [FIRST_STATE * 2**i for i in doublings]
         self.document = document(text, tokenizer, self.positions[-1]) if self.positions else None
         self.pad = next((x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
-        self.reference: Continuations | None = None
+        self._continuations: Continuations | None = None
         self._logits: IO[bytes] | None = None
 
     def steps(self, refers: bool = False, is_source: bool = False) -> int:
-        """Tokens that `refer`, or `measure`, reads or writes at most: what `advance` counts up to."""
+        """Tokens that `refer`, or `measure`, reads or writes at most: what `advance` counts up to.
+
+        Args:
+            refers: of `refer`.
+            is_source: of `measure` with that argument.
+        """
         total = self.blocks.numel()
         if refers or not is_source:
             total += (len(self.prompts) + len(self.prompts[:CHECKED])) * self.spec.tokens
@@ -138,23 +145,27 @@ class Behaviour:
     def refer(self, model: PreTrainedModel, advance: Advance = lambda count: None) -> None:
         """Keep what the source does. To be called before `measure`, with the source as it is.
 
+        Args:
+            model: the source.
+            advance: called with the number of tokens that were read or written.
+
         Raises:
             InputError: there is no room for the file.
         """
         # An open file without a name rather than a mapped one: writing to a full disk is then an error, not a crash.
-        self._logits = tempfile.TemporaryFile()  # noqa: SIM115 (open until the run ends)
+        self._logits = file = tempfile.TemporaryFile()  # noqa: SIM115 (open until the run ends)
         try:
             for block in self.blocks:
                 for logits, _ in perplexity.predictions(model, block):
-                    self._logits.write(_below_maximum(logits).half().cpu().numpy().tobytes())
+                    file.write(_below_maximum(logits).half().cpu().numpy().tobytes())
                 advance(len(block))
-            self._logits.flush()
+            file.flush()
         except OSError as error:
             raise InputError(
                 f"behaviour: the source's logits cannot be kept in {tempfile.gettempdir()} ({error}); set TMPDIR to a "
                 "folder with more room, or lower behaviour.kl_blocks"
             ) from error
-        self.reference = self._continue(model, advance)
+        self._continuations = self._continue(model, advance)
 
     def measure(self, model: PreTrainedModel, is_source: bool, advance: Advance = lambda count: None) -> dict[str, Any]:
         """The `behaviour` entry of a column of results.json.
@@ -167,15 +178,17 @@ class Behaviour:
         Raises:
             InputError: a prediction or a state is not finite.
         """
-        assert self.reference is not None
-        own = self.reference if is_source else self._continue(model, advance)
-        lengths = agreement(own.tokens, self.reference.tokens)
+        reference, logits = self._continuations, self._logits
+        if reference is None or logits is None:
+            raise RuntimeError("`refer` comes before `measure`")
+        own = reference if is_source else self._continue(model, advance)
+        lengths = continuations.agreement(own.tokens, reference.tokens)
         return {
-            "kl": self._kl(model, advance),
+            "kl": self._kl(model, logits, advance),
             "agreement": {
                 "mean": statistics.fmean(lengths), "median": float(statistics.median(lengths)), "lengths": lengths,
             },
-            "repetition": repetition(own.tokens.tolist()),
+            "repetition": continuations.repetition(own.tokens.tolist()),
             "cached": own.cached,
             "state": self._state(model, advance),
         }  # fmt: skip
@@ -183,34 +196,30 @@ class Behaviour:
     # --- distribution
 
     @torch.inference_mode()
-    def _kl(self, model: PreTrainedModel, advance: Advance) -> dict[str, Any]:
-        file = self._logits
-        assert file is not None
+    def _kl(self, model: PreTrainedModel, file: IO[bytes], advance: Advance) -> dict[str, Any]:
         file.seek(0)
         rows = []
         for block in self.blocks:
             row = []
             for logits, _ in perplexity.predictions(model, block):
-                kept = torch.frombuffer(bytearray(file.read(2 * logits.numel())), dtype=torch.float16).view(
-                    logits.shape
-                )
-                row.append(kl(kept.to(logits.device).float(), _below_maximum(logits)).cpu())
+                kept = torch.frombuffer(bytearray(file.read(2 * logits.numel())), dtype=torch.float16)
+                source = kept.view(logits.shape).to(logits.device).float()
+                row.append(kl(source, _below_maximum(logits)).cpu())
             rows.append(torch.cat(row))
             advance(len(block))
-        found = torch.stack(rows).double()
-        if not found.isfinite().all():
-            position = int((~found.isfinite()).any(0).nonzero()[0]) + 1
+        nats = torch.stack(rows).double()
+        if not nats.isfinite().all():
+            position = int((~nats.isfinite()).any(0).nonzero()[0]) + 1
             raise InputError(f"behaviour: the model's prediction after {position} tokens is not a number; {DAMAGED}")
-        means = found.mean(1)
-        buckets = zip(self.borders, self.borders[1:], strict=False)
+        means = nats.mean(1)
         return {
-            "value": float(found.mean()),
+            "value": float(nats.mean()),
             "stderr": float(means.std() / math.sqrt(len(means))) if len(means) > 1 else None,
-            "tokens": found.numel(),
+            "tokens": nats.numel(),
             "by_position": [
                 {"start": start, "end": end, "kl": float(part.mean()), "tokens": part.numel()}
-                for start, end in buckets
-                if (part := found[:, start - 1 : end - 1]).numel()
+                for start, end in pairwise(self.borders)
+                if (part := nats[:, start - 1 : end - 1]).numel()
             ],
         }
 
@@ -218,14 +227,14 @@ class Behaviour:
 
     @torch.inference_mode()
     def _continue(self, model: PreTrainedModel, advance: Advance) -> Continuations:
-        found, checks = [], []
+        written, checks = [], []
         for prompts, checked in ((self.prompts[:CHECKED], True), (self.prompts[CHECKED:], False)):
             for i in range(0, len(prompts), self.batch_size):
                 batch = prompts[i : i + self.batch_size]
-                tokens, logits = greedy(model, batch, self.spec.tokens, self.pad, checked, advance)
-                found.append(tokens)
+                tokens, logits = continuations.greedy(model, batch, self.spec.tokens, self.pad, checked, advance)
+                written.append(tokens)
                 for row in range(len(batch) if checked else 0):
-                    checks.append(cached_is_whole(model, batch[row], tokens[row], logits[row]))
+                    checks.append(continuations.cached_is_whole(model, batch[row], tokens[row], logits[row]))
                     advance(self.spec.tokens)
         if not all(math.isfinite(difference) for _, difference in checks):
             raise InputError(f"behaviour: a prediction in greedy text is not a number; {DAMAGED}")
@@ -234,7 +243,7 @@ class Behaviour:
             "equal": sum(equal for equal, _ in checks),
             "difference": max(difference for _, difference in checks),
         }
-        return Continuations(torch.cat(found), cached)
+        return Continuations(torch.cat(written), cached)
 
     # --- state
 
@@ -245,7 +254,7 @@ class Behaviour:
             return None
         length = len(self.document)
         ends = sorted({*self.positions, *range(perplexity.PIECE, length, perplexity.PIECE)})
-        found, before = [], 0
+        entries, before = [], 0
         for end, (_, past) in zip(ends, perplexity.pieces(model, self.document, ends, cached=True), strict=True):
             advance(end - before)
             before = end
@@ -256,13 +265,22 @@ class Behaviour:
                         f"behaviour: the memory's state is not finite after {end} tokens, so the model cannot read "
                         f"texts of this length; set behaviour.state below {end} to measure the rest"
                     )
-                found.append({"position": end, **health(states)})
-        return found
+                entries.append({"position": end, **health(states)})
+        return entries
 
 
 def document(text: str, tokenizer: Any, length: int) -> Tensor:
-    """The first tokens of a text, repeated where it is too short; int64 [length]."""
-    ids = tokenizer(text[: CHARACTERS * length], add_special_tokens=False, verbose=False)["input_ids"]
+    """The first tokens of a text, repeated where it is too short.
+
+    Args:
+        text: the text.
+        tokenizer: of the models.
+        length: how many tokens.
+
+    Returns:
+        int64 [length].
+    """
+    ids = tokenizer(text[: continuations.CHARACTERS * length], add_special_tokens=False, verbose=False)["input_ids"]
     ids *= length // len(ids) + 1
     return torch.tensor([*perplexity.beginning(tokenizer), *ids][:length])
 
@@ -273,7 +291,15 @@ def _below_maximum(logits: Tensor) -> Tensor:
 
 
 def kl(source: Tensor, model: Tensor) -> Tensor:
-    """KL(source ‖ model) in nats, from logits fp32 [..., vocabulary] each."""
+    """KL(source ‖ model) of the next token's distribution.
+
+    Args:
+        source: logits, fp32 [..., vocabulary].
+        model: logits, of the same shape.
+
+    Returns:
+        Nats, fp32 [...].
+    """
     p, q = source.log_softmax(-1), model.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 

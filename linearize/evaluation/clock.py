@@ -20,7 +20,15 @@ PEAK = "VmHWM"
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What a call returns, and its wall time in seconds; on a GPU, from idle to idle."""
+    """Time one call.
+
+    Args:
+        call: what is timed.
+        device: that it runs on; of a GPU the time is that from idle to idle.
+
+    Returns:
+        What it returned, and its wall time in seconds.
+    """
     synchronize(device)
     start = time.perf_counter()
     result = call()
@@ -29,6 +37,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a GPU is idle; return at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -40,7 +49,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def rotated(items: list, by: int) -> list:
-    """The same items, another one first in every round: who goes first after a pause is not always the same."""
+    """The items with another one first: `by` is the number of the round, so that nobody always follows the pause."""
     by %= max(len(items), 1)
     return items[by:] + items[:by]
 

@@ -53,11 +53,11 @@ def beginnings(text: str, tokenizer: Any, count: int, seed: int) -> list[Tensor]
             "characters after their start; use a longer text, or lower behaviour.prompts"
         )
     first = perplexity.beginning(tokenizer)
-    found = []
+    prompts = []
     for start in draw.sample(starts, count):
         ids = tokenizer(text[start : start + width], add_special_tokens=False, verbose=False)["input_ids"]
-        found.append(torch.tensor([*first, *ids][: draw.randint(SHORTEST, LONGEST)]))
-    return found
+        prompts.append(torch.tensor([*first, *ids][: draw.randint(SHORTEST, LONGEST)]))
+    return prompts
 
 
 class _Steps(BaseStreamer):
@@ -122,7 +122,9 @@ def cached_is_whole(model: PreTrainedModel, prompt: Tensor, tokens: Tensor, logi
 
     Args:
         model: a causal LM.
-        prompt: int64 [P]; tokens: int64 [n], what the cached steps picked; logits: fp32 [n, vocabulary], their logits.
+        prompt: int64 [P].
+        tokens: int64 [n], what the cached steps picked.
+        logits: fp32 [n, vocabulary], of those steps.
 
     Returns:
         At how many steps the whole forward picks the same token; the largest difference of the logits.
@@ -133,7 +135,12 @@ def cached_is_whole(model: PreTrainedModel, prompt: Tensor, tokens: Tensor, logi
 
 
 def agreement(own: Tensor, reference: Tensor) -> list[int]:
-    """Tokens before the first that differs, per row of int64 [prompts, tokens]."""
+    """Tokens before the first that differs, per row.
+
+    Args:
+        own: int64 [prompts, tokens].
+        reference: of the same shape.
+    """
     return (own == reference).cumprod(1).sum(1).tolist()
 
 
@@ -143,11 +150,12 @@ def repetition(rows: list[list[int]]) -> dict[str, float]:
     def ngrams(row: list[int], n: int) -> list[tuple[int, ...]]:
         return list(zip(*(row[i:] for i in range(n)), strict=False))
 
-    found = {}
-    for n in (2, 3, 4):
-        found[f"rep_{n}"] = statistics.fmean(1 - len({*all_}) / len(all_) if (all_ := ngrams(row, n)) else 0.0
-                                             for row in rows)  # fmt: skip
-    for n in (1, 2):
-        together = [ngram for row in rows for ngram in ngrams(row, n)]
-        found[f"distinct_{n}"] = len({*together}) / max(len(together), 1)
-    return found
+    def distinct(grams: list[tuple[int, ...]]) -> float:
+        return len({*grams}) / max(len(grams), 1)
+
+    repeated = {n: [1 - distinct(own) if (own := ngrams(row, n)) else 0.0 for row in rows] for n in (2, 3, 4)}
+    together = {n: [ngram for row in rows for ngram in ngrams(row, n)] for n in (1, 2)}
+    return {
+        **{f"rep_{n}": statistics.fmean(shares) for n, shares in repeated.items()},
+        **{f"distinct_{n}": distinct(grams) for n, grams in together.items()},
+    }

@@ -1,5 +1,6 @@
 """Where and with what a comparison ran."""
 
+import contextlib
 import datetime
 import hashlib
 import os
@@ -14,17 +15,8 @@ import torch
 import linearize
 from linearize.recipe.resources import package_folder
 
-PACKAGES = (
-    "linearize",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "lm_eval",
-    "datasets",
-    "numpy",
-    "flash-linear-attention",
-)
+PACKAGES = ("linearize", "torch", "transformers", "tokenizers", "peft", "lm_eval", "datasets", "numpy")
+PACKAGES += ("flash-linear-attention",)
 
 
 def environment(device: torch.device, seed: int, data: dict[str, str]) -> dict[str, Any]:
@@ -60,31 +52,24 @@ def commit() -> str | None:
     root = Path(linearize.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "-uno"])
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        state = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
-        )
+        head, state = (subprocess.check_output(command, cwd=root, stderr=subprocess.DEVNULL) for command in commands)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+changes" if state.stdout.strip() else "")
+    return head.decode().strip() + ("+changes" if state.strip() else "")
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -38,6 +38,12 @@ def beginning(tokenizer: Any) -> list[int]:
 def cut(text: str, tokenizer: Any, length: int, blocks: int) -> Tensor:
     """Tokenize a text and take evenly spread blocks of it.
 
+    Args:
+        text: the text.
+        tokenizer: of the models.
+        length: tokens of a block, with the beginning-of-sequence token where there is one.
+        blocks: how many.
+
     Returns:
         int64 [blocks, length].
 
@@ -59,7 +65,12 @@ def cut(text: str, tokenizer: Any, length: int, blocks: int) -> Tensor:
 
 
 def edges(length: int, window: int | None) -> list[int]:
-    """Borders of the buckets: 1, W, 2 W, 4 W, … and `length`. Without a window, W = 64."""
+    """Borders of the buckets: 1, W, 2 W, 4 W, … and `length`.
+
+    Args:
+        length: tokens of a block.
+        window: W; None for 64.
+    """
     borders, border = [1], window or 64
     while border < length:
         if border > 1:
@@ -148,17 +159,17 @@ def by_position(loss: Tensor, borders: list[int]) -> tuple[list[dict[str, Any]],
         One {start, end, ppl, tokens} per bucket, positions start <= t < end; and the mean loss [blocks][buckets].
     """
     # Summed in float64: means of thousands of float32 losses then agree to the last printed digit, whatever the order.
-    parts = [loss[:, start - 1 : end - 1].double() for start, end in zip(borders, borders[1:], strict=False)]
+    parts = [loss[:, start - 1 : end - 1].double() for start, end in pairwise(borders)]
     table = [
         {"start": start, "end": end, "ppl": math.exp(part.mean()), "tokens": part.numel()}
-        for start, end, part in zip(borders, borders[1:], parts, strict=False)
+        for (start, end), part in zip(pairwise(borders), parts, strict=True)
     ]
     return table, torch.stack([part.mean(1) for part in parts], dim=1).tolist()
 
 
 def measure(
     model: PreTrainedModel, texts: list[tuple[str, Tensor]], window: int | None, advance: Callable[[int], None]
-) -> dict:
+) -> dict[str, Any]:
     """The `perplexity` entry of a column of results.json.
 
     Args:
@@ -166,6 +177,9 @@ def measure(
         texts: name and blocks, int64 [blocks, length], of each text; the first one gives the headline value.
         window: W of the buckets.
         advance: called with 1 after each block.
+
+    Returns:
+        See `linearize.results.schema.Perplexity`.
     """
     entries = []
     for name, ids in texts:

@@ -66,8 +66,12 @@ class Processes:
             distributed.destroy_process_group()
 
     def share(self, names: list[str], kept: Collection[str] = ()) -> list[str]:
-        """This process's columns: neighbours, which share weights, and as many as others have, give or take one. Those
-        kept from an earlier run cost nothing: the main process has them besides."""
+        """This process's columns: neighbours, which share weights, and as many as others have, give or take one.
+
+        Args:
+            names: all columns, in order.
+            kept: those of an earlier run, which cost nothing: the main process has them besides.
+        """
         left = [name for name in names if name not in kept]
         start, end = (-(-len(left) * rank // self.count) for rank in (self.rank, self.rank + 1))
         return [name for name in names if name in left[start:end] or self.is_main and name in kept]
@@ -76,9 +80,9 @@ class Processes:
         """The values of all processes, in each of them, when the last one has come here."""
         if self.count == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        distributed.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value)
+        return values
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
@@ -91,8 +95,8 @@ class Processes:
         error = None
         try:
             yield
-        except InputError as found:
-            error = found
+        except InputError as raised:
+            error = raised
         failed = [rank for rank, bad in enumerate(self.gather(error is not None)) if bad]
         if error is not None and failed[0] == self.rank:
             raise error

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from linearize.checkpoint.describe import text_sizes
 from linearize.errors import InputError, suggest
 from linearize.evaluation.suite import RecallSpec
 
@@ -78,7 +79,7 @@ class _Story:
     Attributes:
         head: what stands before the context.
         facts: sentences of the context that the answer needs, or that compete with it, in order.
-        places: of each fact, the part of the filler before it; None stands for the wanted depth.
+        shares: of each fact, the share of the filler before it; None stands for the wanted depth.
         question: what stands after the context; the answer follows.
         answer: begins with a blank.
         filler: endless sentences.
@@ -87,7 +88,7 @@ class _Story:
 
     head: str
     facts: list[str]
-    places: list[float | None]
+    shares: list[float | None]
     question: str
     answer: str
     filler: Iterator[str]
@@ -108,8 +109,8 @@ def _needles(rng: random.Random, count: int) -> _Story:
     facts = [f"The secret code of {city} is {code}." for city, code in zip(cities, codes, strict=True)]
     asked = f"the secret code of {cities[0]}"
     question = f"Question: What is {asked}? Answer: T{asked[1:]} is"
-    places = [None, *_spread(rng, count - 1)]
-    return _Story("Remember the codes in this text.", facts, places, question, f" {codes[0]}", _sentences(rng))
+    shares = [None, *_spread(rng, count - 1)]
+    return _Story("Remember the codes in this text.", facts, shares, question, f" {codes[0]}", _sentences(rng))
 
 
 def _needle(rng: random.Random) -> _Story:
@@ -126,9 +127,9 @@ def _mqar(rng: random.Random) -> _Story:
     pairs = [f"{key}: {rng.randint(10, 99)}" for key in keys]
     asked, answer = pairs[2].split(":")
     question = "\n".join(["Again:", *pairs[:2], f"{asked}:"])
-    places: list[float | None] = [rng.random() for _ in range(3)]
+    shares: list[float | None] = [rng.random() for _ in range(3)]
     filler = itertools.chain(pairs[3:], _sentences(rng))
-    return _Story("All the numbers:", pairs[:3], places, question, answer, filler, "\n")
+    return _Story("All the numbers:", pairs[:3], shares, question, answer, filler, "\n")
 
 
 def _copy(rng: random.Random) -> _Story:
@@ -214,6 +215,9 @@ def items(
         twice: give head and context twice before the question (JRT, arXiv 2407.05483): the same item, up to twice as
             long.
 
+    Returns:
+        `n` items.
+
     Raises:
         InputError: an unknown task, or a length that cannot hold its facts and question.
     """
@@ -229,7 +233,7 @@ def items(
 
 
 def _prompt(story: _Story, filler: list[str], depth: float, twice: bool = False) -> str:
-    before = [round((depth if place is None else place) * len(filler)) for place in story.places]
+    before = [round((depth if share is None else share) * len(filler)) for share in story.shares]
     context = [story.head]
     for i in range(len(filler) + 1):
         context += [fact for fact, start in zip(story.facts, before, strict=True) if start == i]
@@ -276,6 +280,9 @@ def right(
         batch_size: items per forward pass.
         advance: called with the number of items after each pass.
 
+    Returns:
+        A score per item, in order.
+
     Raises:
         InputError: a prediction is not a number.
     """
@@ -321,8 +328,11 @@ def measure(
         seed: of the items.
         batch_size: items per forward pass.
         advance: called with the number of items after each pass, `total` in all.
+
+    Returns:
+        See `linearize.results.schema.Recall`.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context = text_sizes(model.config).context or math.inf
     cells = []
     for task, multiple in itertools.product(spec.tasks, spec.multiples):
         length = multiple * (window or WINDOW)
@@ -331,9 +341,9 @@ def measure(
             if length * (1 + spec.twice) > context:
                 raise InputError(f"recall: the model's context is {context}")
             groups = {at: items(task, tokenizer, length, seed, spec.items, at, spec.twice) for at in depths(task)}
-        except InputError as reason:
-            cells.append(cell | {"depth": None, "value": None, "stderr": None, "n": 0, "items": []})
-            cells[-1]["skipped"] = str(reason).removeprefix("recall: ")
+        except InputError as error:
+            empty = {"depth": None, "value": None, "stderr": None, "n": 0, "items": []}
+            cells.append(cell | empty | {"skipped": str(error).removeprefix("recall: ")})
             advance(spec.items * len(depths(task)))
             continue
         for depth, asked in groups.items():

@@ -1,6 +1,6 @@
 """Questions with lettered options, asked again with the options rotated: is it the question that a model answers?
 
-In rotation r the option that stood at place r stands first, and those before it go to the end; the letters stay. An
+In rotation r the option at index r stands first, and those before it go to the end; the letters stay. An
 item with k options is asked k times, as in CircularEval (arXiv 2307.06281), and every letter is right equally often:
 who always says A has 1 / k right, and no item in all of its rotations. Only items are rotated here; lm-eval's own task
 then words them, and lm-eval scores them.
@@ -21,63 +21,71 @@ Doc = dict[str, Any]
 
 
 def gold(task: Any, doc: Doc, target: Any = None) -> int | None:
-    """Place of the right choice of an item; None where lm-eval names none or several.
+    """Index of the right choice of an item; None where lm-eval names none or several.
 
     Args:
         task: of lm-eval, multiple choice.
         doc: the item.
-        target: what the task says of the item, if it has been asked; the text of a choice, or its place.
+        target: what the task says of the item, if it has been asked; the text of a choice, or its index.
     """
     choices = task.doc_to_choice(doc)
     right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc) if target is None else target
-    place = choices.index(right) if right in choices else right
-    return place if isinstance(place, int) and 0 <= place < len(choices) else None
+    index = choices.index(right) if right in choices else right
+    return index if isinstance(index, int) and 0 <= index < len(choices) else None
 
 
 def rotations(task: Any, doc: Doc) -> list[Doc]:
-    """An item in its rotations 1 to k - 1; empty where the options and the answer are not found in it.
+    """An item in its rotations 1 to k - 1; empty where its options or its answer cannot be told.
 
     The options are a list of strings, alone or as `text` beside `label`, that all stand in the prompt. The answer is
-    the field whose change moves the task's own answer: a place, counted from 0 or 1, a letter, or one of the labels.
+    the field whose change moves the task's own answer: an index, counted from 0 or 1, a letter, or one of the labels.
+
+    Args:
+        task: of lm-eval, multiple choice.
+        doc: the item.
     """
     letters = [choice.strip(" ().") for choice in task.doc_to_choice(doc)]
-    place, prompt = gold(task, doc), task.doc_to_text(doc)
-    if letters != [*ascii_uppercase[: len(letters)]] or place is None or not isinstance(prompt, str):
+    right, prompt = gold(task, doc), task.doc_to_text(doc)
+    if letters != [*ascii_uppercase[: len(letters)]] or right is None or not isinstance(prompt, str):
         return []
     for key, value in doc.items():
         options = value.get("text") if isinstance(value, dict) else value
         if isinstance(options, list) and len(options) == len(letters) and all(str(each) in prompt for each in options):
-            found = [_rotated(task, doc, key, options, place, by) for by in range(1, len(letters))]
-            return [each for each in found if each] if all(found) else []
+            rotated = [_rotated(task, doc, key, options, right, by) for by in range(1, len(letters))]
+            return [each for each in rotated if each] if all(rotated) else []
     return []
 
 
-def _rotated(task: Any, doc: Doc, key: str, options: list[str], place: int, by: int) -> Doc | None:
-    turned, moved = options[by:] + options[:by], (place - by) % len(options)
-    changed = {**doc, key: {**doc[key], "text": turned} if isinstance(doc[key], dict) else turned}
+def _rotated(task: Any, doc: Doc, key: str, options: list[str], right: int, by: int) -> Doc | None:
+    moved, new_right = options[by:] + options[:by], (right - by) % len(options)
+    changed = {**doc, key: {**doc[key], "text": moved} if isinstance(doc[key], dict) else moved}
     labels = doc[key].get("label") if isinstance(doc[key], dict) else None
-    for field, old, new in _answers(doc, labels, place, moved):
+    for field, old, new in _answers(doc, labels, right, new_right):
         candidate = {**changed, field: new}
-        words = task.doc_to_text(candidate) != task.doc_to_text(doc) or turned == options
-        if doc[field] == old and gold(task, candidate) == moved and words:
+        words = task.doc_to_text(candidate) != task.doc_to_text(doc) or moved == options
+        if doc[field] == old and gold(task, candidate) == new_right and words:
             return candidate
     return None
 
 
-def _answers(doc: Doc, labels: list[str] | None, place: int, moved: int) -> Iterator[tuple[str, Any, Any]]:
-    """(field, value if it is the answer, value of the rotated item) for every field and way to name a place."""
+def _answers(doc: Doc, labels: list[str] | None, right: int, moved: int) -> Iterator[tuple[str, Any, Any]]:
+    """(field, value if it is the answer, value of the rotated item) for every field and way to name an option."""
     for field, value in doc.items():
         if isinstance(value, str):
             if labels:
-                yield field, labels[place], labels[moved]
-            yield field, ascii_uppercase[place], ascii_uppercase[moved]
-            yield from ((field, str(place + first), str(moved + first)) for first in (0, 1))
+                yield field, labels[right], labels[moved]
+            yield field, ascii_uppercase[right], ascii_uppercase[moved]
+            yield from ((field, str(right + first), str(moved + first)) for first in (0, 1))
         elif isinstance(value, int):
-            yield from ((field, place + first, moved + first) for first in (0, 1))
+            yield from ((field, right + first, moved + first) for first in (0, 1))
 
 
 def check(name: str, task: Any) -> None:
     """Refuse a task that cannot be rotated, as its first item shows.
+
+    Args:
+        name: of the task, for the message.
+        task: of lm-eval.
 
     Raises:
         InputError: says why.
@@ -94,7 +102,7 @@ def check(name: str, task: Any) -> None:
 
 
 def with_items(task: Any, docs: list[Doc]) -> Any:
-    """The same task with other items."""
+    """The same task with other items, `docs`."""
     task = copy.copy(task)
     task.has_test_docs, task.test_docs = lambda: True, lambda: docs
     return task
@@ -105,7 +113,7 @@ def summarize(right: list[list[float]], chosen: list[int]) -> dict[str, Any]:
 
     Args:
         right: of each item, the score of each rotation, 0 or 1.
-        chosen: place of the letter that was chosen, of every item and rotation.
+        chosen: index of the letter that was chosen, of every item and rotation.
     """
     items, counts = [float(np.mean(scores)) for scores in right], Counter(chosen)
     letters = range(max(max(counts) + 1, *(len(scores) for scores in right)))

@@ -1,4 +1,4 @@
-"""Speed and memory by context length: the source, the window control and the student, in turns in one process.
+"""Speed and memory by context length: the source, the window control and the student, interleaved in one process.
 
 1. A prompt is random tokens, the same for all; the rows of a batch are alike. Its prefill is one forward pass, as
    `generate` makes it; its time is the median over `PREFILLS` rounds, or over fewer once they took `ENOUGH` seconds.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from linearize.checkpoint.describe import text_sizes
 from linearize.checkpoint.sources import Located
 from linearize.errors import InputError
 from linearize.evaluation.clock import (
@@ -50,7 +51,7 @@ ENOUGH = 20.0
 TURN = 3
 READ = 2048
 WARM = 32
-"""Tokens of a first prefill that is not timed: libraries load and compile on first use."""
+"""Tokens of a first prefill that is not timed."""
 
 Cell = dict[str, Any]
 
@@ -58,7 +59,13 @@ Cell = dict[str, Any]
 
 
 def prefill(model: PreTrainedModel, cache: Cache, ids: Tensor, piece: int) -> Tensor:
-    """Read a prompt ids int64 [B, T] into a cache, `piece` tokens at a time.
+    """Read a prompt into a cache.
+
+    Args:
+        model: a causal LM.
+        cache: to read into.
+        ids: int64 [B, T].
+        piece: tokens of one forward pass.
 
     Returns:
         Logits of the last position [B, 1, vocabulary].
@@ -69,12 +76,18 @@ def prefill(model: PreTrainedModel, cache: Cache, ids: Tensor, piece: int) -> Te
 
 
 def decode(model: PreTrainedModel, cache: Cache, token: Tensor, steps: int) -> list[float]:
-    """Seconds of each of `steps` greedy tokens; one more goes before them to warm up.
+    """Decode greedily; one more token goes before those that count, to warm up.
 
     A cache that can forget its last tokens is as long afterwards as before.
 
     Args:
+        model: a causal LM.
+        cache: holds what was read.
         token: int64 [B, 1], the first one.
+        steps: how many tokens count.
+
+    Returns:
+        Seconds of each token.
     """
 
     def step() -> Tensor:
@@ -106,7 +119,12 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def stretch(cache: Cache, context: int) -> Cache:
-    """Repeat the keys and values that a softmax cache holds, in place, until it looks as if it had read `context`."""
+    """Repeat the keys and values that a softmax cache holds, until it is as long as if it had read `context` tokens.
+
+    Args:
+        cache: changed in place.
+        context: in tokens.
+    """
     for layer in cache.layers:
         if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
             continue
@@ -119,7 +137,14 @@ def stretch(cache: Cache, context: int) -> Cache:
 
 
 def resident_peak(model: PreTrainedModel, cache: Cache, batch: int, steps: int) -> int:
-    """Peak of this process's resident bytes while a model on the CPU decodes; the cache holds one row."""
+    """Peak of this process's resident bytes while a model on the CPU decodes.
+
+    Args:
+        model: a causal LM.
+        cache: holds one row of what was read.
+        batch: rows to decode.
+        steps: tokens to decode.
+    """
     cache.batch_repeat_interleave(batch)
     forget_peak()  # what the prefill needed: the peak from here on is that of decoding
     decode(model, cache, torch.zeros(batch, 1, dtype=torch.int64), steps)
@@ -127,7 +152,13 @@ def resident_peak(model: PreTrainedModel, cache: Cache, batch: int, steps: int) 
 
 
 def allocated_peak(model: PreTrainedModel, cache: Cache, batch: int) -> int:
-    """Peak bytes on the GPU while decoding, as if nothing but this model and its cache were there."""
+    """Peak bytes on the GPU while decoding, as if nothing but this model and its cache were there.
+
+    Args:
+        model: a causal LM.
+        cache: holds what was read.
+        batch: rows of the cache.
+    """
     device = model.device
     torch.cuda.reset_peak_memory_stats(device)
     own = sum(x.nbytes for x in [*model.parameters(), *model.buffers()]) + cache_bytes(cache)
@@ -138,7 +169,7 @@ def allocated_peak(model: PreTrainedModel, cache: Cache, batch: int) -> int:
 
 def positions(model: PreTrainedModel) -> int | None:
     """Tokens that fit a model whose positions are a learned table; None where they are computed."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = text_sizes(model.config).context
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
     # OPT's table has two rows more than it has positions.
     learned = limit is not None and any(limit <= table.num_embeddings <= limit + 2 for table in tables)
@@ -146,20 +177,83 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 def prompt(model: PreTrainedModel, context: int, seed: int) -> Tensor:
-    """Random tokens, int64 [1, context]."""
+    """Random tokens.
+
+    Args:
+        model: for its vocabulary and device.
+        context: how many.
+        seed: the same seed gives the same tokens.
+
+    Returns:
+        int64 [1, context].
+    """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (1, context), generator=generator).to(model.device)
+    return torch.randint(text_sizes(model.config).vocabulary, (1, context), generator=generator).to(model.device)
 
 
-# --- several in turns -------------------------------------------------------------------------------------------------
+# --- several, interleaved ---------------------------------------------------------------------------------------------
+
+
+class _Clocked:
+    """One model at one context and batch: its cache and times.
+
+    Args:
+        name: of its column.
+        model: a causal LM.
+        ids: the prompt, int64 [batch, context].
+        steps: tokens to decode.
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel, ids: Tensor, steps: int):
+        self.name, self.model, self.ids, self.steps = name, model, ids, steps
+        self.cache, self.cache_bytes, self.peak_bytes = DynamicCache(config=model.config), 0, None
+        self.reading: list[float] = []
+        self.writing: list[float] = []
+
+    def read(self) -> None:
+        self.cache = cache = DynamicCache(config=self.model.config)  # lets go of the last round's
+        context = self.ids.shape[1]
+        logits, spent = timed(lambda: prefill(self.model, cache, self.ids, context), self.model.device)
+        if logits.isnan().any():
+            raise InputError(
+                f"{self.name}: the prediction after {context} tokens is not a number; the model's weights are damaged, "
+                "or its dtype is too narrow: try --dtype float32"
+            )
+        self.cache_bytes = cache_bytes(cache)
+        self.reading.append(spent)
+
+    def write(self) -> None:
+        count = min(TURN, self.steps - len(self.writing))
+        self.writing.extend(decode(self.model, self.cache, self.ids[:, :1], count))
+
+    def weigh(self) -> None:
+        if self.model.device.type == "cuda":
+            self.peak_bytes = allocated_peak(self.model, self.cache, len(self.ids))
+
+    def cell(self) -> Cell:
+        token = summary(self.writing)
+        return {
+            "prefill_seconds": statistics.median(self.reading),
+            "token_seconds": token["seconds"],
+            "low": token["low"],
+            "high": token["high"],
+            "peak_bytes": self.peak_bytes,
+            "cache_bytes": self.cache_bytes,
+        }
 
 
 @torch.inference_mode()
-def in_turns(
+def interleaved(
     models: dict[str, PreTrainedModel], context: int, batch: int, steps: int, seed: int
 ) -> tuple[dict[str, Cell], dict[str, str]]:
-    """Times of several models for one context and batch.
+    """Times of several models for one context and batch, each doing a little at a time, one after the other.
+
+    Args:
+        models: by column.
+        context: tokens of the prompt.
+        batch: rows, all alike.
+        steps: tokens to decode.
+        seed: of the prompt.
 
     Returns:
         Cells of columns[name]["speed"] without their context, batch and, on a CPU, peak; and why a model has none.
@@ -167,67 +261,40 @@ def in_turns(
     Raises:
         InputError: a model's prediction is not a number.
     """
-    reading: dict[str, list[float]] = {name: [] for name in models}
-    writing: dict[str, list[float]] = {name: [] for name in models}
-    caches: dict[str, Cache] = {}
+    clocked = {
+        name: _Clocked(name, model, prompt(model, context, seed).expand(batch, -1), steps)
+        for name, model in models.items()
+    }
     failed: dict[str, str] = {}
-    peaks: dict[str, int] = {}
 
-    def turns(round_: int, turn: Callable[[str, PreTrainedModel], None]) -> None:
-        for name in rotated([name for name in models if name not in failed], round_):
+    def each(act: Callable[[_Clocked], None], first: int = 0) -> None:
+        for name in rotated([*clocked], first):
             try:
-                turn(name, models[name])
+                act(clocked[name])
             except (RuntimeError, MemoryError) as error:
                 if not no_memory(error):
                     raise
                 failed[name] = "out of memory"
-                caches.pop(name, None)
+                del clocked[name]
 
-    def read(name: str, model: PreTrainedModel) -> None:
-        caches.pop(name, None)  # the last round's, before its successor needs the memory
-        ids = prompt(model, context, seed).expand(batch, -1)
-        cache = DynamicCache(config=model.config)
-        logits, spent = timed(lambda: prefill(model, cache, ids, context), model.device)
-        if logits.isnan().any():
-            raise InputError(
-                f"{name}: the prediction after {context} tokens is not a number; the model's weights are damaged, or "
-                "its dtype is too narrow: try --dtype float32"
-            )
-        caches[name] = cache
-        reading[name].append(spent)
-
-    def write(name: str, model: PreTrainedModel) -> None:
-        count = min(TURN, steps - len(writing[name]))
-        writing[name].extend(decode(model, caches[name], prompt(model, 1, seed).expand(batch, -1), count))
-
-    def weigh(name: str, model: PreTrainedModel) -> None:
-        if model.device.type == "cuda":
-            peaks[name] = allocated_peak(model, caches[name], batch)
-
-    for round_ in range(PREFILLS):
-        turns(round_, read)
-        if sum(map(sum, reading.values())) > ENOUGH:
+    for number in range(PREFILLS):
+        each(_Clocked.read, first=number)
+        if sum(sum(model.reading) for model in clocked.values()) > ENOUGH:
             break
-    sizes = {name: cache_bytes(cache) for name, cache in caches.items()}
-    for round_ in range(-(-steps // TURN)):
-        turns(round_, write)
-    turns(0, weigh)
-    cells = {}
-    for name in (name for name in models if name not in failed):
-        token = summary(writing[name])
-        cells[name] = {
-            "prefill_seconds": statistics.median(reading[name]),
-            "token_seconds": token["seconds"],
-            "low": token["low"],
-            "high": token["high"],
-            "peak_bytes": peaks.get(name),
-            "cache_bytes": sizes[name],
-        }
-    return cells, failed
+    for number in range(-(-steps // TURN)):
+        each(_Clocked.write, first=number)
+    each(_Clocked.weigh)
+    return {name: model.cell() for name, model in clocked.items()}, failed
 
 
 @torch.inference_mode()
 def warm_up(models: dict[str, PreTrainedModel], seed: int) -> None:
+    """Read and decode a few tokens with each model: libraries load and compile on first use.
+
+    Args:
+        models: by column.
+        seed: of the prompt.
+    """
     for model in models.values():
         cache = DynamicCache(config=model.config)
         prefill(model, cache, prompt(model, WARM, seed), WARM)
@@ -258,7 +325,17 @@ def _models(folder: str, located: Located, dtype: str, seed: int) -> Models:
 
 
 def process_peak(models: Models, column: str, context: int, batch: int) -> Cell:
-    """{peak_bytes} or {failed: reason}; empty on a GPU, which needs no process, and where the system does not tell."""
+    """Peak of resident memory while one column decodes in a process of its own.
+
+    Args:
+        models: says what to open.
+        column: of `COLUMNS`.
+        context: tokens in the cache.
+        batch: rows.
+
+    Returns:
+        {peak_bytes} or {failed: reason}; empty on a GPU, which needs no process, and where the system does not tell.
+    """
     if models.device.type != "cpu" or not has_peak():
         return {}
     dtype = str(models.dtype).removeprefix("torch.")
@@ -321,18 +398,24 @@ def _measure(
         if limit is not None and length > limit:
             reasons[name] = f"the model has learned positions for {limit} tokens"
             continue
-        found = process_peak(models, name, context, batch)
-        if "failed" in found:
-            reasons[name] = found["failed"]
+        peak = process_peak(models, name, context, batch)
+        if "failed" in peak:
+            reasons[name] = peak["failed"]
         else:
-            peaks[name] = found
+            peaks[name] = peak
         bar.advance()
-    cells, failed = in_turns({name: opened[name] for name in peaks}, context, batch, steps, models.seed)
+    cells, failed = interleaved({name: opened[name] for name in peaks}, context, batch, steps, models.seed)
     return {name: cell | peaks[name] for name, cell in cells.items()}, reasons | failed
 
 
 def complete(spec: SpeedSpec | None, name: str, column: dict[str, Any]) -> bool:
-    """Whether a column has all that this section gives it."""
+    """Whether a column has all that this section gives it.
+
+    Args:
+        spec: what was asked for; None where nothing was.
+        name: of the column.
+        column: its entry in results.json.
+    """
     return spec is None or name not in COLUMNS or set(_keys(spec)) <= _done(column)
 
 

@@ -179,6 +179,10 @@ def load(suite: str | Path | list[str] | Suite) -> Suite:
 def check_columns(columns: list[str], where: str) -> None:
     """Refuse columns that do not exist.
 
+    Args:
+        columns: names.
+        where: they were given, for the message.
+
     Raises:
         InputError: names the nearest ones.
     """

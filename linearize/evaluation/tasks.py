@@ -41,6 +41,7 @@ class Loaded:
 
     @property
     def tasks(self) -> dict[str, Task]:
+        """The task, or all of the group, by name."""
         tasks = self.item.get_all_tasks() if isinstance(self.item, Group) else [self.item]
         return {task.task_name: task for task in tasks}
 
@@ -62,6 +63,9 @@ def load(specs: list[TaskSpec], include_path: str | Path | None = None, model: s
         include_path: a folder with task files of the user's own.
         model: folder of the model; tasks that generate their items by length take its tokenizer.
         seed: of the choice of few-shot examples, and of tasks that generate their items.
+
+    Returns:
+        The tasks and groups, in order.
 
     Raises:
         InputError: an unknown task (with the nearest names) or metric, or items that cannot be loaded or rotated.
@@ -96,14 +100,16 @@ def load(specs: list[TaskSpec], include_path: str | Path | None = None, model: s
 
 def _load(manager: TaskManager, spec: TaskSpec, seed: int) -> list[Loaded]:
     try:
-        found = manager.load([spec.task])
+        named = manager.load([spec.task])
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"tasks: the items of {spec.task!r} could not be loaded ({reason}); check the network and HF_HUB_OFFLINE, "
             "or give a folder of task files that read local data by --include-path"
         ) from error
-    for task in found["tasks"].values():
+    for task in named["tasks"].values():
         if spec.fewshot is not None:
             task.set_config("num_fewshot", spec.fewshot)
         task.set_fewshot_seed(seed)
@@ -116,9 +122,9 @@ def _load(manager: TaskManager, spec: TaskSpec, seed: int) -> list[Loaded]:
             )
         if spec.rotate:
             rotation.check(task.task_name, task)
-    groups = found.get("groups", {})
+    groups = named.get("groups", {})
     whole = spec.task in groups and groups[spec.task].has_aggregation
-    items = {spec.task: groups[spec.task]} if whole else found["tasks"]
+    items = {spec.task: groups[spec.task]} if whole else named["tasks"]
     return [
         Loaded(name, spec.label if spec.label and len(items) == 1 else name, spec.metric, item, spec.rotate)
         for name, item in items.items()
@@ -126,6 +132,16 @@ def _load(manager: TaskManager, spec: TaskSpec, seed: int) -> list[Loaded]:
 
 
 _HFLM: Any = HFLM  # its registration hides the signature
+
+
+def _counted(name: str) -> Any:
+    """A method of lm-eval's model that first tells the bar how many requests it answers."""
+
+    def method(self: Any, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        self.bar.expect(len(requests))
+        return getattr(super(Scorer, self), name)(requests, disable_tqdm)
+
+    return method
 
 
 class Scorer(_HFLM):
@@ -141,21 +157,13 @@ class Scorer(_HFLM):
         self.bar = bar
         self.set_cache_hook(_EachRequest(bar))
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self.bar.expect(len(requests))
-        return super().loglikelihood(requests, disable_tqdm)
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        self.bar.expect(len(requests))
-        return super().loglikelihood_rolling(requests, disable_tqdm)
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        self.bar.expect(len(requests))
-        return super().generate_until(requests, disable_tqdm)
+    loglikelihood, loglikelihood_rolling, generate_until = map(
+        _counted, ("loglikelihood", "loglikelihood_rolling", "generate_until")
+    )
 
 
 class _EachRequest(CacheHook):
-    """lm-eval hands every finished answer to a cache; this one keeps nothing and looks."""
+    """lm-eval hands every finished answer to a cache; this one keeps nothing and checks them."""
 
     def __init__(self, bar: Bar):
         super().__init__(None)
@@ -208,10 +216,10 @@ def _rotation(scorer: Scorer, loaded: Loaded, asked: dict[str, Any], metric: str
     """Score the items that were asked in their other rotations; `asked` are the samples of rotation 0 by task."""
     right, chosen = [], []
     for name, task in loaded.tasks.items():
-        first = [(sample, turned) for sample in asked[name] if (turned := rotation.rotations(task, sample["doc"]))]
+        first = [(sample, others) for sample in asked[name] if (others := rotation.rotations(task, sample["doc"]))]
         task.set_fewshot_seed(seed)
-        turned_task = rotation.with_items(task, [doc for _, docs in first for doc in docs])
-        others = iter(_evaluate(scorer, {name: turned_task}, {}, None)["samples"][name])
+        rotated = rotation.with_items(task, [doc for _, docs in first for doc in docs])
+        others = iter(_evaluate(scorer, {name: rotated}, {}, None)["samples"][name])
         for sample, docs in first:
             samples = [sample, *(next(others) for _ in docs)]
             right.append([float(each[metric]) for each in samples])

@@ -11,9 +11,12 @@ import numpy as np
 
 from linearize.formats import format_bytes
 from linearize.reporting.plot import svg
+from linearize.results.numbers import tokens
 from linearize.results.summary import headline
 
 Styles = dict[str, tuple[str, str]]  # column -> colour, dashes
+Points = list[tuple[float, float]]  # (x, y)
+Shares = dict[str, tuple[float, float | None]]  # task -> share, half of its interval
 # Okabe and Ito's colours: told apart by the colour-blind.
 STYLES = {
     "source": ("#222222", "-"),
@@ -32,18 +35,22 @@ def styles(columns: Iterable[str]) -> Styles:
     """Colour and dashes of each column; names outside `STYLES` get the colours of `WINDOWS` or `MORE` in turn."""
     controls = [name for name in columns if name.startswith("window of ")]
     others = [name for name in columns if name not in STYLES and name not in controls]
-    found = {name: (MORE[i % len(MORE)], "-" if i < len(MORE) else "--") for i, name in enumerate(others)}
-    found |= {name: (WINDOWS[i % len(WINDOWS)], "--") for i, name in enumerate(controls)}
-    return {name: found.get(name) or STYLES[name] for name in columns}
+    own = {name: (MORE[i % len(MORE)], "-" if i < len(MORE) else "--") for i, name in enumerate(others)}
+    own |= {name: (WINDOWS[i % len(WINDOWS)], "--") for i, name in enumerate(controls)}
+    return {name: own.get(name) or STYLES[name] for name in columns}
 
 
-def shares(column: dict[str, Any], source: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
+def shares(column: dict[str, Any], source: dict[str, Any]) -> Shares:
     """Share of the source's score kept per task of the average, and half of its 95 % interval.
 
     The interval is that of the difference on the same items, 1.96 times its standard error over the source's score; of
     tasks without items, that of the column's score alone; None where lm-eval gives no standard error.
+
+    Args:
+        column: as in results.json.
+        source: the column of the source.
     """
-    found = {}
+    kept = {}
     for name in headline(source["tasks"]):
         ours, theirs = column["tasks"].get(name), source["tasks"][name]
         if ours is None or theirs["value"] <= 0:
@@ -52,35 +59,42 @@ def shares(column: dict[str, Any], source: dict[str, Any]) -> dict[str, tuple[fl
         if ours.get("items") and theirs.get("items") and len(ours["items"]) > 1:
             difference = np.array(ours["items"], float) - np.array(theirs["items"], float)
             error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
-        found[name] = (ours["value"] / theirs["value"], None if error is None else 1.96 * error / theirs["value"])
-    return found
+        kept[name] = (ours["value"] / theirs["value"], None if error is None else 1.96 * error / theirs["value"])
+    return kept
 
 
-def recovery(columns: dict[str, Any], shown: list[str], colours: Styles, label: str) -> str:
-    """Bars per task: share of the source's score, one bar per shown column."""
-    values = {name: shares(columns[name], columns["source"]) for name in shown}
+def recovery(values: dict[str, Shares], names: dict[str, str], colours: Styles, label: str) -> str:
+    """Bars per task: share of the source's score, one bar per column.
+
+    Args:
+        values: column -> `shares`.
+        names: task -> its name in the chart.
+        colours: see `styles`.
+        label: in words.
+    """
     tasks = list(dict.fromkeys(task for share in values.values() for task in share))
-    names = [columns["source"]["tasks"][task].get("label", task) for task in tasks]
-    thickness = 0.8 / len(shown)
+    thickness = 0.8 / len(values)
 
     def draw(axes: Any) -> None:
-        for i, name in enumerate(shown):
-            places = [row + (i + 0.5) * thickness - 0.4 for row, task in enumerate(tasks) if task in values[name]]
-            widths = [100 * share for share, _ in values[name].values()]
-            errors = [100 * (half or 0) for _, half in values[name].values()]
-            axes.barh(places, widths, thickness * 0.9, xerr=errors, color=colours[name][0], ecolor="#555555", capsize=2)
+        for i, (name, kept) in enumerate(values.items()):
+            heights = [row + (i + 0.5) * thickness - 0.4 for row, task in enumerate(tasks) if task in kept]
+            widths = [100 * share for share, _ in kept.values()]
+            errors = [100 * (half or 0) for _, half in kept.values()]
+            axes.barh(
+                heights, widths, thickness * 0.9, xerr=errors, color=colours[name][0], ecolor="#555555", capsize=2
+            )
         axes.axvline(100, color=STYLES["source"][0], linewidth=1.5)
-        axes.set_yticks(range(len(tasks)), [_short(name) for name in names])
+        axes.set_yticks(range(len(tasks)), [_short(names[task]) for task in tasks])
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.set_xlim(left=0)
         axes.set_xlabel("% of the source's score")
 
-    return svg(draw, label, 0.9 + len(tasks) * (0.25 + 0.17 * len(shown)))
+    return svg(draw, label, 0.9 + len(tasks) * (0.25 + 0.17 * len(values)))
 
 
 def lines(
-    series: dict[str, list[tuple[float, float]]],
+    series: dict[str, Points],
     colours: Styles,
     label: str,
     ylabel: str,
@@ -88,14 +102,16 @@ def lines(
     windows: Sequence[int] = (),
     log_y: bool = False,
     as_bytes: bool = False,
-    ranges: dict[str, list[tuple[float, float]]] | None = None,
+    ranges: dict[str, Points] | None = None,
 ) -> str:
     """Lines over positions or contexts, on a logarithmic axis.
 
     Args:
         series: (x, y) by column.
         colours: see `styles`.
-        label, ylabel, xlabel: in words.
+        label: in words.
+        ylabel: name of the axis.
+        xlabel: name of the axis.
         windows: marked by upright lines.
         log_y: a logarithmic axis for y too.
         as_bytes: y is a number of bytes.
@@ -115,17 +131,18 @@ def lines(
                 axes.vlines(x, low, high, color=colour, linewidth=1)
         for i, window in enumerate(windows):
             axes.axvline(window, color="#999999", linestyle=":", linewidth=1.2)
-            axes.text(
-                window, 1 + 0.06 * i, f" window {window}", transform=axes.get_xaxis_transform(), fontsize=9, va="bottom"
-            )
+            at = {"transform": axes.get_xaxis_transform(), "fontsize": 9, "va": "bottom"}
+            axes.text(window, 1 + 0.06 * i, f" window {window}", **at)
         shown = sorted({x for points in series.values() for x, _ in points})
         first, last = math.floor(math.log2(shown[0])), math.ceil(math.log2(shown[-1]))
         ticks = [2.0**power for power in range(first, last + 1, max(1, round((last - first) / 6)))]
         axes.set_xticks(ticks, [tokens(tick) for tick in ticks])
         low, high = axes.get_ylim()
         if log_y:
-            places = _log_ticks(low, high, 1024 if as_bytes else 10)
-            axes.set_yticks(places, [_size(place) if as_bytes else f"{place:g}" for place in places])
+            # Powers of 1024 times a small whole number need no decimals.
+            words = (lambda tick: format_bytes(tick).replace(".00", "")) if as_bytes else "{:g}".format
+            ticks = _log_ticks(low, high, 1024 if as_bytes else 10)
+            axes.set_yticks(ticks, [words(tick) for tick in ticks])
         else:
             axes.set_ylim(min(low, 0) if low > 0 and low < 0.5 * high else low, high)
         axes.minorticks_off()
@@ -135,12 +152,19 @@ def lines(
 
 
 def survival(lengths: dict[str, list[int]], longest: int, colours: Styles, label: str) -> str:
-    """Share of prompts whose greedy continuation still equals the source's after 1, 2, … `longest` tokens."""
+    """Share of prompts whose greedy continuation still equals the source's after 1, 2, … `longest` tokens.
+
+    Args:
+        lengths: column -> tokens equal, of every prompt.
+        longest: the last number of tokens drawn.
+        colours: see `styles`.
+        label: in words.
+    """
     counts = range(longest + 1)
 
     def draw(axes: Any) -> None:
-        for name, found in lengths.items():
-            share = [100 * float(np.mean(np.array(found) >= count)) for count in counts]
+        for name, equal in lengths.items():
+            share = [100 * float(np.mean(np.array(equal) >= count)) for count in counts]
             colour, dashes = colours[name]
             axes.plot(counts, share, dashes, color=colour, linewidth=1.8)
         axes.set(xlabel="greedy tokens", ylabel="% of prompts still equal", ylim=(-3, 103))
@@ -149,23 +173,27 @@ def survival(lengths: dict[str, list[int]], longest: int, colours: Styles, label
 
 
 def heat_map(entries: list[dict[str, Any]], window: float, label: str) -> str:
-    """Right answers of one column on one recall task, in per cent: depth downwards, length to the right."""
+    """Right answers of one column on one recall task, in per cent: depth downwards, length to the right.
+
+    Args:
+        entries: see `linearize.results.schema.Recall`.
+        window: in tokens.
+        label: in words.
+    """
     lengths = sorted({entry["length"] for entry in entries})
     entries = [entry for entry in entries if entry["value"] is not None]
     depths = sorted({entry["depth"] for entry in entries if entry["depth"] is not None}) or [None]
-    found = {(entry["depth"], entry["length"]): entry for entry in entries}
-    grid = np.array([[100 * found[d, n]["value"] if (d, n) in found else np.nan for n in lengths] for d in depths])
+    values = {(entry["depth"], entry["length"]): 100 * entry["value"] for entry in entries}
+    grid = np.array([[values.get((depth, length), np.nan) for length in lengths] for depth in depths])
 
     def draw(axes: Any) -> None:
         edges = [np.arange(count + 1) - 0.5 for count in (len(lengths), len(depths))]
         axes.pcolormesh(*edges, grid, cmap="viridis", vmin=0, vmax=100, edgecolors="white", linewidth=1)
         axes.invert_yaxis()
-        for (row, place), value in np.ndenumerate(grid):
+        for (row, column), value in np.ndenumerate(grid):
             if not np.isnan(value):
-                # viridis is dark below two thirds
-                axes.text(
-                    place, row, f"{value:.0f}", ha="center", va="center", color="black" if value > 66 else "white"
-                )
+                colour = "black" if value > 66 else "white"  # viridis is dark below two thirds
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour)
         axes.grid(False)
         axes.set_xticks(range(len(lengths)), [f"{tokens(n)}\n{n / window:g} W" for n in lengths])
         axes.set_yticks(range(len(depths)), ["" if depth is None else f"{depth:g}" for depth in depths])
@@ -191,10 +219,10 @@ def differences(
         for i, (control, pair) in enumerate(pairs.items()):
             for row, task in enumerate(tasks):
                 if task in pair:
-                    entry, place = pair[task], row + (i + 1) / (len(pairs) + 1) - 0.5
+                    entry, height = pair[task], row + (i + 1) / (len(pairs) + 1) - 0.5
                     colour = colours[control][0]
-                    axes.hlines(place, 100 * entry["low"], 100 * entry["high"], color=colour, linewidth=2)
-                    axes.plot(100 * entry["difference"], place, "o", color=colour, markersize=5)
+                    axes.hlines(height, 100 * entry["low"], 100 * entry["high"], color=colour, linewidth=2)
+                    axes.plot(100 * entry["difference"], height, "o", color=colour, markersize=5)
         axes.axvline(0, color="#555555", linewidth=1)
         axes.set_yticks(range(len(tasks)), [_short(names[task]) for task in tasks])
         axes.set_ylim(len(tasks) - 0.5, -0.5)
@@ -205,32 +233,28 @@ def differences(
 
 
 def layer_map(kinds: list[int], colours: list[str], label: str) -> str:
-    """A square per layer in the colour of its kind, 16 to a row."""
+    """A square per layer in the colour of its kind, 16 to a row.
+
+    Args:
+        kinds: number of each layer's kind.
+        colours: of each kind.
+        label: in words.
+    """
     rows = math.ceil(len(kinds) / 16)
 
     def draw(axes: Any) -> None:
         for layer, kind in enumerate(kinds):
-            row, place = divmod(layer, 16)
-            axes.bar(place, 0.9, 0.9, row - 0.45, color=colours[kind])
-            axes.text(place, row, str(layer), ha="center", va="center", color="white", fontsize=9)
+            row, column = divmod(layer, 16)
+            axes.bar(column, 0.9, 0.9, row - 0.45, color=colours[kind])
+            axes.text(column, row, str(layer), ha="center", va="center", color="white", fontsize=9)
         axes.set(xlim=(-0.5, 15.5), ylim=(rows - 0.4, -0.6))
         axes.set_axis_off()
 
     return svg(draw, label, 0.33 * rows)
 
 
-def tokens(count: float) -> str:
-    """A number of tokens, in K where it is a multiple of 1024."""
-    return f"{count / 1024:g}K" if count >= 1024 and count % 1024 == 0 else f"{count:g}"
-
-
 def _short(name: str) -> str:
     return name if len(name) <= 18 else f"{name[:17]}…"
-
-
-def _size(count: float) -> str:
-    """A power of 1024 times a small whole number: `format_bytes` without decimals."""
-    return format_bytes(count).replace(".00", "")
 
 
 def _log_ticks(low: float, high: float, base: int) -> list[float]:

@@ -1,13 +1,11 @@
-"""Pictures of what `inspect`, `select` and `bench` found, and a report's charts as SVG. matplotlib is only here."""
+"""Pictures of what `inspect`, `select` and `bench` say, and a report's charts as SVG. matplotlib is only here."""
 
-import hashlib
-import html
 import io
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,17 +24,18 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "font.size": 11,
     "grid.color": "#e2e2e2",
+    "font.sans-serif": ["DejaVu Sans"],  # for the layout; the page has fonts of its own
     "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
-    "svg.hashsalt": "linearize",  # the same file from the same numbers
     "text.parse_math": False,  # a name may hold a dollar
 }
+SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
-def draw(found: dict[str, Any], target: Path) -> Path:
+def draw(model: dict[str, Any], target: Path) -> Path:
     """Write a picture of a model: its layers by mixer, and the cache of one row by context length.
 
     Args:
-        found: what `linearize.checkpoint.describe.inspect` returned.
+        model: what `linearize.checkpoint.describe.inspect` returned.
         target: file to write; its suffix names the format (png, svg, pdf).
 
     Returns:
@@ -46,11 +45,11 @@ def draw(found: dict[str, Any], target: Path) -> Path:
         InputError: the suffix names no format, or the file cannot be written.
     """
     figure = _figure(target, 11, 4.5)
-    origin = found["source"]
-    figure.suptitle(Path(found["path"]).name + (f", from {origin['id']}" if origin else ""))
+    origin = model["source"]
+    figure.suptitle(Path(model["path"]).name + (f", from {origin['id']}" if origin else ""))
     layers, cache = figure.subplots(1, 2, width_ratios=(3, 2))
-    _draw_layers(layers, found["layers"])
-    _draw_cache(cache, found["cache"]["contexts"])
+    _draw_layers(layers, model["layers"])
+    _draw_cache(cache, model["cache"]["contexts"])
     return _save(figure, target)
 
 
@@ -88,11 +87,11 @@ def draw_speed(panels: dict[str, dict[str, Points]], target: Path) -> Path:
     return _save(figure, target)
 
 
-def draw_selection(found: dict[str, Any], target: Path) -> Path:
+def draw_selection(selection: dict[str, Any], target: Path) -> Path:
     """Write a picture of what each budget of softmax layers or heads costs: KL to the source against cache at 32K.
 
     Args:
-        found: what `linearize.recovery.select` returned.
+        selection: what `linearize.recovery.select` returned.
         target: as for `draw`.
 
     Returns:
@@ -103,14 +102,14 @@ def draw_selection(found: dict[str, Any], target: Path) -> Path:
     """
     figure = _figure(target, 7, 4.5)
     axes = figure.subplots()
-    rows = found["budgets"]
+    rows, keep, per = (selection[key] for key in ("budgets", "keep", "per"))
     sizes = [row["cache_32k"] / 2**20 for row in rows]
     axes.plot(sizes, [row["predicted_kl"] for row in rows], ".-", color=COLOURS["student"], label="predicted (a sum)")
     measured = [(size, row["kl"]) for size, row in zip(sizes, rows, strict=True) if row["kl"] is not None]
     axes.plot(*zip(*measured, strict=True), "o", color=COLOURS["source"], label="measured")
-    axes.axvline(sizes[found["keep"]], color=COLOURS["window"], label=f"{found['keep']} {found['per']} stay softmax")
+    axes.axvline(sizes[keep], color=COLOURS["window"], label=f"{keep} {per} stay softmax")
     axes.set(xlabel="cache of one row at 32K tokens (MiB)", ylabel="KL to the source, nats per token")
-    axes.set_title(f"softmax {found['per']} by {found['by']}")
+    axes.set_title(f"softmax {per} by {selection['by']}")
     axes.legend()
     return _save(figure, target)
 
@@ -137,7 +136,7 @@ def _save(figure: Any, target: Path) -> Path:
     try:
         figure.savefig(target, dpi=150)
     except OSError as error:
-        raise InputError(f"--plot {target}: cannot be written ({error.strerror}); choose another place") from error
+        raise InputError(f"--plot {target}: cannot be written ({error.strerror}); choose another file") from error
     return target
 
 
@@ -146,34 +145,32 @@ def svg(plot: Callable[[Any], None], label: str, height: float = 3.0) -> str:
 
     Args:
         plot: draws on the axes that it is called with.
-        label: what the chart shows, for those who cannot see it.
+        label: what the chart shows, for those who cannot see it; different for every chart of a page.
         height: in inches, of 5 inches of width.
     """
-    with rc_context(STYLE), warnings.catch_warnings():
+    # The same file from the same numbers; charts of one page share no names.
+    with rc_context({**STYLE, "svg.hashsalt": label}), warnings.catch_warnings():
         # Letters that matplotlib's own font lacks: the browser, which draws the text, has others.
         warnings.filterwarnings("ignore", message="Glyph")
         figure = Figure(figsize=(5, height), layout="constrained")
         plot(figure.subplots())
         written = io.StringIO()
-        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = written.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
-    # Several charts share a page, and so its names.
-    prefix = hashlib.sha256(f"{label}{text}".encode()).hexdigest()[:8]
-    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    box = re.search(r'viewBox="[^"]*"', text)
-    assert box is not None
-    head = f'<svg {box[0]} role="img" aria-label="{html.escape(label)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    return re.sub(r"<svg[^>]*>", lambda match: head, text, count=1).strip()
+        figure.savefig(written, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    root = ElementTree.fromstring(written.getvalue())  # without the comments, which repeat every text
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
+    for element in root.iter():
+        # HTML has no namespaces, and matplotlib numbers its groups anew in every chart.
+        element.tag = element.tag.removeprefix(SVG)
+        group = element.tag == "g"
+        element.attrib = {k.removeprefix(XLINK): v for k, v in element.items() if not (group and k == "id")}
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _draw_layers(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Parameters of every layer, coloured by its mixer; new ones on top."""
-    kinds = {row["mixer"] + (f", W {row['window']}" if "window" in row else "") for row in rows}
-    for kind in sorted(kinds):
-        own = [r for r in rows if r["mixer"] + (f", W {r['window']}" if "window" in r else "") == kind]
+    kinds = [row["mixer"] + (f", W {row['window']}" if "window" in row else "") for row in rows]
+    for kind in sorted({*kinds}):
+        own = [row for row, its_kind in zip(rows, kinds, strict=True) if its_kind == kind]
         old = [(r["parameters"] - r["new_parameters"]) / 1e6 for r in own]
         axes.bar([r["layer"] for r in own], old, label=kind)
         if any(r["new_parameters"] for r in own):

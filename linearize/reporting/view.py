@@ -1,6 +1,6 @@
 """One or several results files as one set of columns, for the report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from linearize.errors import InputError
@@ -21,17 +21,17 @@ class View:
         columns: name -> column, as in results.json; what each name means is in `meaning`.
         meaning: name -> words.
         summary: average and recovery by column, as in results.json.
-        pairs: (one column, another, one minus the other as in results.json).
+        pairs: student -> control -> the student minus the control, as in results.json.
         differing: setting -> its value by student, of those that are not the same in all.
     """
 
     reports: list[dict[str, Any]]
     students: list[str]
-    columns: dict[str, Any]
-    meaning: dict[str, str]
-    summary: dict[str, Any]
-    pairs: list[tuple[str, str, dict[str, Any]]]
-    differing: dict[str, list[str]]
+    columns: dict[str, Any] = field(default_factory=dict)
+    meaning: dict[str, str] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=lambda: {"average": {}, "recovery": {}})
+    pairs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    differing: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def styles(self) -> Styles:
@@ -42,6 +42,16 @@ class View:
     def windows(self) -> list[int]:
         """The students' windows, each once."""
         return sorted({window for report in self.reports if (window := _settings(report).get("window"))})
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """Every task and its name in charts and tables."""
+        scores = [item for column in self.columns.values() for item in column["tasks"].items()]
+        return {task: score.get("label", task) for task, score in scores}
+
+    def prefix(self, student: str) -> str:
+        """How a line about one of several students begins; empty for one alone."""
+        return f"{student}: " if len(self.students) > 1 else ""
 
 
 def view(reports: list[dict[str, Any]]) -> View:
@@ -58,38 +68,40 @@ def view(reports: list[dict[str, Any]]) -> View:
     if len(reports) == 1:
         (report,) = reports
         columns, summary = report["columns"], report["summary"]
-        pairs = [("student", control, entry) for control, entry in summary["paired"].items()]
         meaning = {name: COLUMNS[name] for name in columns}
-        return View(reports, ["student"], columns, meaning, summary, pairs, {})
+        return View(reports, ["student"], columns, meaning, summary, {"student": summary["paired"]})
     _check_comparable(reports)
-    students = _names(reports)
-    columns: dict[str, Any] = {}
-    summary: dict[str, Any] = {"average": {}, "recovery": {}}
-    meaning: dict[str, str] = {}
-    pairs = []
+    return _side_by_side(View(reports, _names(reports), differing=_differing(reports)))
+
+
+def _side_by_side(shown: View) -> View:
+    """Fill a view of several results: the shared source, the window controls, the students, and their differences."""
 
     def add(name: str, report: dict[str, Any], column: str, words: str) -> None:
-        columns[name], meaning[name] = report["columns"][column], words
-        for key, values in summary.items():
+        shown.columns[name], shown.meaning[name] = report["columns"][column], words
+        for key, values in shown.summary.items():
             if column in report["summary"][key]:
                 values[name] = report["summary"][key][column]
 
-    one_window = len({str([_settings(report).get(key) for key in ("window", "sinks")]) for report in reports}) == 1
+    each = list(zip(shown.students, shown.reports, strict=True))
+    one_window = len({str([_settings(report).get(key) for key in ("window", "sinks")]) for _, report in each}) == 1
     for column in ("source", "window"):
-        for student, report in zip(students, reports, strict=True):
+        for student, report in each:
             name = column if column == "source" or one_window else f"window of {student}"
-            if column in report["columns"] and name not in columns:
+            if column in report["columns"] and name not in shown.columns:
                 add(name, report, column, COLUMNS[column])
-    for student, report in zip(students, reports, strict=True):
+    first = shown.students[0]
+    for student, report in each:
         add(student, report, "student", f"the evaluated model {report['model']}")
-        for control in ("source", "window"):
-            if control in report["summary"]["paired"]:
-                name = control if control in columns else f"{control} of {student}"
-                pairs.append((student, name, report["summary"]["paired"][control]))
-    first = students[0]
-    for student in students[1:]:
-        pairs.append((student, first, paired(columns[student], columns[first], reports[0]["settings"]["seed"])))
-    return View(reports, students, columns, meaning, summary, pairs, _differing(reports))
+        shown.pairs[student] = {
+            control if control in shown.columns else f"{control} of {student}": report["summary"]["paired"][control]
+            for control in ("source", "window")
+            if control in report["summary"]["paired"]
+        }
+        if student != first:
+            seed = shown.reports[0]["settings"]["seed"]
+            shown.pairs[student][first] = paired(shown.columns[student], shown.columns[first], seed)
+    return shown
 
 
 def _settings(report: dict[str, Any]) -> dict[str, Any]:
@@ -116,8 +128,8 @@ def _check_comparable(reports: list[dict[str, Any]]) -> None:
                 f"{report['model']}: its results have no column student, which is what several results are compared "
                 "in; run `linearize eval` on it with that column"
             )
-        found = {key: (_shared(report, key), _shared(first, key)) for key in SHARED}
-        unequal = [f"{key} ({ours} here, {theirs} there)" for key, (ours, theirs) in found.items() if ours != theirs]
+        values = {key: (_shared(report, key), _shared(first, key)) for key in SHARED}
+        unequal = [f"{key} ({ours} here, {theirs} there)" for key, (ours, theirs) in values.items() if ours != theirs]
         if not unequal and _asked(report) != _asked(first):
             unequal = [f"suite (both named {report['suite']}, but with other contents)"]
         if unequal:
@@ -156,9 +168,9 @@ def _differing(reports: list[dict[str, Any]]) -> dict[str, list[str]]:
     for report in reports:
         environment = report["environment"]
         machine = {f"{key} (machine)": environment.get(key) for key in ("cpu", "cores", "threads", "device", "commit")}
-        versions = {f"{name} (version)": found for name, found in (environment.get("versions") or {}).items()}
+        versions = {f"{name} (version)": each for name, each in (environment.get("versions") or {}).items()}
         settings = {key: value for key, value in _settings(report).items() if key not in SHARED}
         rows.append({**settings, **machine, **versions})
     keys = dict.fromkeys(key for row in rows for key in row)
     values = {key: [str(row.get(key)) for row in rows] for key in keys}
-    return {key: found for key, found in values.items() if len(set(found)) > 1}
+    return {key: own for key, own in values.items() if len(set(own)) > 1}

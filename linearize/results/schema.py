@@ -14,8 +14,8 @@ COLUMNS = {
     "window": "the source with the same window and sinks and nothing else, no training",
     "converted": "the source converted, no training",
     "student": "the evaluated model",
-    "student/window": "the student with its memory off",
-    "student/memory": "the student with its window off",
+    "student/window": "the student without its memory",
+    "student/memory": "the student without its window",
     "other": "another student, given by --against",
 }
 
@@ -30,43 +30,29 @@ class Choices(TypedDict):
 class Rotation(TypedDict):
     """Of a task whose suite entry says `rotate`: every item with k options asked in all k rotations."""
 
-    n: int
-    """Items that could be rotated."""
-    accuracy: float
-    """Mean over items of the share of rotations answered right."""
-    stderr: float | None
-    """Over items."""
-    consistent: float
-    """Share of items answered right in every rotation."""
-    letters: dict[str, float]
-    """Letter -> share of the answers over all items and rotations that it was."""
-    most: float
-    """The largest of these shares."""
-    items: list[float]
-    """Share of rotations answered right of each item."""
+    n: int  # items that could be rotated
+    accuracy: float  # mean over items of the share of rotations answered right
+    stderr: float | None  # over items
+    consistent: float  # share of items answered right in every rotation
+    letters: dict[str, float]  # letter -> share of the answers over all items and rotations that it was
+    most: float  # the largest of these shares
+    items: list[float]  # share of rotations answered right of each item
 
 
 class Score(TypedDict):
     """Of one task."""
 
-    label: NotRequired[str]
-    """Name in tables."""
-    metric: str
-    """Name in lm-eval, e.g. acc_norm."""
+    label: NotRequired[str]  # name in tables
+    metric: str  # name in lm-eval, e.g. acc_norm
     value: float
-    stderr: float | None
-    """null where lm-eval gives none."""
-    n: int
-    """Items scored."""
+    stderr: float | None  # null where lm-eval gives none
+    n: int  # items scored
     higher_is_better: bool
     chance: NotRequired[float | None]
     """Score of guessing: 0 where the answer is free text, null where it has no meaning (perplexities)."""
-    prompts: NotRequired[str]
-    """sha256 over every prompt and choice scored: equal in all columns."""
-    choices: NotRequired[Choices | None]
-    """null where there are none to choose from."""
-    items: NotRequired[list[float] | None]
-    """Score of each item, in order; null for metrics that are no mean over items."""
+    prompts: NotRequired[str]  # sha256 over every prompt and choice scored: equal in all columns
+    choices: NotRequired[Choices | None]  # null where there are none to choose from
+    items: NotRequired[list[float] | None]  # score of each item, in order; null for metrics that are no mean over items
     rotation: NotRequired[Rotation]
 
 
@@ -86,19 +72,17 @@ class Text(TypedDict):
     length: int
     blocks: int
     value: float
-    tokens: int
-    """How many were predicted."""
+    tokens: int  # how many were predicted
     by_position: Annotated[list[Bucket], Field(min_length=1)]
-    losses: NotRequired[list[list[float]]]
-    """[block][bucket]: mean loss."""
+    losses: NotRequired[list[list[float]]]  # [block][bucket]: mean loss
 
 
 class Perplexity(TypedDict):
-    value: float
-    """Of the suite's first text."""
+    """Of all texts."""
+
+    value: float  # of the suite's first text
     tokens: int
-    by_position: Annotated[list[Bucket], Field(min_length=1)]
-    """Of the text with the longest blocks."""
+    by_position: Annotated[list[Bucket], Field(min_length=1)]  # of the text with the longest blocks
     texts: Annotated[list[Text], Field(min_length=1)]
 
 
@@ -106,17 +90,13 @@ class Recall(TypedDict):
     """Share of right answers of one generated task. Where nothing could be measured, `skipped` says why."""
 
     task: str
-    length: int
-    """Tokens."""
-    multiple: int
-    """The same in windows."""
-    depth: float | None
-    """0 at the start of the context, 1 at its end; null where the task has none."""
+    length: int  # tokens
+    multiple: int  # the same in windows
+    depth: float | None  # 0 at the start of the context, 1 at its end; null where the task has none
     value: float | None
     stderr: float | None
     n: int
-    items: list[float]
-    """Score of each."""
+    items: list[float]  # score of each
     skipped: NotRequired[str]
 
 
@@ -139,8 +119,7 @@ class KL(TypedDict):
     """KL(source ‖ model) in nats per token."""
 
     value: float
-    stderr: float | None
-    """Over blocks; null for one."""
+    stderr: float | None  # over blocks; null for one
     tokens: int
     by_position: Annotated[list[Divergence], Field(min_length=1)]
 
@@ -150,8 +129,7 @@ class Agreement(TypedDict):
 
     mean: float
     median: float
-    lengths: list[int]
-    """Per prompt."""
+    lengths: list[int]  # per prompt
 
 
 class Repetition(TypedDict):
@@ -177,8 +155,7 @@ class State(TypedDict):
 
     position: int
     norm: float
-    effective_rank: float | None
-    """null where the state is a vector per head."""
+    effective_rank: float | None  # null where the state is a vector per head
 
 
 class Behaviour(TypedDict):
@@ -188,8 +165,7 @@ class Behaviour(TypedDict):
     agreement: Agreement
     repetition: Repetition
     cached: Cached
-    state: list[State] | None
-    """null without a memory."""
+    state: list[State] | None  # null without a memory
 
 
 class Speed(TypedDict):
@@ -198,12 +174,10 @@ class Speed(TypedDict):
     context: int
     batch: int
     prefill_seconds: float
-    token_seconds: float
-    """Median per decoded token, and its quartiles:"""
+    token_seconds: float  # median per decoded token, and its quartiles:
     low: float
     high: float
-    peak_bytes: int | None
-    """While decoding; null where the system does not tell."""
+    peak_bytes: int | None  # while decoding; null where the system does not tell
     cache_bytes: int
 
 
@@ -219,24 +193,18 @@ class Column(TypedDict):
     """One of `COLUMNS`."""
 
     tasks: dict[str, Score]
-    perplexity: NotRequired[Perplexity]
-    """Absent when the suite has no texts."""
+    perplexity: NotRequired[Perplexity]  # absent when the suite has no texts
     recall: NotRequired[list[Annotated[Recall, AfterValidator(_excused)]]]
     behaviour: NotRequired[Behaviour]
-    speed: NotRequired[list[Speed]]
-    """Of source, window and student."""
-    speed_left_out: NotRequired[list[NoSpeed]]
-    """Absent when all could be measured."""
-    seconds: float
-    """Wall time, without loading and speed."""
-    model: NotRequired[str]
-    """Of the column other: folder or Hub id."""
-    weights: NotRequired[str]
-    """Of the column other: see `Settings`."""
+    speed: NotRequired[list[Speed]]  # of source, window and student
+    speed_left_out: NotRequired[list[NoSpeed]]  # absent when all could be measured
+    seconds: float  # wall time, without loading and speed
+    model: NotRequired[str]  # of the column other: folder or Hub id
+    weights: NotRequired[str]  # of the column other: see `Settings`
 
 
 class Average(TypedDict):
-    """Plain mean of the tasks that have a chance level, without MMLU and other answers by letter."""
+    """Plain mean of the tasks that have a chance level, without MMLU and other tasks answered by a letter."""
 
     value: float
     stderr: float | None
@@ -279,24 +247,19 @@ class Paired(TypedDict):
 
 
 class Summary(TypedDict):
-    """What follows from the columns alone (see evaluate/statistics.py)."""
+    """What follows from the columns alone, see `linearize.results.summary`."""
 
-    average: dict[str, Average]
-    """By column."""
-    recovery: dict[str, Recovery]
-    """By column."""
-    memory: Memory | None
-    """null without the columns that it takes."""
-    paired: dict[str, Paired]
-    """By control."""
+    average: dict[str, Average]  # by column
+    recovery: dict[str, Recovery]  # by column
+    memory: Memory | None  # null without the columns that it takes
+    paired: dict[str, Paired]  # by control
 
 
 class Layer(TypedDict):
     """And the mixer's settings."""
 
     layer: int
-    mixer: str
-    """softmax for a layer left as it was."""
+    mixer: str  # softmax for a layer left as it was
 
 
 class Settings(TypedDict, total=False):
@@ -310,8 +273,7 @@ class Settings(TypedDict, total=False):
     device: str
     window: int | None
     sinks: int | None
-    weights: str
-    """sha256 of the evaluated folder's files."""
+    weights: str  # sha256 of the evaluated folder's files
     source: dict[str, Any]
 
 
@@ -322,21 +284,17 @@ def _known(column: str) -> str:
 
 
 class Results(TypedDict):
+    """What a comparison leaves behind."""
+
     __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
 
     schema: Literal[1]
-    complete: NotRequired[bool]
-    """False while columns are still missing: an interrupted run."""
-    model: str
-    """What was evaluated: folder or Hub id."""
+    complete: NotRequired[bool]  # false while columns are still missing: an interrupted run
+    model: str  # what was evaluated: folder or Hub id
     layers: NotRequired[list[Layer]]
-    source: str
-    """Where the student's weights came from: Hub id, or name of a folder or file."""
+    source: str  # where the student's weights came from: Hub id, or name of a folder or file
     suite: str
     settings: NotRequired[Settings]
-    columns: dict[Annotated[str, AfterValidator(_known)], Column]
-    """In the order of COLUMNS."""
-    summary: NotRequired[Summary]
-    """Absent until complete."""
-    environment: dict[str, Any]
-    """Versions, commit, cpu, threads, device, seed, date, data (name -> sha256), …"""
+    columns: dict[Annotated[str, AfterValidator(_known)], Column]  # in the order of COLUMNS
+    summary: NotRequired[Summary]  # absent until complete
+    environment: dict[str, Any]  # versions, commit, cpu, threads, device, seed, date, data (name -> sha256), …

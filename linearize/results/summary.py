@@ -18,6 +18,9 @@ def summarize(columns: dict[str, Any], window: int | None, seed: int = 0) -> dic
         columns: finished columns, as in `linearize.results.schema`.
         window: tokens of exact attention; None for a model without a window.
         seed: of the bootstrap.
+
+    Returns:
+        See `linearize.results.schema.Summary`.
     """
     averages = {name: value for name, column in columns.items() if (value := average(column["tasks"])) is not None}
     return {
@@ -38,7 +41,7 @@ def headline(tasks: dict[str, Any]) -> list[str]:
 
 
 def average(tasks: dict[str, Any]) -> dict[str, Any] | None:
-    """Plain mean of the headline scores; its standard error treats the tasks as independent."""
+    """Plain mean of the headline scores; its standard error treats the tasks as independent. None without a score."""
     scores = [tasks[name] for name in headline(tasks)]
     if not scores:
         return None
@@ -47,13 +50,37 @@ def average(tasks: dict[str, Any]) -> dict[str, Any] | None:
     return {"value": sum(score["value"] for score in scores) / len(scores), "stderr": stderr, "tasks": len(scores)}
 
 
+def recall_mean(column: dict[str, Any], task: str | None = None, length: int | None = None) -> float | None:
+    """Plain mean of a column's recall over all lengths and depths that could be asked.
+
+    Args:
+        column: as in results.json.
+        task: of this task only.
+        length: at this length, in tokens, only.
+
+    Returns:
+        A fraction; None where nothing was asked.
+    """
+    values = [
+        cell["value"]
+        for cell in column.get("recall") or ()
+        if cell["value"] is not None and task in (None, cell["task"]) and length in (None, cell["length"])
+    ]
+    return sum(values) / len(values) if values else None
+
+
 def recovery(score: float, source: float, chance: float) -> float | None:
-    """Share of the source's distance from chance that is kept, (s - r) / (t - r); None where there is none."""
+    """Share of the distance from chance that is kept, (s - r) / (t - r), for score s, source t, chance r, if t > r."""
     return (score - chance) / (source - chance) if source > chance else None
 
 
 def recoveries(averages: dict[str, Any], columns: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Raw and chance-corrected share of the source's average, per column."""
+    """Raw and chance-corrected share of the source's average, per column.
+
+    Args:
+        averages: see `average`, by column.
+        columns: see `summarize`.
+    """
     if "source" not in averages:
         return {}
     source = averages["source"]
@@ -92,7 +119,16 @@ def bootstrap(differences: list[np.ndarray], seed: int) -> dict[str, float]:
 
 
 def paired(student: dict[str, Any], control: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Student minus control on the same items: per task, over the headline tasks, and in loss on the first text."""
+    """Student minus control on the same items: per task, over the headline tasks, and in loss on the first text.
+
+    Args:
+        student: a column of results.json.
+        control: another one.
+        seed: of the bootstrap.
+
+    Returns:
+        See `linearize.results.schema.Paired`.
+    """
     differences = {}
     for name, score in student["tasks"].items():
         other = control["tasks"].get(name)
@@ -111,12 +147,18 @@ def paired(student: dict[str, Any], control: dict[str, Any], seed: int) -> dict[
 
 
 def memory_gain(columns: dict[str, Any], window: int | None, seed: int) -> dict[str, float] | None:
-    """Loss that the memory takes away where it can be used: at positions from the window on, in the longest blocks."""
-    try:
-        on, off = (columns[name]["perplexity"] for name in ("student", "student/window"))
-    except KeyError:
-        return None
-    if window is None:
+    """Loss that the memory takes away where it can be used: at positions from the window on, in the longest blocks.
+
+    Args:
+        columns: see `summarize`.
+        window: in tokens.
+        seed: of the bootstrap.
+
+    Returns:
+        See `linearize.results.schema.Memory`; None without a window, one of the two columns, or text beyond the window.
+    """
+    on, off = (columns.get(name, {}).get("perplexity") for name in ("student", "student/window"))
+    if window is None or on is None or off is None:
         return None
     longest = max(range(len(on["texts"])), key=lambda i: on["texts"][i]["length"])
     buckets = on["texts"][longest]["by_position"]

@@ -1,9 +1,15 @@
-"""The comparison of a results file as a table of text, for terminals and model cards. Standard library only."""
+"""The comparison of a results file as a table of text, for terminals, pages and model cards."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from linearize.results.numbers import fixed, interval, off_perplexity, percent, perplexity, score, with_error
+from linearize.results.summary import recall_mean
+
+Columns = dict[str, dict[str, Any]]
+LEAST_ITEMS = 20
+"""With fewer items, many answers may fall on one position by chance."""
 
 
 @dataclass(frozen=True)
@@ -27,135 +33,22 @@ def lay_out(results: dict[str, Any], columns: list[str] | None = None) -> Table:
     """
     shown = {name: results["columns"][name] for name in columns or results["columns"]}
     summary = results.get("summary") or {}
-    rows = []
-    for task in _ordered(column["tasks"] for column in shown.values()):
-        scores = [column["tasks"].get(task) for column in shown.values()]
-        rows += [[_label(task, shown), *map(_score, scores)], *_rotation_rows(scores)]
-
-    def add(label: str, cell: Callable[[str], str]) -> None:
-        cells = [cell(name) for name in shown]
-        if any(cells):
-            rows.append([label, *cells])
-
-    average, recovery = summary.get("average") or {}, summary.get("recovery") or {}
-    if any(entry["tasks"] > 1 for entry in average.values()):
-        add("average", lambda name: _score(average.get(name)))
-    add("kept of the source", lambda name: _percent((recovery.get(name) or {}).get("raw")))
-    add("… above chance", lambda name: _percent((recovery.get(name) or {}).get("chance_corrected")))
-    rows += _perplexity_rows(shown) + _recall_rows(shown)
-    behaviour = {name: column["behaviour"] for name, column in shown.items() if "behaviour" in column}
-    if behaviour:
-        for label, cell in _BEHAVIOUR.items():
-            rows.append([label, *(cell(behaviour[name]) if name in behaviour else "" for name in shown)])
-    speed, speed_notes = _speed(shown, results["environment"])
-    notes = [*_text_notes(shown), *_recall_notes(shown), *_behaviour_notes(behaviour), *_choice_notes(shown)]
-    return Table(["", *shown], rows + speed, [*notes, *_notes(summary, shown), *speed_notes])
+    tasks = _union(column["tasks"] for column in shown.values())
+    rows = [row for task in tasks for row in _task_rows(task, shown)]
+    rows += [*_summary_rows(summary, shown), *_perplexity_rows(shown), *_recall_rows(shown), *_behaviour_rows(shown)]
+    notes = [*_text_notes(shown), *_recall_notes(shown), *_cache_notes(shown)]
+    notes += [note for task in tasks for note in _position_bias(task, shown)]
+    notes += [*_memory_notes(summary), *_paired_notes(summary, shown)]
+    speed_rows, speed_notes = _speed(shown, results["environment"])
+    return Table(["", *shown], rows + speed_rows, notes + speed_notes)
 
 
 def markdown_table(results: dict[str, Any], columns: list[str] | None = None) -> str:
-    """The same table in Markdown, with its notes as a list below it."""
+    """The same table in Markdown, with its notes as a list below it; arguments as of `lay_out`."""
     content = lay_out(results, columns)
     lines = [content.header, ["---", *("---:" for _ in content.header[1:])], *content.rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([text, "", *(f"- {note}" for note in content.notes)]).rstrip() + "\n"
-
-
-def _ordered(groups: Any) -> list[Any]:
-    return list(dict.fromkeys(key for group in groups for key in group))
-
-
-def _label(task: str, columns: dict[str, Any]) -> str:
-    score = next(column["tasks"][task] for column in columns.values() if task in column["tasks"])
-    return f"{score.get('label', task)} ({score['metric']})"
-
-
-def _score(score: dict[str, Any] | None) -> str:
-    if score is None:
-        return ""
-    scale, digits = (100, 1) if score.get("higher_is_better", True) and abs(score["value"]) <= 1 else (1, 2)
-    error = "" if score["stderr"] is None else f" ± {scale * score['stderr']:.{digits}f}"
-    return f"{scale * score['value']:.{digits}f}{error}"
-
-
-def _rotation_rows(scores: list[dict[str, Any] | None]) -> list[list[str]]:
-    found = [(score or {}).get("rotation") for score in scores]
-    if not any(found):
-        return []
-    return [
-        ["… mean of all rotations", *(_score(entry and {**entry, "value": entry["accuracy"]}) for entry in found)],
-        ["… right in every rotation", *(f"{100 * entry['consistent']:.1f}" if entry else "" for entry in found)],
-        ["… letter taken most often", *(_most(entry) if entry else "" for entry in found)],
-    ]
-
-
-def _most(entry: dict[str, Any]) -> str:
-    return f"{max(entry['letters'], key=entry['letters'].__getitem__)}, {_percent(entry['most'])}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if value < 1e4 else f"{value:.3g}"
-
-
-def _perplexity_rows(columns: dict[str, Any]) -> list[list[str]]:
-    measured = [column.get("perplexity") for column in columns.values()]
-    if not any(measured):
-        return []
-    cells = ["" if entry is None else _number(entry["value"]) for entry in measured]
-    rows = [["perplexity", *cells]]
-    # Results with other windows, side by side in a report, have other buckets.
-    found = [{(b["start"], b["end"]): b["ppl"] for b in (entry or {}).get("by_position", ())} for entry in measured]
-    for start, end in _ordered(found):
-        cells = ["" if (start, end) not in buckets else _number(buckets[start, end]) for buckets in found]
-        rows.append([f"… at {start}–{end - 1}", *cells])
-    return rows
-
-
-_BEHAVIOUR: dict[str, Callable[[dict[str, Any]], str]] = {
-    "KL to the source, nats": lambda entry: (
-        f"{entry['kl']['value']:.3f}" + ("" if entry["kl"]["stderr"] is None else f" ± {entry['kl']['stderr']:.3f}")
-    ),
-    "tokens as the source": lambda entry: f"{entry['agreement']['mean']:.1f}",
-    "repeated 4-grams": lambda entry: _percent(entry["repetition"]["rep_4"]),
-}
-
-
-def _behaviour_notes(behaviour: dict[str, Any]) -> list[str]:
-    wrong = [
-        f"{name} at {cached['checked'] - cached['equal']} of {cached['checked']} steps (logits by up to "
-        f"{cached['difference']:.2g})"
-        for name, entry in behaviour.items()
-        if (cached := entry["cached"])["equal"] < cached["checked"]
-    ]
-    return [f"Cached decoding and a whole forward pick different tokens: {', '.join(wrong)}"] if wrong else []
-
-
-def _speed(columns: dict[str, Any], environment: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
-    """Rows for the longest context and smallest batch that any column has, and notes."""
-    reasons = [
-        f"speed: no {name} at {cell['context']} tokens, batch {cell['batch']}: {cell['reason']}"
-        for name, column in columns.items()
-        for cell in column.get("speed_left_out", [])
-    ]
-    keys = {(cell["context"], -cell["batch"]) for column in columns.values() for cell in column.get("speed", [])}
-    if not keys:
-        return [], reasons
-    context, batch = max(keys)
-    rows = []
-    for label, key, scale, digits in (
-        (f"ms per token at {context}", "token_seconds", 1e3, 1),
-        ("… prefill, s", "prefill_seconds", 1, 2),
-        ("… cache, MiB", "cache_bytes", 2**-20, 1),
-        ("… peak memory, MiB", "peak_bytes", 2**-20, 0),
-    ):
-        found = [speed_cell(column, context, -batch) for column in columns.values()]
-        values = [None if cell is None else cell[key] for cell in found]
-        rows.append([label, *("" if value is None else f"{value * scale:.{digits}f}" for value in values)])
-    machine = f"{environment.get('device')} ({environment.get('cpu')}, {environment.get('threads')} threads)"
-    return rows, [f"speed: batch {-batch}, medians, on {machine}; all contexts with `linearize bench`", *reasons]
 
 
 def speed_cell(column: dict[str, Any], context: int, batch: int) -> dict[str, Any] | None:
@@ -164,7 +57,111 @@ def speed_cell(column: dict[str, Any], context: int, batch: int) -> dict[str, An
     return next((cell for cell in cells if (cell["context"], cell["batch"]) == (context, batch)), None)
 
 
-def _text_notes(columns: dict[str, Any]) -> list[str]:
+def speed_left_out(columns: Columns) -> list[str]:
+    """What of the speed could not be measured, and why; a line each."""
+    return [
+        f"no {name} at {cell['context']} tokens, batch {cell['batch']}: {cell['reason']}"
+        for name, column in columns.items()
+        for cell in column.get("speed_left_out", [])
+    ]
+
+
+def _union(groups: Iterable[Iterable[Any]]) -> list[Any]:
+    """Each key once, in the order in which they come."""
+    return list(dict.fromkeys(key for group in groups for key in group))
+
+
+def _row(label: str, cells: Iterable[str]) -> list[list[str]]:
+    """One row, or none where all cells are empty."""
+    row = [label, *cells]
+    return [row] if any(row[1:]) else []
+
+
+def _label(task: str, columns: Columns) -> str:
+    entry = next(column["tasks"][task] for column in columns.values() if task in column["tasks"])
+    return f"{entry.get('label', task)} ({entry['metric']})"
+
+
+def _task_rows(task: str, columns: Columns) -> list[list[str]]:
+    rotations = [_rotation(column, task) or {} for column in columns.values()]
+    means = [{**each, "value": each["accuracy"]} if each else None for each in rotations]
+    return [
+        *_row(_label(task, columns), (score(column["tasks"].get(task)) for column in columns.values())),
+        *_row("… mean of all rotations", map(score, means)),
+        *_row("… right in every rotation", (fixed(each.get("consistent"), 1, 100) for each in rotations)),
+        *_row("… letter taken most often", (", ".join(_most(each)) if each else "" for each in rotations)),
+    ]
+
+
+def _summary_rows(summary: dict[str, Any], columns: Columns) -> list[list[str]]:
+    average, recovery = summary.get("average") or {}, summary.get("recovery") or {}
+    kept = [recovery.get(name) or {} for name in columns]
+    several = any(entry["tasks"] > 1 for entry in average.values())
+    return [
+        *_row("average", (score(average.get(name)) if several else "" for name in columns)),
+        *_row("kept of the source", (percent(entry.get("raw")) for entry in kept)),
+        *_row("… above chance", (percent(entry.get("chance_corrected")) for entry in kept)),
+    ]
+
+
+def _perplexity_rows(columns: Columns) -> list[list[str]]:
+    entries = [column.get("perplexity", {}) for column in columns.values()]
+    rows = _row("perplexity", (perplexity(entry.get("value")) for entry in entries))
+    # Results with other windows, side by side in a report, have other buckets.
+    buckets = [{(b["start"], b["end"]): b["ppl"] for b in entry.get("by_position", ())} for entry in entries]
+    for start, end in _union(buckets):
+        rows += _row(f"… at {start}–{end - 1}", (perplexity(each.get((start, end))) for each in buckets))
+    return rows
+
+
+def _recall_rows(columns: Columns) -> list[list[str]]:
+    """A row per length: the mean over all tasks and depths, of the same items in every column."""
+    asked = {(c["multiple"], c["length"]) for column in columns.values() for c in column.get("recall", ()) if c["n"]}
+    rows = []
+    for multiple, length in sorted(asked):
+        cells = (fixed(recall_mean(column, length=length), 1, 100) for column in columns.values())
+        rows += _row(f"recall at {multiple} × window, {length} tokens", cells)
+    return rows
+
+
+_BEHAVIOUR: dict[str, Callable[[dict[str, Any]], str]] = {
+    "KL to the source, nats": lambda entry: with_error(entry["kl"]["value"], entry["kl"]["stderr"], 3),
+    "tokens as the source": lambda entry: fixed(entry["agreement"]["mean"], 1),
+    "repeated 4-grams": lambda entry: percent(entry["repetition"]["rep_4"]),
+}
+
+
+def _behaviour_rows(columns: Columns) -> list[list[str]]:
+    entries = [column.get("behaviour") for column in columns.values()]
+    return [
+        row
+        for label, cell in _BEHAVIOUR.items()
+        for row in _row(label, (cell(entry) if entry else "" for entry in entries))
+    ]
+
+
+def _speed(columns: Columns, environment: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """Rows for the longest context and smallest batch that any column has, and notes."""
+    reasons = [f"speed: {reason}" for reason in speed_left_out(columns)]
+    keys = {(cell["context"], -cell["batch"]) for column in columns.values() for cell in column.get("speed", [])}
+    if not keys:
+        return [], reasons
+    context, batch = max(keys)
+    cells = [speed_cell(column, context, -batch) or {} for column in columns.values()]
+    rows = [
+        [label, *(fixed(cell.get(key), digits, scale) for cell in cells)]
+        for label, key, scale, digits in (
+            (f"ms per token at {context}", "token_seconds", 1e3, 1),
+            ("… prefill, s", "prefill_seconds", 1, 2),
+            ("… cache, MiB", "cache_bytes", 2**-20, 1),
+            ("… peak memory, MiB", "peak_bytes", 2**-20, 0),
+        )
+    ]
+    machine = f"{environment.get('device')} ({environment.get('cpu')}, {environment.get('threads')} threads)"
+    return rows, [f"speed: batch {-batch}, medians, on {machine}; all contexts with `linearize bench`", *reasons]
+
+
+def _text_notes(columns: Columns) -> list[str]:
     texts = next((column["perplexity"].get("texts") for column in columns.values() if "perplexity" in column), None)
     if not texts:
         return []
@@ -175,68 +172,63 @@ def _text_notes(columns: dict[str, Any]) -> list[str]:
     ]
 
 
-def _recall_rows(columns: dict[str, Any]) -> list[list[str]]:
-    """A row per length: the mean over all tasks and depths, of the same items in every column."""
-    cells = {name: [cell for cell in column.get("recall", ()) if cell["n"]] for name, column in columns.items()}
-    rows = []
-    for multiple, length in sorted({(cell["multiple"], cell["length"]) for found in cells.values() for cell in found}):
-        row = [f"recall at {multiple} × window, {length} tokens"]
-        for found in cells.values():
-            values = [cell["value"] for cell in found if cell["length"] == length]
-            row.append(f"{100 * sum(values) / len(values):.1f}" if values else "")
-        rows.append(row)
-    return rows
-
-
-def _recall_notes(columns: dict[str, Any]) -> list[str]:
-    found = next((column["recall"] for column in columns.values() if "recall" in column), [])
-    notes = []
-    if found:
-        tasks = ", ".join(dict.fromkeys(cell["task"] for cell in found))
-        notes.append(f"recall: right answers in per cent, mean over tasks and depths: {tasks}")
+def _recall_notes(columns: Columns) -> list[str]:
+    cells = next((column["recall"] for column in columns.values() if "recall" in column), [])
+    if not cells:
+        return []
+    tasks = ", ".join(_union([cell["task"]] for cell in cells))
     skipped: dict[str, list[str]] = {}
-    for cell in found:
+    for cell in cells:
         if "skipped" in cell:
             skipped.setdefault(cell["skipped"], []).append(f"{cell['task']} at {cell['length']} tokens")
-    return notes + [f"recall: not measured: {', '.join(cells)}: {reason}" for reason, cells in skipped.items()]
+    return [
+        f"recall: right answers in per cent, mean over tasks and depths: {tasks}",
+        *(f"recall: not measured: {', '.join(those)}: {reason}" for reason, those in skipped.items()),
+    ]
 
 
-def _choice_notes(columns: dict[str, Any]) -> list[str]:
-    """Answers that do not depend on the question, such as always A; what rotations say replaces what one order says."""
+def _cache_notes(columns: Columns) -> list[str]:
+    wrong = [
+        f"{name} at {cached['checked'] - cached['equal']} of {cached['checked']} steps (logits by up to "
+        f"{cached['difference']:.2g})"
+        for name, column in columns.items()
+        if "behaviour" in column and (cached := column["behaviour"]["cached"])["equal"] < cached["checked"]
+    ]
+    return [f"Cached decoding and a whole forward pick different tokens: {', '.join(wrong)}"] if wrong else []
+
+
+def _position_bias(task: str, columns: Columns) -> list[str]:
+    """Answers that do not depend on the question, such as always A; rotations say it better than one order does."""
+    rotated = {name: entry for name, column in columns.items() if (entry := _rotation(column, task))}
+    biased = {name: each for name, each in rotated.items() if each["most"] > _limit(1 / len(each["letters"]))}
     notes = []
-    for task in _ordered(column["tasks"] for column in columns.values()):
-        rotated = {name: entry for name, column in columns.items() if (entry := _rotation_of(column, task))}
-        if rotated:
-            by_letter = {
-                name: entry for name, entry in rotated.items() if entry["most"] > _limit(1 / len(entry["letters"]))
-            }
-            found = "; ".join(f"{name} takes {_most(entry).replace(', ', ' in ')}" for name, entry in by_letter.items())
-            if found:
-                notes.append(
-                    f"{_label(task, columns)}: answers depend little on the question: {found} of all rotations"
-                )
-            else:
-                most = max(entry["most"] for entry in rotated.values())
-                notes.append(f"{_label(task, columns)}: over all rotations no letter is chosen above {_percent(most)}")
-        for name, column in columns.items():
-            if name in rotated:
-                continue
-            choices = column["tasks"].get(task, {}).get("choices")
-            if choices is None or sum(choices["gold"]) < 20:  # fewer items may fall on one position by chance
-                continue
-            n, positions = sum(choices["gold"]), len(choices["gold"])
-            for i, (chosen, gold) in enumerate(zip(choices["chosen"], choices["gold"], strict=True)):
-                if chosen / n > _limit(max(gold / n, 1 / positions)):
-                    notes.append(
-                        f"{_label(task, columns)}, {name}: choice {i + 1} of {positions} is taken in "
-                        f"{_percent(chosen / n)} of the items, and right in {_percent(gold / n)}: its answers depend "
-                        "little on the question"
-                    )
+    if biased:
+        those = "; ".join(f"{name} takes {' in '.join(_most(entry))}" for name, entry in biased.items())
+        notes.append(f"{_label(task, columns)}: answers depend little on the question: {those} of all rotations")
+    elif rotated:
+        most = percent(max(entry["most"] for entry in rotated.values()))
+        notes.append(f"{_label(task, columns)}: over all rotations no letter is chosen above {most}")
+    for name, column in columns.items():
+        choices = None if name in rotated else column["tasks"].get(task, {}).get("choices")
+        if choices is None or sum(choices["gold"]) < LEAST_ITEMS:
+            continue
+        n, positions = sum(choices["gold"]), len(choices["gold"])
+        notes += [
+            f"{_label(task, columns)}, {name}: choice {i} of {positions} is taken in {percent(chosen / n)} of the "
+            f"items, and right in {percent(gold / n)}: its answers depend little on the question"
+            for i, (chosen, gold) in enumerate(zip(choices["chosen"], choices["gold"], strict=True), 1)
+            if chosen / n > _limit(max(gold / n, 1 / positions))
+        ]
     return notes
 
 
-def _rotation_of(column: dict[str, Any], task: str) -> dict[str, Any] | None:
+def _rotation(column: dict[str, Any], task: str) -> dict[str, Any] | None:
     return column["tasks"].get(task, {}).get("rotation")
+
+
+def _most(rotation: dict[str, Any]) -> tuple[str, str]:
+    """The letter taken most often, and its share."""
+    return max(rotation["letters"], key=rotation["letters"].__getitem__), percent(rotation["most"])
 
 
 def _limit(share: float) -> float:
@@ -247,30 +239,28 @@ def _limit(share: float) -> float:
     return min(2 * share, (1 + share) / 2)
 
 
-def _notes(summary: dict[str, Any], columns: dict[str, Any]) -> list[str]:
-    notes = []
+def _memory_notes(summary: dict[str, Any]) -> list[str]:
     memory = summary.get("memory")
-    if memory:
-        change = math.exp(-memory["loss"]) - 1
-        low, high = math.exp(-memory["high"]) - 1, math.exp(-memory["low"]) - 1
-        notes.append(
-            f"What the memory adds: {100 * change:+.1f} % perplexity beyond the window ({_number(memory['without'])} → "
-            f"{_number(memory['with'])}; 95 % interval {100 * low:+.1f} to {100 * high:+.1f} %)"
-        )
+    if not memory:
+        return []
+    off, low, high = off_perplexity(memory)
+    return [
+        f"What the memory adds: {0 - off:+.1f} % perplexity beyond the window ({perplexity(memory['without'])} → "
+        f"{perplexity(memory['with'])}; 95 % interval {0 - high:+.1f} to {0 - low:+.1f} %)"
+    ]
+
+
+def _paired_notes(summary: dict[str, Any], columns: Columns) -> list[str]:
+    notes = []
     for control, pair in (summary.get("paired") or {}).items():
-        if control not in columns:
-            continue
-        parts = []
-        if pair.get("average"):
-            average = pair["average"]
-            parts.append(f"{_interval(average, 100, 1)} points on the tasks' average")
-        if pair.get("loss"):
-            parts.append(f"{_interval(pair['loss'], 1, 3)} nats per token")
-        if parts:
+        parts = [
+            "{} ({}) {}".format(*interval(pair[key], digits, scale), unit)
+            for key, digits, scale, unit in (
+                ("average", 1, 100, "points on the tasks' average"),
+                ("loss", 3, 1, "nats per token"),
+            )
+            if pair.get(key)
+        ]
+        if parts and control in columns:
             notes.append(f"student − {control}, same items, 95 % interval: {'; '.join(parts)}")
     return notes
-
-
-def _interval(entry: dict[str, float], scale: float, digits: int) -> str:
-    difference, low, high = (scale * entry[key] for key in ("difference", "low", "high"))
-    return f"{difference:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"

@@ -84,8 +84,8 @@ def made(content: str, context: int | None = 1024, **spec: Any) -> Behaviour:
     tokenizer = tiny_tokenizer()
     values = {"prompts": PROMPTS, "tokens": TOKENS, "kl_blocks": BLOCKS, "state": 0, **spec}
     blocks = perplexity.cut(content, tokenizer, LENGTH, BLOCKS + 1)
-    options = {"window": W, "batch_size": 3, "seed": 0, "context": context}
-    return Behaviour(BehaviourSpec(**values), blocks, content, tokenizer, **options)
+    behaviour.check(BehaviourSpec(**values), len(blocks), context)
+    return Behaviour(BehaviourSpec(**values), blocks, content, tokenizer, window=W, batch_size=3, seed=0)
 
 
 @torch.no_grad()
@@ -223,7 +223,7 @@ def test_repetition_and_agreement_by_hand() -> None:
 def test_every_mixer_says_what_its_state_holds(name: str) -> None:
     for combine in MIXERS[name].combines:
         mixer = MIXERS[name](build_config({"name": name, "combine": combine, "window": W}), Geometry(4, 2, 16, 12))
-        content = mixer.content(mixer.empty_state(3, torch.device("cpu")))
+        content = mixer.content(mixer.initial_state(3, torch.device("cpu")))
         assert content.shape[:2] == (3, 2) and content.shape[-1] == 12 and content.ndim in (3, 4)
 
 
@@ -309,7 +309,7 @@ def test_columns_that_run_later_or_alone_get_the_same_numbers(
 def test_the_default_text_takes_the_place_of_a_suite_without_texts(
     student: Path, text: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("linearize.evaluation.run.BLOCK", 32)
+    monkeypatch.setattr("linearize.evaluation.work.BLOCK", 32)
     monkeypatch.setattr(suites, "DEFAULT_TEXT", text)
     spec = BehaviourSpec(prompts=1, tokens=2, kl_blocks=1, state=0)
     suite = Suite(name="behaviour", behaviour=spec)

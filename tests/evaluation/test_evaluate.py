@@ -28,6 +28,7 @@ from linearize.evaluation import suite as suites
 from linearize.evaluation import tasks as lm_eval_tasks
 from linearize.evaluation.evaluate import evaluate
 from linearize.evaluation.suite import Suite, TaskSpec, TextSpec
+from linearize.evaluation.work import Options
 from linearize.model.branches import branches
 from linearize.model.modeling import linearize_
 from linearize.recipe.resources import package_folder
@@ -529,7 +530,7 @@ def test_an_interrupted_run_keeps_what_is_finished(
 def test_the_terminal_shows_a_line_per_column_and_the_table(
     student: Path, both: Suite, compared: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate(student, both, out=tmp_path / "r.json", limit=2, columns=["source", "student"])
+    evaluate(student, both, out=tmp_path / "r.json", limit=2, columns="source,student")
     seen = capfd.readouterr()
     assert seen.out == "" and [line.split(":")[0] for line in seen.err.splitlines()] == ["source", "student"]
     terminal.show(compared)
@@ -607,8 +608,8 @@ def test_bad_arguments(student: Path, llama_folder: Path, tmp_path: Path) -> Non
     assert "unknown column 'converter'. Did you mean 'converted'?" in refused(student, columns=["converter"])
     assert "limit: found 0; expected at least 1" in refused(student, limit=0)
     assert "batch_size: found 0" in refused(student, batch_size=0)
-    assert "dtype: 'floaty' is none" in refused(student, dtype="floaty")
-    assert "cannot be opened as a model" in refused(tmp_path)
+    assert "dtype: 'floaty' is none" in refused(student, ["embedded_piqa"], dtype="floaty")
+    assert "give a folder" in refused(tmp_path)
     assert "is a plain llama, not a linearized model" in refused(llama_folder)
     unknown = Suite(name="text", perplexity=[TextSpec("wikitext", 64, 1)])
     assert "unknown text 'wikitext'. Did you mean 'wikitext2_valid'?" in refused(student, unknown)
@@ -704,8 +705,5 @@ def test_the_run_writes_nothing_without_a_place(
 ) -> None:
     """As for a model on the Hub."""
     monkeypatch.setattr(results_file, "write", lambda *_: pytest.fail("wrote a file"))
-    options = dict(
-        source=None, against=None, target=None, limit=None, columns=["student"], batch_size=1, seed=0, dtype="auto"
-    )
-    answer = run.run(str(student), text_only, **options, device="cpu", include_path=None, resume=True, progress=False)
+    answer = run.run(Options(str(student), text_only, columns=["student"], resume=True, progress=False))
     assert answer["complete"]

@@ -157,7 +157,7 @@ time.sleep(300)
 
 def test_an_interrupt_of_this_process_alone_reaches_those_of_the_launcher(tmp_path: Path) -> None:
     (tmp_path / "sleeps.py").write_text(SLEEPS)
-    code = "import sys; from linearize.run import launch; launch('eval', sys.argv[1:], 'sleeps', [])"
+    code = "import sys; from linearize.launch import launch; launch('eval', sys.argv[1:], 'sleeps', [])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     command = [sys.executable, "-c", code, *FLAGS]
     process = interruptible(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)

@@ -125,7 +125,7 @@ def test_always_a_and_always_right(loaded: lm_eval_tasks.Loaded, items: list[dic
         f"ARC-e by letter (acc): answers depend little on the question: {expected}"
     ]
     text = page.render([results])
-    assert expected in text and "Answers by letter, which are no part of the average" in text
+    assert expected in text and "Tasks answered by a letter, which are no part of the average" in text
 
     broken = json.loads(json.dumps(results))
     broken["columns"]["student"]["tasks"][TASK]["rotation"] |= {"most": None, "letters": {"A": "all"}}

@@ -168,19 +168,19 @@ def test_a_subset_of_columns_and_an_interrupted_run(
     text.write_text("The river rose in the night. " * 50)
     suite = Suite(name="speed", perplexity=[TextSpec(str(text), 32, 1)], speed=SpeedSpec(contexts=[32, 64], steps=3))
     options: dict[str, Any] = {"out": tmp_path / "r.json", "progress": False}
-    original = speed.in_turns
+    original = speed.interleaved
 
     def interrupted(models: Any, context: int, *rest: Any) -> Any:
         if context == 64:
             raise KeyboardInterrupt
         return original(models, context, *rest)
 
-    monkeypatch.setattr(speed, "in_turns", interrupted)
+    monkeypatch.setattr(speed, "interleaved", interrupted)
     columns = ["source", "converted", "student"]
     with pytest.raises(KeyboardInterrupt):
         evaluate(student, suite, columns=columns, **options)
     partial = results_file.read(tmp_path / ".r.json.partial")
-    monkeypatch.setattr(speed, "in_turns", original)
+    monkeypatch.setattr(speed, "interleaved", original)
     asked.clear()
     answer = evaluate(student, suite, columns=columns, resume=True, **options)
     assert list(answer["columns"]) == columns and "speed" not in answer["columns"]["converted"]
@@ -249,16 +249,6 @@ def test_predictions_that_are_no_numbers_and_broken_cells(student: Path, tmp_pat
     content = {"schema": 1, "model": "m", "source": "s", "suite": "x", "environment": {}, "columns": {"source": column}}
     with pytest.raises(InputError, match=r"speed\.0\.peak_bytes: found 1\.5; .*speed\.0\.cache_bytes: missing"):
         results_file.validate(content)
-
-
-def test_the_scripts_measure_with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    import bench_decode
-    import bench_ops
-    import bench_report
-
-    assert bench_decode.decode is speed.decode and bench_decode.resident_peak is speed.resident_peak
-    assert bench_decode.timed is bench_ops.timed is clock.timed and bench_report.KINDS is speed.COLUMNS
 
 
 def test_the_clock_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
