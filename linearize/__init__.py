@@ -15,27 +15,16 @@ from typing import TYPE_CHECKING, Any
 from linearize import autoload
 
 if TYPE_CHECKING:
+    from linearize.checkpoint.open import load
+    from linearize.conversion.export import export
     from linearize.errors import InputError
+    from linearize.evaluation.evaluate import evaluate
+    from linearize.hub.push import push
     from linearize.model.branches import branches
     from linearize.model.mixers import MIXERS, build_config
     from linearize.model.modeling import LinearizedConfig, LinearizedForCausalLM, linearize_
-    from linearize.verbs import (
-        bench,
-        calibrate,
-        check,
-        convert,
-        evaluate,
-        export,
-        generate,
-        inspect,
-        load,
-        merge,
-        push,
-        report,
-        run,
-        select,
-        train,
-    )
+    from linearize.recovery.merge import merge
+    from linearize.verbs import bench, calibrate, check, convert, generate, inspect, report, run, select, train
 
 __version__ = "0.1.0"
 
@@ -64,21 +53,24 @@ __all__ = [
     "train",
 ]
 
-_ELSEWHERE = {
+_HOMES = {
+    **dict.fromkeys(("LinearizedConfig", "LinearizedForCausalLM", "linearize_"), "model.modeling"),
+    **dict.fromkeys(("MIXERS", "build_config"), "model.mixers"),
     "InputError": "errors",
-    "LinearizedConfig": "model.modeling",
-    "LinearizedForCausalLM": "model.modeling",
-    "MIXERS": "model.mixers",
     "branches": "model.branches",
-    "build_config": "model.mixers",
-    "linearize_": "model.modeling",
+    "evaluate": "evaluation.evaluate",
+    "export": "conversion.export",
+    "load": "checkpoint.open",
+    "merge": "recovery.merge",
+    "push": "hub.push",
 }
+"""Names that live elsewhere than in verbs.py."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'linearize' has no attribute {name!r}")
-    return getattr(import_module(f"linearize.{_ELSEWHERE.get(name, 'verbs')}"), name)
+    return getattr(import_module(f"linearize.{_HOMES.get(name, 'verbs')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from linearize.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from linearize.conversion.plan import Plan
@@ -157,8 +156,9 @@ def select(
     Args:
         folder: a converted folder, calibrated or not.
         out: folder to appear; None: only measure.
-        keep: how many stay softmax. per: of layers, or key/value heads. by: uniform, sensitivity, greedy or recall.
-            None: as the recipe says, else 4 layers by sensitivity.
+        keep: how many stay softmax; None: as the recipe says, else 4.
+        per: layers, or key/value heads; None: the recipe's, else layers.
+        by: uniform, sensitivity, greedy or recall; None: the recipe's, else sensitivity.
         plot: also draw it: FILE.png, .svg or .pdf.
         recipe: name or file; None: `folder`/recipe.yaml.
         tokens: how much text to measure on; None: the recipe's.
@@ -231,28 +231,6 @@ def train(
     return pipeline.train_stage(Path(folder), wanted, stage, Path(out), resume=resume, overwrite=overwrite, flags=flags)
 
 
-def merge(folder: Name, out: Name, *, overwrite: bool = False) -> Path:
-    """Fold trained adapters into the weights that they belong to: a plain model folder.
-
-    Args:
-        folder: what a training stage with adapters has written.
-        out: folder to appear.
-        overwrite: replace a model folder in its place.
-
-    Returns:
-        `out`.
-
-    Raises:
-        InputError: there are no adapters, their model is gone, or `out` exists.
-
-    Example:
-        >>> linearize.merge("runs/demo/1-distil", "runs/demo/merged")
-    """
-    from linearize.recovery.merge import merge as run
-
-    return run(folder, out, overwrite=overwrite)
-
-
 def run(
     model: Name,
     out: Name | None = None,
@@ -289,55 +267,6 @@ def run(
     wanted = recipes.resolve(str(model), list(set))
     folder = Path(out) if out is not None else recipes.run_folder(wanted)
     return pipeline.run(wanted, folder, overwrite=overwrite, flags=flags, note=note)
-
-
-def evaluate(
-    folder: Name,
-    *,
-    suite: "Name | list[str]" = "smoke",
-    source: str | None = None,
-    against: Name | None = None,
-    out: Name | None = None,
-    columns: str | Sequence[str] | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    dtype: str = "auto",
-    include_path: Name | None = None,
-    resume: bool = False,
-) -> dict[str, Any]:
-    """Compare a model with its source and with untrained controls, with the same prompts, seeds and settings.
-
-    Args:
-        folder: linearized folder, adapter folder or Hub id.
-        suite: name or file of a suite, or lm-eval tasks.
-        source: the model that was converted; None: the recorded one.
-        against: another student of the same source, for the column `other`.
-        out: results file; None: results.json in a local `folder`.
-        columns: which columns, a list or separated by commas; None: the suite's.
-        limit: items per task; None: the suite's.
-        batch_size: sequences per forward pass.
-        seed: of few-shot examples and samples.
-        dtype: float32, bfloat16, float16, or auto: as in `folder`.
-        include_path: folder with lm-eval task files of your own.
-        resume: keep what an interrupted run has finished.
-
-    Returns:
-        The content of results.json, see `linearize.results.schema`.
-
-    Raises:
-        InputError: bad input; what was finished until then is kept.
-
-    Example:
-        >>> linearize.evaluate("runs/demo/merged", suite="smoke")["summary"]["memory"]["loss"]
-    """
-    from linearize.evaluation.evaluate import evaluate as run
-
-    names = columns.split(",") if isinstance(columns, str) else None if columns is None else list(columns)
-    return run(
-        folder, suite, source, against, out, limit, names, batch_size, seed, dtype,
-        include_path=include_path, resume=resume,
-    )  # fmt: skip
 
 
 def bench(
@@ -456,63 +385,6 @@ def generate(
     return run(folder, prompt, tokenizer=tokenizer, raw=raw, stream=stream, **settings)  # pyright: ignore[reportArgumentType]
 
 
-def push(
-    folder: Name,
-    repo: str,
-    *,
-    private: bool = False,
-    dry_run: bool = False,
-    message: str | None = None,
-    with_code: bool = False,
-) -> str:
-    """Upload a folder, with a model card, to the Hugging Face Hub.
-
-    Args:
-        folder: what `convert` or `merge` wrote, or a trained adapter whose base model is on the Hub.
-        repo: organisation/name, or a name alone for your own account.
-        private: make it a private repository.
-        dry_run: upload nothing.
-        message: of the commit.
-        with_code: send the code along, for trust_remote_code without this package.
-
-    Returns:
-        The address; with `dry_run` the files, their sizes and the card, as text.
-
-    Raises:
-        InputError: the folder is incomplete or not linearized, or the Hub refuses or cannot be reached.
-
-    Example:
-        >>> print(linearize.push("runs/demo/merged", "my-org/smollm2-135m-gla", dry_run=True))
-    """
-    from linearize.hub.push import push as run
-
-    return run(folder, repo, private=private, dry_run=dry_run, message=message, with_code=with_code)
-
-
-def export(folder: Name, to: str, out: Name, *, link: bool = False, overwrite: bool = False) -> Path:
-    """Write a folder in another format; tensors stay as they are, byte for byte.
-
-    Args:
-        folder: what `convert` or `merge` wrote.
-        to: source: back to the architecture that it was converted from.
-        out: folder to appear.
-        link: hard-link the weights instead of copying them.
-        overwrite: replace a model folder in the place of `out`.
-
-    Returns:
-        `out`.
-
-    Raises:
-        InputError: the folder is not linearized, or holds weights for which the format has no place.
-
-    Example:
-        >>> linearize.export("runs/demo/0-converted", "source", "runs/demo/as-source")
-    """
-    from linearize.conversion.export import export as run
-
-    return run(folder, to, out, overwrite, link)
-
-
 def inspect(folder: Name, plot: Name | None = None) -> dict[str, Any]:
     """Describe what a model folder is made of, from its headers.
 
@@ -538,30 +410,6 @@ def inspect(folder: Name, plot: Name | None = None) -> dict[str, Any]:
 
         draw(description, Path(plot))
     return description
-
-
-def load(
-    folder: Name, dtype: str = "auto", device: "str | torch.device | None" = None
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Open whatever a stage wrote, ready to run: a converted, trained or merged folder, adapters, or a Hub id.
-
-    Args:
-        folder: folder or Hub id.
-        dtype: of the weights; auto: as stored.
-        device: None: the accelerator if there is one.
-
-    Returns:
-        The model, in evaluation mode, and its tokenizer.
-
-    Raises:
-        InputError: there is no such folder, or it holds no model or no tokenizer.
-
-    Example:
-        >>> model, tokenizer = linearize.load("runs/demo/merged")
-    """
-    from linearize.checkpoint.open import load as run
-
-    return run(folder, dtype, device)
 
 
 def check(files: Name | Sequence[Name]) -> None:

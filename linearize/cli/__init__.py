@@ -6,6 +6,7 @@ Results go to stdout, as text or with ``--json`` as JSON; plans, progress and er
 """
 
 import sys
+import time
 import warnings
 
 from linearize.cli import conversion, evaluation, listings, recovery, use
@@ -19,6 +20,7 @@ ORDER = (
     *("eval", "bench", "report", "generate", "push", "export"),
 )
 """Of the verbs in `--help`: as data flow. Those that only tell come last."""
+SECONDS_TO_SAY_IT = 10.0
 _names = {id(command): command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
 app.registered_commands.sort(key=lambda command: (*ORDER, _names[id(command)]).index(_names[id(command)]))
 
@@ -30,6 +32,8 @@ def main() -> None:
     try:
         app()
     except InputError as error:
+        if not is_main():  # the main process mostly says the same, and its launcher ends this one meanwhile
+            time.sleep(SECONDS_TO_SAY_IT)
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

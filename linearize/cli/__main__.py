@@ -1,3 +1,5 @@
+"""`python -m linearize.cli`, the form that launchers start."""
+
 from linearize.cli import main
 
 main()

@@ -55,6 +55,7 @@ def is_main() -> bool:
 
 
 def note(text: str) -> None:
+    """Print a line for people to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

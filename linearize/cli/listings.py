@@ -122,7 +122,7 @@ def archs(
     source = load.resolve(probe).source
     checks = probing.probe_named(source.id, source.package, tiny)
     show([vars(check) for check in checks], as_json, probing.text(checks))
-    if not probing.passes(checks):
+    if probing.failures(checks):
         raise typer.Exit(1)
 
 
