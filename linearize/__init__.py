@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from linearize.conversion.export import export
     from linearize.errors import InputError
     from linearize.evaluation.evaluate import evaluate
+    from linearize.generation import generate
     from linearize.hub.push import push
     from linearize.model.branches import branches
     from linearize.model.mixers import MIXERS, build_config
     from linearize.model.modeling import LinearizedConfig, LinearizedForCausalLM, linearize_
     from linearize.recovery.merge import merge
-    from linearize.verbs import bench, calibrate, check, convert, generate, inspect, report, run, select, train
+    from linearize.verbs import bench, calibrate, check, convert, inspect, report, run, select, train
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ _HOMES = {
     "branches": "model.branches",
     "evaluate": "evaluation.evaluate",
     "export": "conversion.export",
+    "generate": "generation",
     "load": "checkpoint.open",
     "merge": "recovery.merge",
     "push": "hub.push",

@@ -39,6 +39,7 @@ def generate(
     folder: str | Path | PreTrainedModel,
     prompt: str | Sequence[str] | Sequence[Message],
     *,
+    system: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_new_tokens: int = 256,
     temperature: float | None = None,
@@ -52,6 +53,7 @@ def generate(
     Args:
         folder: a folder or Hub id (see ``load``), or a model that is already loaded.
         prompt: a text, several texts (one left-padded batch), or the messages of one chat, the last one from the user.
+        system: message of the system in front of a single text.
         tokenizer: of a model that is already loaded.
         max_new_tokens: upper limit per prompt; an end-of-text token ends a prompt earlier.
         temperature: 0 takes the most likely token; None does what the model's generation_config.json says.
@@ -68,11 +70,15 @@ def generate(
             cannot be opened.
 
     Example:
-        >>> generate("runs/merged", "Why is the sky blue?", max_new_tokens=40).texts[0]
+        >>> linearize.generate("runs/demo/merged", "Why is the sky blue?", max_new_tokens=40).texts[0]
     """
     problems = _problems(prompt, max_new_tokens, temperature, top_p, stream)
+    if system and not isinstance(prompt, str):
+        problems.append("system goes with a single text; put it among the messages instead")
     if problems:
         raise InputError(f"generate: {'; '.join(problems)}")
+    if system:
+        prompt = [{"role": "system", "content": system}, {"role": "user", "content": str(prompt)}]
     if isinstance(folder, PreTrainedModel):
         if tokenizer is None:
             raise InputError("generate: a loaded model was given without its tokenizer; pass tokenizer=")

@@ -6,15 +6,12 @@ is heavy is imported inside, so that `import linearize` and `linearize --help` a
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from linearize.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from linearize.conversion.plan import Plan
-    from linearize.generation import Generation
     from linearize.recipe.schema import Recipe
 
 Name = str | Path
@@ -337,52 +334,6 @@ def report(files: Name | Sequence[Name], out: Name | None = None) -> Path:
         raise InputError(f"report: {len(paths)} files make one page; say by --out where to write it")
     target = Path(out) if out is not None else page.beside(paths[0])
     return page.write([results_file.read(file) for file in paths], target)
-
-
-def generate(
-    folder: "Name | PreTrainedModel",
-    prompt: "str | Sequence[str] | Sequence[dict[str, str]]",
-    *,
-    system: str | None = None,
-    max_new_tokens: int = 256,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    raw: bool = False,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    stream: TextIO | None = None,
-) -> "Generation":
-    """Answer a prompt, or several in one batch.
-
-    Args:
-        folder: model folder or Hub id, or a model that is loaded; then `tokenizer` is needed too.
-        prompt: a text, several texts, or the messages of one chat, the last one from the user.
-        system: system message in front of a single text.
-        max_new_tokens: length limit of an answer.
-        temperature: 0 takes the likeliest token; None: as the model's generation_config.json says.
-        top_p: sample from the likeliest tokens that together have this probability.
-        seed: makes sampling repeatable.
-        raw: use the prompt as it is, without chat template.
-        tokenizer: of a model that is loaded.
-        stream: where the text is written while it comes into being.
-
-    Returns:
-        Texts, numbers of tokens, seconds.
-
-    Raises:
-        InputError: an empty prompt, a setting out of range, or a folder that cannot be opened.
-
-    Example:
-        >>> linearize.generate("runs/demo/merged", "Why is the sky blue?", max_new_tokens=40).texts[0]
-    """
-    from linearize.generation import generate as run
-
-    if system:
-        if not isinstance(prompt, str):
-            raise InputError("generate: system goes with a single text; put it among the messages instead")
-        prompt = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    return run(folder, prompt, tokenizer=tokenizer, raw=raw, stream=stream, **settings)  # pyright: ignore[reportArgumentType]
 
 
 def inspect(folder: Name, plot: Name | None = None) -> dict[str, Any]:

@@ -73,4 +73,3 @@ def test_the_scripts_of_the_readme_are_there() -> None:
         assert f"bash {script}" in readme and os.access(ROOT / script, os.X_OK)
         subprocess.run(["bash", "-n", ROOT / script], check=True)
     assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
-    assert len(readme.splitlines()) < 200

@@ -19,8 +19,9 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearize.checkpoint.reading import read_model, reading
+from linearize.checkpoint.reading import reading
 from linearize.checkpoint.shards import names
+from linearize.checkpoint.sources import read_model
 from linearize.errors import InputError
 from linearize.model.architectures import role_modules
 from linearize.model.attention import LinearizedAttention

@@ -106,7 +106,7 @@ def inspect(model: str | Path | Located) -> dict[str, Any]:
         InputError: nothing is there, or it is damaged.
 
     Example:
-        >>> inspect("smollm2-linear")["layers"][0]["mixer"]
+        >>> inspect("runs/demo/merged")["layers"][0]["mixer"]
         'gla'
     """
     adapter = Path(model) / "adapter_config.json" if isinstance(model, str | Path) else None

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.checkpoint import adapters
-from linearize.checkpoint.reading import read_model, reading, reason
-from linearize.checkpoint.sources import fetch, locate
+from linearize.checkpoint.reading import reading, reason
+from linearize.checkpoint.sources import fetch, locate, read_model
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
 
@@ -32,6 +32,9 @@ def load(
 
     Raises:
         InputError: there is no such folder or model, or a part of it is missing or damaged.
+
+    Example:
+        >>> model, tokenizer = linearize.load("runs/demo/merged")
     """
     # What is small comes first: its damage is named before gigabytes are read.
     target, _, tokenizer, folder = pick_device(device), open_config(name), open_tokenizer(name), _folder(name)

@@ -192,11 +192,12 @@ def write_shard(target: Path, tensors: Iterable[tuple[Tensor, Callable[[BinaryIO
     writing.replace(target)
 
 
-def pieces(tensor: Tensor) -> Iterator[torch.Tensor]:
-    """The values of a tensor, read from its file a chunk at a time.
+def pieces(tensor: Tensor, chunks: int = 1) -> Iterator[torch.Tensor]:
+    """The values of a tensor, read from its file a piece at a time.
 
     Args:
         tensor: what to read.
+        chunks: size of a piece, in chunks.
 
     Yields:
         One-dimensional tensors of its dtype, or of bytes where that is no plain floating-point type; each shares its
@@ -205,11 +206,11 @@ def pieces(tensor: Tensor) -> Iterator[torch.Tensor]:
     Raises:
         InputError: the file became shorter.
     """
-    buffer, left = memoryview(bytearray(min(tensor.size, CHUNK))), tensor.size
+    buffer, left = memoryview(bytearray(min(tensor.size, chunks * CHUNK))), tensor.size
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
         while left:
-            chunk = buffer[: min(left, CHUNK)]
+            chunk = buffer[:left]
             if file.readinto(chunk) != len(chunk):
                 raise InputError(f"{tensor.file}: became shorter while it was read; leave the source alone meanwhile")
             left -= len(chunk)
@@ -229,7 +230,7 @@ def cast_tensor(tensor: Tensor, target: Tensor, advance: Callable[[int], None]) 
     """
 
     def write(file: BinaryIO) -> None:
-        for values in pieces(tensor):
+        for values in pieces(tensor, chunks=8):  # PyTorch's threads are slow to start on less
             advance(values.nbytes)
             if tensor.dtype != target.dtype:
                 original, values = values, values.to(FLOATS[target.dtype])

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.checkpoint.reading import read_model, reading
+from linearize.checkpoint.reading import reading
 from linearize.errors import InputError, suggest
 
 if TYPE_CHECKING:
@@ -19,16 +19,9 @@ if TYPE_CHECKING:
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 _WEIGHTS = ["model*.safetensors", "adapter_model*.safetensors"]
 _PICKLES = ["pytorch_model*.bin"]
-# Each line is one way in which transformers keeps a tokenizer; a folder needs all files of one line.
-_TOKENIZERS = (
-    ("tokenizer.json",),
-    ("tokenizer.model",),
-    ("vocab.json", "merges.txt"),
-    ("vocab.txt",),
-    ("spiece.model",),
-    ("sentencepiece.bpe.model",),
-    ("tekken.json",),
-)
+# Each is one way in which transformers keeps a tokenizer.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json + merges.txt", "vocab.txt", "spiece.model")
+_TOKENIZERS += ("sentencepiece.bpe.model", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -280,10 +273,11 @@ def check_tokenizer(located: Located) -> None:
     Raises:
         InputError: no known tokenizer file is in the folder.
     """
-    if located.gguf is None and not any(all((located.path / name).is_file() for name in line) for line in _TOKENIZERS):
+    there = any(all((located.path / name).is_file() for name in way.split(" + ")) for way in _TOKENIZERS)
+    if located.gguf is None and not there:
         raise InputError(
-            f"{located.path}: has no tokenizer ({', '.join(' + '.join(line) for line in _TOKENIZERS)}: none is "
-            "there); copy the tokenizer's files from the model's page into the folder"
+            f"{located.path}: has no tokenizer ({', '.join(_TOKENIZERS)}: none is there); copy the tokenizer's "
+            "files from the model's page into the folder"
         )
 
 
@@ -310,6 +304,40 @@ def load_tokenizer(located: Located) -> "PreTrainedTokenizerBase":
             if number is not None:
                 setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
     return tokenizer
+
+
+def read_model(folder: Path, dtype: Any = "auto", **options: Any) -> "PreTrainedModel":
+    """A causal language model from a folder, on the CPU; every weight that it needs must be there.
+
+    Args:
+        folder: with config.json and weights, or with the GGUF file that the options name.
+        dtype: torch dtype or its name; ``auto`` is what the folder holds.
+        options: of transformers' `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        InputError: a shard is missing or damaged, or configuration and weights do not fit each other; says which.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from linearize.checkpoint import shards
+
+    if "gguf_file" not in options and (any(folder.glob("*.safetensors")) or not shards.pickles(folder)):
+        shards.read_folder(folder)  # names the shard or tensor that is damaged, before anything is loaded
+    with reading(folder, "cannot be opened as a language model", "give a folder that linearize or transformers wrote"):
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+        )
+    model, report = opened
+    absent = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
+    if absent:
+        raise InputError(
+            f"{folder}: its weights lack {shards.names(absent)}, or hold them in another shape than config.json asks "
+            "for; write or download the folder again"
+        )
+    return model.eval()
 
 
 def load_source(located: Located, dtype: Any = "auto") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

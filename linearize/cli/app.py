@@ -38,6 +38,8 @@ Flags = Annotated[
 
 def show(value: Any, as_json: bool, text: Any = "") -> None:
     """Print a result to stdout: as JSON, or as its text or rich table (120 wide where stdout is no terminal)."""
+    if not is_main():
+        return
     if as_json or isinstance(text, str):
         print(json.dumps(value, indent=2, default=str) if as_json else text)
         return

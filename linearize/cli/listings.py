@@ -80,7 +80,9 @@ def mixers(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """List the mixers: update rule, paper, state, settings; or what each costs in a model.
+    """List the mixers and what each is worth beside the window control; or what each costs in a model.
+
+    Update rules and settings stand in what --json prints.
 
     \b
     Example:
@@ -90,11 +92,11 @@ def mixers(
 
     if model is None:
         listed = costs.describe()
-        return show(listed, as_json, None if as_json else costs.text(listed))
+        return show(listed, as_json, None if as_json else costs.mixers_table(listed))
     from linearize.recipe import load
 
     priced = costs.costs(load.resolve(model, set_ or ()))
-    show(priced, as_json, None if as_json else costs.table(priced))
+    show(priced, as_json, None if as_json else costs.costs_table(priced))
 
 
 @app.command()

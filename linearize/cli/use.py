@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 import linearize
-from linearize import verbs
 from linearize.cli.app import Folder, Json, WithCode, app, note, show
 from linearize.errors import InputError
 
@@ -41,7 +40,7 @@ def generate(
         chat(Chat(model, tokenizer, system=system, **settings), sys.stdin, sys.stdout)
         return
     stream = None if as_json else sys.stdout
-    answer = verbs.generate(folder, prompt, system=system, raw=raw, stream=stream, **settings)
+    answer = linearize.generate(folder, prompt, system=system, raw=raw, stream=stream, **settings)
     if as_json:
         show(answer.to_dict(), as_json)
     else:

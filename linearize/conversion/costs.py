@@ -65,25 +65,12 @@ def describe() -> dict[str, dict[str, Any]]:
     return rows
 
 
-def text(rows: dict[str, dict[str, Any]]) -> str:
-    """What `describe` returns, in full, for a terminal."""
-    return "\n".join(
-        f"{name}: {row['about']}{''.join(f' arXiv {paper}' for paper in row['papers'])}\n    {row['rule']}\n"
-        f"    state per layer: {row['state']}\n"
-        f"    against the window: {'; '.join(filter(None, _evidence(name, row)))}\n"
-        f"    combine: {', '.join(row['combine'])}; backends here: {', '.join(row['backends'])}\n    "
-        + ", ".join(f"{key}={value}" for key, value in row["defaults"].items())
-        for name, row in rows.items()
-    )
-
-
 def mixers_table(rows: dict[str, dict[str, Any]]) -> Table:
-    """What `describe` returns, without rules and settings, as a rich table."""
-    keys = ("mixer", "what it is", "arXiv", "state per layer", "backends", "against the window", "perplexity of")
-    return _grid(keys, (
-        (name, row["about"], "\n".join(row["papers"]), row["state"], ", ".join(row["backends"]), *_evidence(name, row))
-        for name, row in rows.items()
-    ))  # fmt: skip
+    """What `describe` returns, without rules, states and settings, as a rich table."""
+    keys = ("mixer", "what it is", "arXiv", "perplexity beside the window control", "in eval/results")
+    return _grid(
+        keys, ((name, row["about"], "\n".join(row["papers"]), *_evidence(name, row)) for name, row in rows.items())
+    )
 
 
 def _evidence(name: str, row: dict[str, Any]) -> tuple[str, str]:
@@ -91,7 +78,7 @@ def _evidence(name: str, row: dict[str, Any]) -> tuple[str, str]:
     if evidence is None:
         return ("not measured" if MIXERS[name].recurrent else "a control"), ""
     change = f"{evidence['change']:+.1%}: {evidence['perplexity']:.2f} for {evidence['window']:.2f}"
-    return change, evidence["result"]
+    return change, evidence["result"].replace("eval/results/", "").replace(": ", ":\n")
 
 
 def _grid(keys: Iterable[str], rows: Iterable[Iterable[str]], numbers: bool = False) -> Table:
@@ -171,16 +158,6 @@ def _heading(priced: dict[str, Any]) -> str:
         f"{priced['source']}: {priced['layers']} layers replaced, {g['heads']} query heads, {g['kv_heads']} key heads "
         f"of {g['key_width']}; one row, slots in 16 bits, states in 32"
     )
-
-
-def table(priced: dict[str, Any]) -> str:
-    """What `costs` returns, as lines of text."""
-    widths = (-15, 11, 10, 12, 10, 12)
-    lines = (
-        " ".join(f"{cell:{'<' if width < 0 else '>'}{abs(width)}}" for cell, width in zip(row, widths, strict=True))
-        for row in _cost_rows(priced)
-    )
-    return "\n".join([_heading(priced), "", *map(str.rstrip, lines)])
 
 
 def costs_table(priced: dict[str, Any]) -> Table:

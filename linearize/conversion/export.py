@@ -35,7 +35,7 @@ def export(folder: str | Path, to: str, out: str | Path, overwrite: bool = False
         InputError: the folder is not linearized, or holds weights that the format does not have.
 
     Example:
-        >>> export("runs/demo/0-converted", "source", "runs/demo/source")
+        >>> linearize.export("runs/demo/0-converted", "source", "runs/demo/as-source")
     """
     folder, out = Path(folder), Path(out)
     if to not in FORMATS:

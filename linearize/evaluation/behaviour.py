@@ -204,7 +204,7 @@ class Behaviour:
             for logits, _ in perplexity.predictions(model, block):
                 kept = torch.frombuffer(bytearray(file.read(2 * logits.numel())), dtype=torch.float16)
                 source = kept.view(logits.shape).to(logits.device).float()
-                row.append(kl(source, _below_maximum(logits)).cpu())
+                row.append(_kl_of(source, _below_maximum(logits)).cpu())
             rows.append(torch.cat(row))
             advance(len(block))
         nats = torch.stack(rows).double()
@@ -290,16 +290,8 @@ def _below_maximum(logits: Tensor) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)).clamp(min=LEAST)
 
 
-def kl(source: Tensor, model: Tensor) -> Tensor:
-    """KL(source ‖ model) of the next token's distribution.
-
-    Args:
-        source: logits, fp32 [..., vocabulary].
-        model: logits, of the same shape.
-
-    Returns:
-        Nats, fp32 [...].
-    """
+def _kl_of(source: Tensor, model: Tensor) -> Tensor:
+    """KL(source ‖ model) in nats, fp32 [...], from logits, fp32 [..., vocabulary] each."""
     p, q = source.log_softmax(-1), model.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 

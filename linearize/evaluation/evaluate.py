@@ -54,7 +54,7 @@ def evaluate(
             to the student, or a model whose numbers are broken; what was finished until then is kept.
 
     Example:
-        >>> evaluate("runs/demo/merged", suite="smoke")["summary"]["memory"]["loss"]
+        >>> linearize.evaluate("runs/demo/merged", suite="smoke")["summary"]["memory"]["loss"]
     """
     chosen = suites.load(suite)
     names = columns.split(",") if isinstance(columns, str) else list(columns) if columns else None
@@ -103,7 +103,7 @@ def bench(
             until then is kept beside `out`.
 
     Example:
-        >>> bench("runs/demo/merged", contexts=[1024, 8192])["columns"]["student"]["speed"][0]["token_seconds"]
+        >>> linearize.bench("runs/demo/merged", contexts=[1024])["columns"]["student"]["speed"][0]["token_seconds"]
     """
     for name, values, least in (("contexts", contexts, 1), ("batches", batches, 1), ("steps", [steps], 3)):
         if not values or min(values) < least:

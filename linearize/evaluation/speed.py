@@ -136,29 +136,16 @@ def stretch(cache: Cache, context: int) -> Cache:
     return cache
 
 
-def resident_peak(model: PreTrainedModel, cache: Cache, batch: int, steps: int) -> int:
-    """Peak of this process's resident bytes while a model on the CPU decodes.
-
-    Args:
-        model: a causal LM.
-        cache: holds one row of what was read.
-        batch: rows to decode.
-        steps: tokens to decode.
-    """
+def _resident_peak(model: PreTrainedModel, cache: Cache, batch: int) -> int:
+    """Peak of this process's resident bytes while a model on the CPU decodes; the cache holds one row."""
     cache.batch_repeat_interleave(batch)
     forget_peak()  # what the prefill needed: the peak from here on is that of decoding
-    decode(model, cache, torch.zeros(batch, 1, dtype=torch.int64), steps)
+    decode(model, cache, torch.zeros(batch, 1, dtype=torch.int64), TURN)
     return status(PEAK)
 
 
-def allocated_peak(model: PreTrainedModel, cache: Cache, batch: int) -> int:
-    """Peak bytes on the GPU while decoding, as if nothing but this model and its cache were there.
-
-    Args:
-        model: a causal LM.
-        cache: holds what was read.
-        batch: rows of the cache.
-    """
+def _allocated_peak(model: PreTrainedModel, cache: Cache, batch: int) -> int:
+    """Peak bytes on the GPU while decoding, as if nothing but this model and its cache were there."""
     device = model.device
     torch.cuda.reset_peak_memory_stats(device)
     own = sum(x.nbytes for x in [*model.parameters(), *model.buffers()]) + cache_bytes(cache)
@@ -228,7 +215,7 @@ class _Clocked:
 
     def weigh(self) -> None:
         if self.model.device.type == "cuda":
-            self.peak_bytes = allocated_peak(self.model, self.cache, len(self.ids))
+            self.peak_bytes = _allocated_peak(self.model, self.cache, len(self.ids))
 
     def cell(self) -> Cell:
         token = summary(self.writing)
@@ -288,13 +275,8 @@ def interleaved(
 
 
 @torch.inference_mode()
-def warm_up(models: dict[str, PreTrainedModel], seed: int) -> None:
-    """Read and decode a few tokens with each model: libraries load and compile on first use.
-
-    Args:
-        models: by column.
-        seed: of the prompt.
-    """
+def _warm_up(models: dict[str, PreTrainedModel], seed: int) -> None:
+    """Read and decode a few tokens with each model: libraries load and compile on first use."""
     for model in models.values():
         cache = DynamicCache(config=model.config)
         prefill(model, cache, prompt(model, WARM, seed), WARM)
@@ -313,7 +295,7 @@ def worker(task: dict[str, Any]) -> Cell:
             cache, context = DynamicCache(config=model.config), task["context"]
             read = context if linearized_modules(model) else min(context, READ)
             prefill(model, cache, prompt(model, read, task["seed"]), read)
-            return {"peak_bytes": resident_peak(model, stretch(cache, context), task["batch"], TURN)}
+            return {"peak_bytes": _resident_peak(model, stretch(cache, context), task["batch"])}
     except (RuntimeError, MemoryError) as error:
         if no_memory(error):
             return {"failed": "out of memory"}
@@ -367,7 +349,7 @@ def section(
         return
     bar.start("speed: loading")
     with models.together(names) as opened:
-        warm_up(opened, models.seed)
+        _warm_up(opened, models.seed)
         for context, batch in _keys(spec):
             todo = [name for name in names if (context, batch) not in _done(columns[name])]
             if not todo:

@@ -105,7 +105,7 @@ def push(
             not logged in or may not write there, or the Hub cannot be reached.
 
     Example:
-        >>> push("runs/merged", "my-name/SmolLM2-135M-GLA", dry_run=True)
+        >>> print(linearize.push("runs/demo/merged", "my-name/SmolLM2-135M-GLA", dry_run=True))
     """
     try:
         validate_repo_id(repo)

@@ -67,8 +67,8 @@ class LinearizedAttention(_Source):
             return super().forward(hidden_states, attention_mask=mask, **kwargs)
         if not complete:
             raise RuntimeError(
-                f"{type(self).__name__}: the decoder layer does not pass keyword arguments on, so padding cannot be "
-                "seen; its architecture needs a row in linearize/model/architectures.py with drops_arguments"
+                f"{type(self).__name__}: the decoder layer drops keyword arguments, padding among them; its model type "
+                "needs a row in linearize/model/architectures.py with drops_arguments"
             )
         past = kwargs.pop("layer_past" if "layer_past" in kwargs else "past_key_values", None)
         call = _Call(past, rows, mask, kwargs.get("position_embeddings"), steps or {})

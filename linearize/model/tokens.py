@@ -12,10 +12,6 @@ class Geometry:
     """Shapes of one attention layer: query heads H, key/value heads G, key width K, value width V.
 
     Attributes:
-        heads: H.
-        kv_heads: G.
-        key_width: K.
-        value_width: V.
         missing: key/value heads of the layer that are not among these, because they stay softmax.
     """
 

@@ -19,13 +19,13 @@ from linearize.progress import step_progress
 from linearize.recovery.monitor import BOARD
 
 
-def merge(adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path:
+def merge(folder: str | Path, out: str | Path, overwrite: bool = False) -> Path:
     """Fold trained adapters into the weights they belong to: a plain linearized folder.
 
     Sums are formed in fp32 and rounded once, to the dtype of the weights.
 
     Args:
-        adapter: folder with adapters on a linearized model: of a training stage, downloaded, or of another trainer.
+        folder: adapters on a linearized model: of a training stage, downloaded, or of another trainer.
         out: folder to appear.
         overwrite: replace a model folder in its place.
 
@@ -33,27 +33,27 @@ def merge(adapter: str | Path, out: str | Path, overwrite: bool = False) -> Path
         ``out``.
 
     Raises:
-        InputError: ``adapter`` holds no adapters, their model is gone, or ``out`` exists.
+        InputError: ``folder`` holds no adapters, their model is gone, or ``out`` exists.
 
     Example:
-        >>> merge("runs/demo/1-distil", "runs/demo/merged")
+        >>> linearize.merge("runs/demo/1-distil", "runs/demo/merged")
     """
-    adapter, out = Path(adapter), Path(out)
+    adapter, out = Path(folder), Path(out)
     if not is_adapter(adapter):
         raise InputError(
             f"{adapter}: there are no adapters here (no adapter_config.json); give the folder of a LoRA stage"
         )
-    with output_folder(out, overwrite) as folder:
-        fold(put_on(open_model(adapter), adapter)).save_pretrained(folder)
+    with output_folder(out, overwrite) as work:
+        fold(put_on(open_model(adapter), adapter)).save_pretrained(work)
         base, made = base_folder(adapter, weights=False), {}
         for written in (base, adapter):  # what the adapters do not bring along is the base's
-            copy_companions(written, folder)
+            copy_companions(written, work)
             if (written / MANIFEST).is_file():
                 facts = json.loads((written / MANIFEST).read_text())
                 made |= {key: facts[key] for key in ("source", "training") if key in facts}
         if (adapter / BOARD).is_dir():
-            shutil.copytree(adapter / BOARD, folder / BOARD)
-        write_manifest(folder, {"source": None, **made, "versions": versions()}, {})
+            shutil.copytree(adapter / BOARD, work / BOARD)
+        write_manifest(work, {"source": None, **made, "versions": versions()}, {})
     return out
 
 

@@ -40,7 +40,7 @@ def write(reports: list[dict[str, Any]], path: str | Path) -> Path:
         InputError: the results cannot be compared, or the file cannot be written.
 
     Example:
-        >>> write([results.read("runs/demo/results.json")], "runs/demo/report.html")
+        >>> linearize.report("runs/demo/results.json", "runs/demo/report.html")
     """
     return write_text(Path(path), render(reports))
 

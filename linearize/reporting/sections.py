@@ -17,8 +17,6 @@ from linearize.results.numbers import fixed, interval, with_error
 from linearize.results.summary import APART, recall_mean
 from linearize.results.table import Table, lay_out
 
-Rows = list[list[str]]
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -225,7 +223,7 @@ def behaviour(shown: View) -> dict[str, Any] | None:
     return {"header": ["", *columns], "rows": _behaviour_rows([*columns.values()]), "figures": figures}
 
 
-def _behaviour_rows(entries: list[dict[str, Any]]) -> Rows:
+def _behaviour_rows(entries: list[dict[str, Any]]) -> list[list[str]]:
     def of(part: str, key: str, form: str, scale: float = 1) -> Callable[[dict[str, Any]], str]:
         return lambda entry: format(scale * entry[part][key], form)
 

@@ -112,7 +112,7 @@ def test_what_mixers_cost_in_a_model(run, llama_folder: Path) -> None:
     text, as_json = run("mixers", "--model", llama_folder), run("mixers", "--model", llama_folder, "--json")
     found = json.loads(as_json.out)
     assert found["layers"] == 6 and found["mixers"]["gla"]["flops"] > found["mixers"]["window"]["flops"]
-    assert "source at 8K" in text.out and all(f"\n{name} " in text.out for name in found["mixers"])
+    assert "source at 8K" in text.out and all(f"\n {name} " in text.out for name in found["mixers"])
 
 
 def test_recipes_lists_all_and_prints_one(run) -> None:

@@ -9,7 +9,7 @@ import linearize
 from linearize.errors import InputError
 from linearize.model.mixers import MIXERS, build_config
 from linearize.recovery.calibrate import Watched
-from linearize.recovery.select import Partly
+from linearize.recovery.parts import Partly
 
 PACKAGE = Path(linearize.__file__).parent
 ASKS = re.compile(r"""(\.name|\["name"\]) *[!=]= *["']softmax["']""")

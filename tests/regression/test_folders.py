@@ -1,8 +1,8 @@
 """Folders that earlier versions wrote open for ever, with the logits that they had then.
 
-Written by version 0.1.0 (format 1 of the `linearize` block, schema 1 of results) from a tiny random Llama of two layers:
-gla: converted. calibrated: clusters with a gate. selected: one head softmax again. adapters: LoRA and mixers' weights on
-`calibrated`. merged: these folded in. with-code: gated_deltanet, with the code as one file beside it.
+Written by version 0.1.0 (format 1 of the `linearize` block, schema 1 of results) from a tiny random Llama of two
+layers: gla: converted. calibrated: clusters with a gate. selected: one head softmax again. adapters: LoRA and mixers'
+weights on `calibrated`. merged: these folded in. with-code: gated_deltanet, with the code as one file beside it.
 """
 
 import json
@@ -60,7 +60,8 @@ def test_code_of_then_opens_by_itself(tmp_path: Path) -> None:
     shutil.copytree(HERE / "with-code", tmp_path / "model")
     program = (
         "import sys; sys.modules['linearize'] = None\n"
-        "import torch; from transformers import AutoModelForCausalLM; from safetensors.torch import load_file, save_file\n"
+        "import torch; from transformers import AutoModelForCausalLM; from safetensors.torch import load_file\n"
+        "from safetensors.torch import save_file\n"
         "model = AutoModelForCausalLM.from_pretrained('model', trust_remote_code=True)\n"
         f"ids = load_file({str(HERE / 'expected.safetensors')!r})['ids']\n"
         "with torch.no_grad(): save_file({'logits': model(ids).logits[0, -4:].contiguous()}, 'logits.safetensors')"

@@ -22,20 +22,18 @@ def half_lives(shortest: float, longest: float, heads: int, device: torch.device
     return (spread if heads > 1 else spread.new_full((1,), math.log(longest))).exp().view(heads, 1, 1)
 
 
-def forget(logits: Tensor, lower: float = 0.0) -> tuple[Tensor, Tensor]:
+def forget(logits: Tensor, lower: float) -> tuple[Tensor, Tensor]:
     """The tied gates of HGRN-2 (arXiv 2404.07904): f = lower + (1 − lower) σ(x).
 
     Args:
         logits: x of any shape.
-        lower: bound below which no channel forgets, in [0, 1).
+        lower: bound below which no channel forgets, in (0, 1).
 
     Returns:
         ln f, and the key 1 − f, without cancellation where f is near 1.
     """
     x = logits.float()
-    log_decay = F.logsigmoid(x)
-    if lower:
-        log_decay = torch.logaddexp(log_decay + math.log1p(-lower), torch.full_like(x, math.log(lower)))
+    log_decay = torch.logaddexp(F.logsigmoid(x) + math.log1p(-lower), torch.full_like(x, math.log(lower)))
     return log_decay, (1 - lower) * (-x).sigmoid()
 
 
