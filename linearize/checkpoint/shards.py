@@ -153,8 +153,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _no_weights(folder: Path) -> str:
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if others:
-        return f"{folder}: has no {SINGLE}, and no {INDEX} that lists {names(others)}; copy the index from the "
-        "model's page"
+        return (
+            f"{folder}: has no {SINGLE}, and no {INDEX} that lists {names(others)}; copy the index from the model's "
+            "page"
+        )
     if pickles(folder):
         return (
             f"{folder}: has pickled weights only (pytorch_model.bin), and a pickle can run code when it is read; pass "

@@ -268,7 +268,8 @@ def test_verb_by_verb(run, llama_folder: Path, suite: Path, tmp_path: Path) -> N
     card = run("push", merged, "--repo", "org/name", "--dry-run")
     assert card.code == 0 and "README.md" in card.out
     files = json.loads(run("push", merged, "--repo", "org/name", "--dry-run", "--json").out)["files"]
-    assert {"README.md", "model.safetensors", "recipe.yaml", "results.json", "report.html"} <= set(files)
+    assert {"README.md", "model.safetensors", "recipe.yaml", "results.json"} <= set(files)
+    assert "report.html" not in files  # it names folders of this machine; its numbers stand in the card
 
 
 def test_chat_reads_lines(run, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
