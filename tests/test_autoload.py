@@ -29,6 +29,7 @@ def python(code: str, folder: Path, **variables: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.slow
 def test_a_folder_opens_in_every_order_of_imports(order: str, tmp_path: Path):
     linearize_(tiny_model(layers=2), {"name": "window", "window": 8, "sinks": 2}).save_pretrained(tmp_path / "tiny")
     code = f"{ORDERS[order]}\nprint(type(AutoModelForCausalLM.from_pretrained('tiny')).__name__)"
@@ -63,6 +64,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("order", ["without", "torch first", "config first"])
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.slow
 def test_whatever_does_not_fit_costs_one_line_not_the_program(fault: str, order: str, tmp_path: Path):
     if fault == "hook" and order == "without":
         pytest.skip("transformers imports torch itself: there is nothing to wait for")
@@ -73,6 +75,7 @@ def test_whatever_does_not_fit_costs_one_line_not_the_program(fault: str, order:
     assert len(lines) == 1 and "LINEARIZE_AUTOLOAD=0" in lines[0], done.stderr
 
 
+@pytest.mark.slow
 def test_a_variable_turns_it_off(tmp_path: Path):
     code = (
         "import torch, sys, linearize; from transformers import AutoModelForCausalLM, AutoConfig\n"

@@ -65,6 +65,7 @@ def test_convert_writes_it(llama_folder: Path, tmp_path: Path) -> None:
     assert (out / remote_code.FILE).read_text() == remote_code.code()
 
 
+@pytest.mark.slow
 def test_opens_without_the_package_with_the_same_logits(stranger: Path, tmp_path: Path) -> None:
     """One layer of each mixer, one in which heads stay softmax, and one of the source's."""
     model: Any = tiny_model("llama", layers=len(MIXERS) + 2)

@@ -226,6 +226,7 @@ print(json.dumps({"before": before, "revision": located.revision, "sum": model.l
 """
 
 
+@pytest.mark.slow
 def test_hub_model_brings_its_weights_only_when_they_are_needed(llama_folder: Path, tmp_path: Path) -> None:
     names = {path.name: path.read_bytes() for path in llama_folder.iterdir()}
     with FakeHub() as hub:

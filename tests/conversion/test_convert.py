@@ -388,6 +388,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.parametrize(("dtype", "kills"), [("auto", 20), ("float16", 8)])
+@pytest.mark.slow
 def test_after_a_kill_at_any_step_the_folder_is_whole_or_absent(
     sharded_folder: Path, tmp_path: Path, dtype: str, kills: int
 ) -> None:
@@ -448,6 +449,7 @@ except InputError as error:
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("auto", "small disk"), ("float32", "file limit")])
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_one_error_and_nothing_is_left(
     sharded_folder: Path, tmp_path: Path, dtype: str, kind: str
 ) -> None:

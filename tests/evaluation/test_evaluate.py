@@ -263,6 +263,7 @@ def test_an_adapter_folder_is_evaluated_on_its_model(
 # --- lm-eval ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_equal_those_of_the_lm_eval_command(compared: dict[str, Any], student: Path, tmp_path: Path) -> None:
     """The plain command, which never imports linearize, on the folder itself."""
     command = [
@@ -312,6 +313,7 @@ def test_embedded_tasks_ask_what_the_official_ones_ask(path: Path) -> None:
     assert len(loaded.item.instances) >= 3
 
 
+@pytest.mark.slow
 def test_an_official_task_from_local_files_few_shot(
     student: Path, official: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

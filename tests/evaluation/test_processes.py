@@ -72,6 +72,7 @@ def alone(student: Path, suite: Path, tmp_path_factory: pytest.TempPathFactory) 
     return evaluate(student, suite.with_name("all.yaml"), out=out, progress=False)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(student: Path, suite: Path, alone: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     command = [sys.executable, "-m", "linearize.cli", "eval", str(student), "--out", str(out), "--json"]
@@ -112,6 +113,7 @@ runpy.run_module("linearize.cli", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_and_the_rest_is_kept(
     student: Path, suite: Path, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,7 @@ def test_learned_positions_are_found_and_what_lies_beyond_them_is_left_out(tmp_p
 
 
 @pytest.mark.skipif(not clock.has_peak(), reason="the peak of memory is read from Linux's /proc")
+@pytest.mark.slow
 def test_the_peak_is_that_of_a_process_of_its_own_while_it_decodes(student: Path) -> None:
     config = read_config(student)
     models = Models(student, config, relocate(config.linearize["source"]), "auto", "cpu", seed=0)

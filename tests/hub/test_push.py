@@ -147,6 +147,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # -- there and back ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_pushed_folder_loads_back_bit_for_bit(folder: Path, hub: FakeHub, client: Client, tmp_path: Path):
     before = contents(folder)
     assert client.push(folder, "acme/tiny-gla", message="first") == f"{hub.url}/acme/tiny-gla"
@@ -288,6 +289,7 @@ def test_damage_on_the_way_is_noticed(folder: Path, hub: FakeHub, client: Client
     assert not hub.repos["acme/x"].files
 
 
+@pytest.mark.slow
 def test_no_network_and_no_connection(folder: Path, hub: FakeHub, client: Client, tmp_path: Path):
     with Client(environ(hub, tmp_path) | {"HF_HUB_OFFLINE": "1"}) as offline:
         assert "HF_HUB_OFFLINE is set" in offline.push(folder, "acme/x")

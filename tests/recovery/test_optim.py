@@ -253,6 +253,7 @@ def test_optimisers_that_cannot_work_on_parts_of_weights(converted, text, tmp_pa
         train(converted, recipe_for(text, optimizer=optimizer), None, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_sharded_processes_give_the_weights_of_one(converted, text, tmp_path):
     wanted = recipe_for(text, steps=6, lm=1.0, micro_batch=1)
     (tmp_path / "recipe.yaml").write_text(recipes.to_yaml(wanted))

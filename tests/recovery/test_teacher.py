@@ -101,6 +101,7 @@ def test_all_tokens_give_the_dense_losses(converted, text, tmp_path):
     assert (losses(few)[:, 1] < losses(tmp_path / "dense")[:, 1]).all() and (losses(few)[:, 1] > 0).all()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(converted, text, tmp_path, folder, monkeypatch):
     wanted = recipe_for(text, steps=40, top_k=K, peft={"r": 4, "alpha": 8, "dropout": 0.1})
     (tmp_path / "recipe.yaml").write_text(recipes.to_yaml(wanted))

@@ -96,6 +96,7 @@ def test_how_a_step_is_computed_does_not_change_it(converted, text, tmp_path, ch
     torch.testing.assert_close(losses(tmp_path / "changed"), losses(tmp_path / "plain"), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(text, tmp_path):
     model = linearize_(tiny_model(layers=2), {**MIXER, "calibrated": True})
     # A window as wide as the blocks: the gate of layer 1 gets no gradient.
@@ -245,6 +246,7 @@ def test_the_command_line_prints_one_paragraph_and_exits_with_2(converted, text,
     assert (tmp_path / "out" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_launched_processes_say_what_is_wrong_once(converted, text, tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipes.to_yaml(recipe_for(text, batch=3, micro_batch=3)))
     process = start("--model", converted, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "out", launcher=TWO)

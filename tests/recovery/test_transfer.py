@@ -143,6 +143,7 @@ def test_how_a_step_is_divided_does_not_change_it(converted, text, tmp_path):
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(converted, text, tmp_path):
     wanted = recipe_for(text, micro_batch=1, window_dropout=0.7, **ONLY)
     (tmp_path / "recipe.yaml").write_text(recipes.to_yaml(wanted))
