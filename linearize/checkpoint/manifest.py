@@ -5,6 +5,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import linearize
 from linearize.checkpoint.copying import sha256
 from linearize.checkpoint.reading import reading
@@ -63,5 +65,5 @@ def verify(folder: str | Path) -> list[str]:
 
 def versions() -> dict[str, str]:
     """What a result may depend on, for manifests: package -> version."""
-    others = {name: version(name) for name in ("torch", "transformers", "peft")}
-    return {"linearize": linearize.__version__, **others}
+    others = {name: version(name) for name in ("transformers", "peft")}
+    return {"linearize": linearize.__version__, "torch": torch.__version__, **others}

@@ -65,7 +65,7 @@ def _versions() -> dict[str, str]:
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
-    return versions
+    return versions | {"torch": torch.__version__}  # with the build, which its metadata leaves out
 
 
 def _cpu() -> str:
