@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from linearize import autoload
+from linearize.version import __version__
 
 if TYPE_CHECKING:
     from linearize.checkpoint.open import load
@@ -27,9 +28,8 @@ if TYPE_CHECKING:
     from linearize.recovery.merge import merge
     from linearize.verbs import bench, calibrate, check, convert, inspect, report, run, select, train
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "__version__",
     "InputError",
     "LinearizedConfig",
     "LinearizedForCausalLM",

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "linearize"
 # Lowest first. A room may import rooms of lower rows, and itself.
 ROWS = [
-    {"errors", "formats", "progress"},
+    {"errors", "formats", "progress", "version"},
     {"model"},
     {"autoload", "__init__"},
     {"recipe", "launch"},

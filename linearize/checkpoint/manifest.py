@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-import linearize
 from linearize.checkpoint.copying import sha256
 from linearize.checkpoint.reading import reading
 from linearize.errors import InputError
 from linearize.progress import byte_progress
+from linearize.version import __version__
 
 MANIFEST = "linearize.json"
 
@@ -66,4 +66,4 @@ def verify(folder: str | Path) -> list[str]:
 def versions() -> dict[str, str]:
     """What a result may depend on, for manifests: package -> version."""
     others = {name: version(name) for name in ("transformers", "peft")}
-    return {"linearize": linearize.__version__, "torch": torch.__version__, **others}
+    return {"linearize": __version__, "torch": str(torch.__version__), **others}

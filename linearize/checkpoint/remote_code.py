@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from linearize import __version__
+from linearize.version import __version__
 
 NAME = "modeling_linearized"
 FILE = f"{NAME}.py"

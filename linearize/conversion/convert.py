@@ -19,7 +19,7 @@ from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from linearize import __version__, progress
+from linearize import progress
 from linearize.checkpoint import atomic, copying, manifest, remote_code, shards
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.shards import Tensor
@@ -28,6 +28,7 @@ from linearize.conversion.plan import build, build_source, new_tensors
 from linearize.errors import InputError
 from linearize.recipe.load import to_yaml
 from linearize.recipe.schema import Recipe
+from linearize.version import __version__
 
 _STAGE = ".source"  # inside the unfinished folder: weights of a source that is no safetensors folder
 

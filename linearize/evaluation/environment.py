@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-import linearize
+import linearize.version
 from linearize.recipe.resources import package_folder
 
 PACKAGES = ("linearize", "torch", "transformers", "tokenizers", "peft", "lm_eval", "datasets", "numpy")
@@ -49,7 +49,7 @@ def embedded_sha256(names: list[str]) -> dict[str, str]:
 
 def commit() -> str | None:
     """Commit of this package's checkout, with `+changes` if files differ from it; None when installed from a wheel."""
-    root = Path(linearize.__file__).resolve().parents[1]
+    root = Path(linearize.version.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "-uno"])
@@ -65,7 +65,7 @@ def _versions() -> dict[str, str]:
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
-    return versions | {"torch": torch.__version__}  # with the build, which its metadata leaves out
+    return versions | {"torch": str(torch.__version__)}  # with the build, which its metadata leaves out
 
 
 def _cpu() -> str:
