@@ -142,7 +142,7 @@ def train_stage(
         from linearize.recovery.train import train
 
         return train(folder, wanted, name, out, resume=resume, overwrite=overwrite)
-    atomic.check_output(out, overwrite)
+    atomic.check_output(out, overwrite, [folder])
     file = out.with_name(f"{out.name}.training") / "recipe.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(recipes.to_yaml(wanted), encoding="utf-8")

@@ -117,6 +117,30 @@ def test_bad_input_is_an_input_error_that_is_a_value_error(tmp_path: Path) -> No
         linearize.generate("x", ["a", "b"], system="s")
 
 
+def test_an_output_that_is_an_input_is_refused(llama_folder: Path, text: Path, tmp_path: Path) -> None:
+    """It would replace what is read, or what the adapters need; also under another name, or as a folder around it."""
+    small = [f"data.0.path={text}", "train.distil.tokens=256", "train.distil.seq_len=64", "train.distil.batch=2"]
+    model = linearize.convert(llama_folder, tmp_path / "all" / "0", window=8, sinks=2, set=small)
+    adapters = linearize.train(model, tmp_path / "all" / "1")
+    (tmp_path / "link").symlink_to(model)
+    before = {path: path.read_bytes() for path in (tmp_path / "all").rglob("*") if path.is_file()}
+    for out in (model, tmp_path / "link"):
+        for call in (
+            lambda out=out: linearize.train(model, out, overwrite=True),
+            lambda out=out: linearize.train(adapters, out, overwrite=True),
+            lambda out=out: linearize.merge(adapters, out, overwrite=True),
+            lambda out=out: linearize.calibrate(model, out, overwrite=True),
+            lambda out=out: linearize.select(model, out, keep=1, overwrite=True),
+            lambda out=out: linearize.export(model, "source", out, overwrite=True),
+            lambda out=out: linearize.convert(llama_folder, llama_folder, overwrite=True),
+        ):
+            with pytest.raises(linearize.InputError, match="is the source, or holds it"):
+                call()
+    with pytest.raises(linearize.InputError, match="is the source, or holds it"):
+        linearize.merge(adapters, adapters, overwrite=True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "all").rglob("*") if path.is_file()}
+
+
 def test_from_source_to_answer(llama_folder: Path, text: Path, tmp_path: Path) -> None:
     """Each function on what the one before has written."""
     plans = []

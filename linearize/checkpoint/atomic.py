@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -18,16 +18,23 @@ from linearize.formats import format_bytes
 _REPLACEABLE = ("config.json", "adapter_config.json", MANIFEST)
 
 
-def check_output(out: Path, overwrite: bool = False) -> None:
+def check_output(out: Path, overwrite: bool = False, reads: Iterable[Path] = ()) -> None:
     """Refuse an output folder that exists, unless it may be replaced.
 
     Args:
         out: the folder to be written. An empty folder counts as absent.
         overwrite: allow a model folder in its place to be replaced.
+        reads: folders that are read for it, or that what is written will need: `out` must be none and hold none of
+            them, under whatever name.
 
     Raises:
-        InputError: `out` is a file, or a folder with content and `overwrite` is off, or a folder that holds no model.
+        InputError: `out` is a file, one of `reads`, a folder with content and `overwrite` is off, or a folder that
+            holds no model.
     """
+    for folder in reads if out.exists() else ():
+        inside = folder.resolve()
+        if any(parent.exists() and parent.samefile(out) for parent in (inside, *inside.parents)):
+            raise InputError(f"{out}: is the source, or holds it; choose another output folder")
     if out.is_dir():
         content = next(out.iterdir(), None)
         if content is None:

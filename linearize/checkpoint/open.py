@@ -111,6 +111,11 @@ def is_adapter(folder: Path) -> bool:
     return (folder / _ADAPTER).is_file()
 
 
+def bases(folder: Path) -> list[Path]:
+    """The folder that the adapters in a folder belong to; none where it holds a model of its own."""
+    return [base_folder(folder, weights=False)] if is_adapter(folder) else []
+
+
 def base_folder(adapter: Path, weights: bool = True) -> Path:
     """The folder that adapters belong to: where their configuration says, of that name beside them, or from the Hub.
 

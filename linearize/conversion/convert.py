@@ -108,9 +108,7 @@ def convert(
         InputError: anything wrong with the source, the recipe, the disk or `out`; nothing is left behind.
     """
     out = Path(out)
-    atomic.check_output(out, overwrite)
-    if located.path.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{out}: is the source, or holds it; choose another output folder")
+    atomic.check_output(out, overwrite, [located.path])
     model = build(located, recipe)
     check_tokenizer(located)
     located = fetch(located, allow_pickle)

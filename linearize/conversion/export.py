@@ -41,6 +41,7 @@ def export(folder: str | Path, to: str, out: str | Path, overwrite: bool = False
     if to not in FORMATS:
         raise InputError(f"--to {to}: unknown format. {suggest(to, FORMATS)}")
     config = _config(folder)
+    atomic.check_output(out, overwrite, [folder])
     tensors = shards.read_folder(folder)
     new = [name for name in tensors if is_new(name)]
     if new:

@@ -177,7 +177,7 @@ def calibrate(
         >>> calibrate("runs/demo/0-converted", recipe.load("smollm2-135m"), "runs/demo/calibrated")
     """
     folder, out = Path(model_dir), Path(out)
-    check_output(out, overwrite)
+    check_output(out, overwrite, [folder])
     wanted, settings = reading.settle(wanted, "calibrate", tokens=tokens, seq_len=seq_len)
     model, ids = reading.read(folder, wanted, replace(settings, tokens=settings.tokens + settings.seq_len))
     with output_folder(out, overwrite) as work:

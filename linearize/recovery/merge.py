@@ -9,10 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
 from linearize.checkpoint.adapters import put_on
-from linearize.checkpoint.atomic import output_folder
+from linearize.checkpoint.atomic import check_output, output_folder
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.manifest import MANIFEST, versions, write_manifest
-from linearize.checkpoint.open import base_folder, is_adapter, open_model
+from linearize.checkpoint.open import base_folder, bases, is_adapter, open_model
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
 from linearize.progress import step_progress
@@ -43,6 +43,7 @@ def merge(folder: str | Path, out: str | Path, overwrite: bool = False) -> Path:
         raise InputError(
             f"{adapter}: there are no adapters here (no adapter_config.json); give the folder of a LoRA stage"
         )
+    check_output(out, overwrite, [adapter, *bases(adapter)])
     with output_folder(out, overwrite) as work:
         fold(put_on(open_model(adapter), adapter)).save_pretrained(work)
         base, made = base_folder(adapter, weights=False), {}

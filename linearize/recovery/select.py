@@ -273,7 +273,7 @@ def select(
     """
     folder = Path(model_dir)
     if out is not None:
-        atomic.check_output(Path(out), overwrite)
+        atomic.check_output(Path(out), overwrite, [folder])
     wanted, settings = reading.settle(wanted, "select", **given)
     model, ids = reading.read(folder, wanted, settings)
     choice = {**asdict(settings), **choose(model, ids, settings.keep, settings.by, settings.per)}

@@ -19,7 +19,7 @@ from torch import Tensor
 from linearize.checkpoint import adapters, companions, manifest
 from linearize.checkpoint.atomic import check_output, check_space, output_folder
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
-from linearize.checkpoint.open import is_adapter, open_tokenizer
+from linearize.checkpoint.open import bases, is_adapter, open_tokenizer
 from linearize.errors import InputError
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import OPTIMIZERS, Recipe, Stage
@@ -63,8 +63,8 @@ def train(
     made = {"model": str(folder.resolve()), "stage": asdict(chosen), "data": recipes.to_dict(wanted)["data"]}
     if resume and not overwrite and (finished := made_with(out / MANIFEST)) and not differences(finished, made):
         return out
-    check_output(out, overwrite)
     _check_folder(chosen, folder)
+    check_output(out, overwrite, [folder, *bases(folder)])
     accelerator = _accelerator(chosen)
     _check_processes(chosen, accelerator)
     work = out.with_name(f"{out.name}.training")

@@ -157,8 +157,8 @@ REFUSED = {
     "not a number": ([*LLAMA, "--window", "wide"], ["--window", "valid integer"]),
     "no model": ([], ["--model"]),
     "output in a file": ([*LLAMA, "--out", "{llama}/config.json/x"], ["config.json"]),
-    "output exists": ([*LLAMA, "--out", "{llama}"], ["--overwrite"]),
-    "output is the source": ([*LLAMA, "--out", "{llama}", "--overwrite"], ["is the source"]),
+    "output is the source": ([*LLAMA, "--out", "{llama}"], ["is the source", "choose another output folder"]),
+    "output is replaced by itself": ([*LLAMA, "--out", "{llama}", "--overwrite"], ["is the source"]),
 }
 
 
@@ -344,7 +344,8 @@ def test_select_prints_draws_and_writes(run, llama_folder: Path, tmp_path: Path)
     report = json.loads(run("inspect", out, "--json").out)
     assert [row["layer"] for row in report["layers"] if row["mixer"] == "softmax"] == found["layers"]
     refused(run("select", converted, *less, "--by", "sensitive"), "select.by: found 'sensitive'", "'sensitivity'")
-    refused(run("select", converted, *less, "--out", converted), "--overwrite")
+    refused(run("select", converted, *less, "--out", converted), "is the source")
+    refused(run("select", converted, *less, "--out", out), "exists and is not empty", "--overwrite")
     refused(run("select", llama_folder, *less, "--recipe", "smollm2-135m"), "this is a plain llama model")
 
 
