@@ -19,25 +19,13 @@ Name = str | Path
 
 
 def convert(
-    model: Name,
-    out: Name | None = None,
-    *,
-    recipe: Name | None = None,
-    mixer: str | None = None,
-    window: int | None = None,
-    sinks: int | None = None,
-    combine: str | None = None,
-    layers: str | Sequence[int] | None = None,
-    dtype: str | None = None,
-    revision: str | None = None,
-    link: bool = False,
-    allow_pickle: bool = False,
-    with_code: bool = False,
-    set: Iterable[str] = (),
-    dry_run: bool = False,
-    overwrite: bool = False,
+    model: Name, out: Name | None = None, *,
+    recipe: Name | None = None, mixer: str | None = None, window: int | None = None, sinks: int | None = None,
+    combine: str | None = None, layers: str | Sequence[int] | None = None, dtype: str | None = None,
+    revision: str | None = None, link: bool = False, allow_pickle: bool = False, with_code: bool = False,
+    set: Iterable[str] = (), dry_run: bool = False, overwrite: bool = False,
     on_plan: "Callable[[Plan, Path], None] | None" = None,
-) -> "Path | Plan":
+) -> "Path | Plan":  # fmt: skip
     """Convert a model: same weights, other attention.
 
     Args:
@@ -71,17 +59,11 @@ def convert(
     """
     from linearize.recipe import load as recipes
 
-    overrides = [*([] if mixer is None else [f"{recipes.NAME}={mixer}"]), *set]
-    wanted = recipes.resolve(str(model), overrides, recipe)
-    flags = {
-        "convert.mixer.window": window,
-        "convert.mixer.sinks": sinks,
-        "convert.mixer.combine": combine,
-        "convert.layers": layers if layers is None or isinstance(layers, str) else list(layers),
-        "convert.dtype": dtype,
-        "source.revision": revision,
-    }
-    given = {key: value for key, value in flags.items() if value is not None}
+    wanted = recipes.resolve(str(model), [*([] if mixer is None else [f"{recipes.NAME}={mixer}"]), *set], recipe)
+    layers = layers if layers is None or isinstance(layers, str) else list(layers)  # as YAML has it
+    flags = {"mixer.window": window, "mixer.sinks": sinks, "mixer.combine": combine, "layers": layers, "dtype": dtype}
+    given = {f"convert.{key}": value for key, value in flags.items()} | {"source.revision": revision}
+    given = {key: value for key, value in given.items() if value is not None}
     wanted = recipes.from_dict(recipes.to_dict(wanted), given, "command line")
 
     from linearize.checkpoint.sources import locate

@@ -51,18 +51,8 @@ def evaluate(
 
     limits = verdict.parse_limits(fail_under or [])  # before the work
     target = out or (folder / "results.json" if folder.is_dir() else None)
-    options: dict[str, Any] = {
-        "suite": suite,
-        "source": source,
-        "against": against,
-        "out": out,
-        "columns": columns,
-        "limit": limit,
-        "batch_size": batch_size,
-        "seed": seed,
-        "dtype": dtype,
-        "include_path": include_path,
-    }
+    options: dict[str, Any] = {"suite": suite, "source": source, "against": against, "out": out, "columns": columns}
+    options |= {"limit": limit, "batch_size": batch_size, "seed": seed, "dtype": dtype, "include_path": include_path}
     if flags:
         results = _launched(folder, options, flags, resume, as_json, target, bool(limits))
     else:
