@@ -16,17 +16,30 @@ from linearize import autoload
 from linearize.version import __version__
 
 if TYPE_CHECKING:
-    from linearize.checkpoint.open import load
-    from linearize.conversion.export import export
-    from linearize.errors import InputError
-    from linearize.evaluation.evaluate import evaluate
-    from linearize.generation import generate
-    from linearize.hub.push import push
-    from linearize.model.branches import branches
-    from linearize.model.mixers import MIXERS, build_config
-    from linearize.model.modeling import LinearizedConfig, LinearizedForCausalLM, linearize_
-    from linearize.recovery.merge import merge
-    from linearize.verbs import bench, calibrate, check, convert, inspect, report, run, select, train
+    from linearize.verbs import (
+        MIXERS,
+        InputError,
+        LinearizedConfig,
+        LinearizedForCausalLM,
+        bench,
+        branches,
+        build_config,
+        calibrate,
+        check,
+        convert,
+        evaluate,
+        export,
+        generate,
+        inspect,
+        linearize_,
+        load,
+        merge,
+        push,
+        report,
+        run,
+        select,
+        train,
+    )
 
 __all__ = [
     "__version__",
@@ -54,25 +67,11 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
-    **dict.fromkeys(("LinearizedConfig", "LinearizedForCausalLM", "linearize_"), "model.modeling"),
-    **dict.fromkeys(("MIXERS", "build_config"), "model.mixers"),
-    "InputError": "errors",
-    "branches": "model.branches",
-    "evaluate": "evaluation.evaluate",
-    "export": "conversion.export",
-    "generate": "generation",
-    "load": "checkpoint.open",
-    "merge": "recovery.merge",
-    "push": "hub.push",
-}
-"""Names that live elsewhere than in verbs.py."""
-
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'linearize' has no attribute {name!r}")
-    return getattr(import_module(f"linearize.{_HOMES.get(name, 'verbs')}"), name)
+    return getattr(import_module("linearize.verbs"), name)
 
 
 def __dir__() -> list[str]:

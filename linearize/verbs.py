@@ -5,17 +5,50 @@ is heavy is imported inside, so that `import linearize` and `linearize --help` a
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import InputError
 
 if TYPE_CHECKING:
+    from linearize.checkpoint.open import load as load
+    from linearize.conversion.export import export as export
     from linearize.conversion.plan import Plan
+    from linearize.evaluation.evaluate import evaluate as evaluate
+    from linearize.generation import generate as generate
+    from linearize.hub.push import push as push
+    from linearize.model.branches import branches as branches
+    from linearize.model.mixers import MIXERS as MIXERS
+    from linearize.model.mixers import build_config as build_config
+    from linearize.model.modeling import LinearizedConfig as LinearizedConfig
+    from linearize.model.modeling import LinearizedForCausalLM as LinearizedForCausalLM
+    from linearize.model.modeling import linearize_ as linearize_
     from linearize.recipe.schema import Recipe
+    from linearize.recovery.merge import merge as merge
 
 Name = str | Path
 """A folder, a file, a recipe or a Hub id."""
+
+_HOMES = {
+    **dict.fromkeys(("LinearizedConfig", "LinearizedForCausalLM", "linearize_"), "model.modeling"),
+    **dict.fromkeys(("MIXERS", "build_config"), "model.mixers"),
+    "InputError": "errors",
+    "branches": "model.branches",
+    "evaluate": "evaluation.evaluate",
+    "export": "conversion.export",
+    "generate": "generation",
+    "load": "checkpoint.open",
+    "merge": "recovery.merge",
+    "push": "hub.push",
+}
+"""Public names that live where their work is done, and are imported at the first use."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"linearize.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def convert(
@@ -117,19 +150,11 @@ def calibrate(
 
 
 def select(
-    folder: Name,
-    out: Name | None = None,
-    *,
-    keep: int | None = None,
-    per: str | None = None,
-    by: str | None = None,
-    plot: Name | None = None,
-    recipe: Name | None = None,
-    tokens: int | None = None,
-    seq_len: int | None = None,
-    set: Iterable[str] = (),
-    overwrite: bool = False,
-) -> dict[str, Any]:
+    folder: Name, out: Name | None = None, *,
+    keep: int | None = None, per: str | None = None, by: str | None = None, plot: Name | None = None,
+    recipe: Name | None = None, tokens: int | None = None, seq_len: int | None = None,
+    set: Iterable[str] = (), overwrite: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Choose which replaced layers, or heads, become softmax again, and price every budget in loss and cache.
 
     Args:
@@ -167,16 +192,10 @@ def select(
 
 
 def train(
-    folder: Name,
-    out: Name,
-    *,
-    recipe: Name | None = None,
-    stage: str | None = None,
-    resume: bool = False,
-    set: Iterable[str] = (),
-    overwrite: bool = False,
-    flags: Sequence[str] = (),
-) -> Path:
+    folder: Name, out: Name, *,
+    recipe: Name | None = None, stage: str | None = None, resume: bool = False,
+    set: Iterable[str] = (), overwrite: bool = False, flags: Sequence[str] = (),
+) -> Path:  # fmt: skip
     """Recover a converted model: one training stage.
 
     Args:

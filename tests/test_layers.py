@@ -111,8 +111,8 @@ def _files() -> dict[str, Path]:
 
 
 @cache
-def arrows() -> dict[str, set[str]]:
-    """Module -> the modules of the package that it imports when it runs; what only a type checker reads is left out."""
+def arrows(running: bool = False) -> dict[str, set[str]]:
+    """Module -> the modules of the package that it names; `running`: without those that only a type checker reads."""
     files = _files()
     graph = {}
     for name, path in files.items():
@@ -121,15 +121,19 @@ def arrows() -> dict[str, set[str]]:
         unread = {
             id(node)
             for guard in ast.walk(tree)
-            if isinstance(guard, ast.If) and "TYPE_CHECKING" in ast.dump(guard.test)
+            if running and isinstance(guard, ast.If) and "TYPE_CHECKING" in ast.dump(guard.test)
             for node in ast.walk(guard)
         }
         targets: set[str] = set()
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and id(node) not in unread:
+            if id(node) in unread:
+                continue
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
                 base = ".".join([*inside[: len(inside) - node.level] * bool(node.level), *filter(None, [node.module])])
                 targets |= {full if (full := f"{base}.{alias.name}") in files else base for alias in node.names}
-        graph[name] = (targets & files.keys()) - {name, "linearize"}
+        graph[name] = (targets & files.keys()) - {name}
     return graph
 
 
@@ -151,7 +155,7 @@ def test_the_house_stays_low_and_its_rooms_know_few_others() -> None:
 
 
 def test_no_file_imports_itself_through_others() -> None:
-    TopologicalSorter(arrows()).prepare()  # raises CycleError, which names the circle
+    TopologicalSorter(arrows(running=True)).prepare()  # raises CycleError, which names the circle
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-import linearize
 from linearize import verbs
 from linearize.cli.app import Folder, Json, Out, Overwrite, Set, WithCode, app, note, show
 
@@ -70,5 +69,5 @@ def export(
     Example:
       linearize export runs/demo/merged --to source --out runs/demo/as-source
     """
-    written = linearize.export(folder, to, out, link=link, overwrite=overwrite)
+    written = verbs.export(folder, to, out, link=link, overwrite=overwrite)
     show({"out": str(written)}, as_json, str(written))

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-import linearize
 from linearize import verbs
 from linearize.cli.app import Flags, Folder, Json, app, is_main, note, show
 from linearize.errors import InputError
@@ -56,7 +55,7 @@ def evaluate(
     if flags:
         results = _launched(folder, options, flags, resume, as_json, target, bool(limits))
     else:
-        results = linearize.evaluate(folder, **options, resume=resume)
+        results = verbs.evaluate(folder, **options, resume=resume)
         if not is_main():
             return
         show_results(results, as_json, target)

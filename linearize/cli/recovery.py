@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-import linearize
 from linearize import verbs
 from linearize.cli.app import Flags, Folder, Json, Out, Overwrite, Recipe, Resume, Set, app, note, show
 
@@ -138,7 +137,7 @@ def merge(folder: Folder, out: Out, overwrite: Overwrite = False, as_json: Json 
     Example:
       linearize merge runs/demo/1-distil --out runs/demo/merged
     """
-    written = linearize.merge(folder, out, overwrite=overwrite)
+    written = verbs.merge(folder, out, overwrite=overwrite)
     show({"out": str(written)}, as_json, str(written))
 
 

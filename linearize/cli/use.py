@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-import linearize
+from linearize import verbs
 from linearize.cli.app import Folder, Json, WithCode, app, note, show
 from linearize.errors import InputError
 
@@ -36,11 +36,11 @@ def generate(
             raise InputError("generate --json: needs --prompt; a chat on the terminal is not one result")
         from linearize.generation import Chat, chat
 
-        model, tokenizer = linearize.load(folder)
+        model, tokenizer = verbs.load(folder)
         chat(Chat(model, tokenizer, system=system, **settings), sys.stdin, sys.stdout)
         return
     stream = None if as_json else sys.stdout
-    answer = linearize.generate(folder, prompt, system=system, raw=raw, stream=stream, **settings)
+    answer = verbs.generate(folder, prompt, system=system, raw=raw, stream=stream, **settings)
     if as_json:
         show(answer.to_dict(), as_json)
     else:
@@ -67,5 +67,5 @@ def push(
         from linearize.hub.push import plan
 
         return show(plan(folder, repo, with_code).to_dict(), as_json)
-    answer = linearize.push(folder, repo, private=private, dry_run=dry_run, message=message, with_code=with_code)
+    answer = verbs.push(folder, repo, private=private, dry_run=dry_run, message=message, with_code=with_code)
     show({"url": answer}, as_json, answer)
