@@ -253,11 +253,11 @@ def test_manifest_finds_every_change(tmp_path: Path) -> None:
     (tmp_path / "longer").write_text("12345")
     (tmp_path / "gone").unlink()
     (tmp_path / "unhashed").write_text("4321")
-    found = dict(problem.split(": ", 1) for problem in manifest.verify(tmp_path))
-    assert set(found) == {"changed", "longer", "gone"}
-    assert "sha256 differs" in found["changed"]
-    assert "has 5 bytes, 4 were written" in found["longer"]
-    assert "missing" in found["gone"]
+    problems = dict(problem.split(": ", 1) for problem in manifest.verify(tmp_path))
+    assert set(problems) == {"changed", "longer", "gone"}
+    assert "sha256 differs" in problems["changed"]
+    assert "has 5 bytes, 4 were written" in problems["longer"]
+    assert "missing" in problems["gone"]
 
 
 @pytest.mark.parametrize("content", [None, "no json", "[]", '{"files": [1]}'])

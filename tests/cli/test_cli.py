@@ -110,9 +110,9 @@ def test_listings(run, verb: str) -> None:
 
 def test_what_mixers_cost_in_a_model(run, llama_folder: Path) -> None:
     text, as_json = run("mixers", "--model", llama_folder), run("mixers", "--model", llama_folder, "--json")
-    found = json.loads(as_json.out)
-    assert found["layers"] == 6 and found["mixers"]["gla"]["flops"] > found["mixers"]["window"]["flops"]
-    assert "source at 8K" in text.out and all(f"\n {name} " in text.out for name in found["mixers"])
+    content = json.loads(as_json.out)
+    assert content["layers"] == 6 and content["mixers"]["gla"]["flops"] > content["mixers"]["window"]["flops"]
+    assert "source at 8K" in text.out and all(f"\n {name} " in text.out for name in content["mixers"])
 
 
 def test_recipes_lists_all_and_prints_one(run) -> None:
@@ -336,13 +336,13 @@ def test_select_prints_draws_and_writes(run, llama_folder: Path, tmp_path: Path)
     converted, out, picture = tmp_path / "0-converted", tmp_path / "selected", tmp_path / "a.svg"
     run("convert", "--model", llama_folder, "--out", converted, "--window", "16")
     less = ["--keep", "2", "--tokens", "64", "--seq-len", "64"]
-    found = json.loads(run("select", converted, *less, "--plot", picture, "--json").out)
-    assert found["out"] is None and len(found["layers"]) == 2 and picture.is_file()
+    content = json.loads(run("select", converted, *less, "--plot", picture, "--json").out)
+    assert content["out"] is None and len(content["layers"]) == 2 and picture.is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"0-converted", "a.svg"}, "without --out nothing is written"
     ended = run("select", converted, *less, "--out", out)
     assert ended.out.startswith("2 of 6 replaced layers by sensitivity") and ended.out.strip().endswith(str(out))
     report = json.loads(run("inspect", out, "--json").out)
-    assert [row["layer"] for row in report["layers"] if row["mixer"] == "softmax"] == found["layers"]
+    assert [row["layer"] for row in report["layers"] if row["mixer"] == "softmax"] == content["layers"]
     refused(run("select", converted, *less, "--by", "sensitive"), "select.by: found 'sensitive'", "'sensitivity'")
     refused(run("select", converted, *less, "--out", converted), "is the source")
     refused(run("select", converted, *less, "--out", out), "exists and is not empty", "--overwrite")

@@ -60,19 +60,21 @@ def source(tmp_path_factory):
 
 
 def test_costs_are_those_of_the_converted_model(source):
-    found = costs.costs(recipes.default(str(source), ["convert.mixer.window=8", "convert.layers=0-3"]))
-    assert json.loads(json.dumps(found)) == found and found["layers"] == 4
-    assert set(found["mixers"]) == set(MIXERS) - {"softmax"}
-    assert found["softmax"]["state_bytes"] == 4 * 8192 * 2 * (16 + 16) * 2
+    priced = costs.costs(recipes.default(str(source), ["convert.mixer.window=8", "convert.layers=0-3"]))
+    assert json.loads(json.dumps(priced)) == priced and priced["layers"] == 4
+    assert set(priced["mixers"]) == set(MIXERS) - {"softmax"}
+    assert priced["softmax"]["state_bytes"] == 4 * 8192 * 2 * (16 + 16) * 2
     for name in ("gla", "kda"):
         model = linearize_(tiny_model("llama"), {"name": name, "window": 8}, [0, 1, 2, 3])
         mixers = [m.mixer for m in linearized_modules(model)]
-        row = found["mixers"][name]
+        row = priced["mixers"][name]
         assert row["new_weights"] == sum(p.numel() for m in mixers for p in m.parameters())
         assert row["state_bytes"] == sum(m.state_bytes(1, 2) for m in mixers)
-    assert all(row["flops"] > found["mixers"]["window"]["flops"] for n, row in found["mixers"].items() if n != "window")
-    grid = costs.costs_table(found)
-    assert grid.row_count == 1 + len(found["mixers"]) and source.name in str(grid.title)
+    assert all(
+        row["flops"] > priced["mixers"]["window"]["flops"] for n, row in priced["mixers"].items() if n != "window"
+    )
+    grid = costs.costs_table(priced)
+    assert grid.row_count == 1 + len(priced["mixers"]) and source.name in str(grid.title)
 
 
 def test_the_recipes_own_settings_count(source):

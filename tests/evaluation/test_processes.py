@@ -79,10 +79,10 @@ def test_two_processes_write_what_one_writes(student: Path, suite: Path, alone: 
     command += ["--suite", str(suite.with_name("all.yaml")), "--fail-under", "kl=0", "--", *FLAGS]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 1, ended.stderr
-    found = results_file.read(out)
-    assert json.loads(ended.stdout) == found, "printed once, by the main process"
-    assert comparable(found) == comparable(alone)
-    assert "speed" in found["columns"]["source"]
+    results = results_file.read(out)
+    assert json.loads(ended.stdout) == results, "printed once, by the main process"
+    assert comparable(results) == comparable(alone)
+    assert "speed" in results["columns"]["source"]
     lines = [line.split(":")[0] for line in ended.stderr.splitlines()]
     assert [name for name in lines if name in COLUMNS] == NAMES, "a line per column"
     assert lines.count("fell short") == lines.count("report") == 1
@@ -139,12 +139,12 @@ def test_an_error_in_one_process_ends_all_and_the_rest_is_kept(
         return original(scorer, entry, limit, seed)
 
     monkeypatch.setattr(tasks, "run", counted)
-    found = evaluate(student, suite, out=out, resume=True, progress=False)
+    results = evaluate(student, suite, out=out, resume=True, progress=False)
     assert len(asked) == 2 * len(NAMES) - 2, "what each process had finished is not asked again"
     expected = comparable(alone)["columns"]
     for column in expected.values():
         column.pop("speed", None)
-    assert comparable(found)["columns"] == expected
+    assert comparable(results)["columns"] == expected
     assert [path.name for path in out.parent.iterdir()] == ["results.json"]
 
 

@@ -212,17 +212,17 @@ def test_the_verb(student: Path, asked: list, tmp_path: Path, capsys: pytest.Cap
     options = ("--contexts", "32,64", "--steps", "3")
     code, text, err = run(*options, "--out", str(out), "--plot", str(picture))
     assert code == 0 and str(picture) in err and picture.read_bytes().startswith(b"\x89PNG")
-    found = results_file.read(out)
+    results = results_file.read(out)
     assert "32 tokens, batch 1" in text and "64 tokens, batch 1" in text and torch.__version__ in text
     rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
     (cache,) = [row for row in rows[rows.index(["64 tokens, batch 1"]) :] if row[0] == "cache"]
-    cells = {name: column["speed"][1] for name, column in found["columns"].items()}
+    cells = {name: column["speed"][1] for name, column in results["columns"].items()}
     student_bytes, source_bytes = (cells[name]["cache_bytes"] for name in ("student", "source"))
     assert float(cache[4]) == pytest.approx(student_bytes / source_bytes, rel=0.01)  # three digits are shown
     assert all(len(line) <= 100 for line in text.splitlines())
-    short = lay_out(found)
+    short = lay_out(results)
     assert short.rows[0][0] == "ms per token at 64" and short.rows[2][1] == f"{source_bytes / 2**20:.1f}"
-    assert terminal.speed_panels(found)["batch 1"]["source"][0][0] == 32
+    assert terminal.speed_panels(results)["batch 1"]["source"][0][0] == 32
 
     code, text, _ = run(*options, "--json")
     assert code == 0 and set(json.loads(text)["columns"]["student"]["speed"][0]) == CELL

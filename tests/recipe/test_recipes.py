@@ -41,12 +41,12 @@ def problems(values: dict, overrides=()) -> list[str]:
 
 @pytest.mark.parametrize("file", sorted(resources.package_folder("recipes").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_recipe_is_valid(file: Path) -> None:
-    found = recipes.load(file.stem)
-    assert found.name == file.stem, "the name a user types is the stem; the file must not carry another"
-    assert found.description and found.train
-    assert recipes.from_dict(recipes.to_dict(found)) == found
+    recipe = recipes.load(file.stem)
+    assert recipe.name == file.stem, "the name a user types is the stem; the file must not carry another"
+    assert recipe.description and recipe.train
+    assert recipes.from_dict(recipes.to_dict(recipe)) == recipe
     results = resources.package_folder("eval") / "results"
-    if found.status == "run":
+    if recipe.status == "run":
         assert list(results.glob(f"{file.stem}*.json")), "a recipe that says it was run must have its results committed"
 
 
@@ -102,9 +102,9 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 
 
 def test_defaults_for_a_bare_model() -> None:
-    found = recipes.resolve("org/model")
-    assert found.source.id == "org/model" and found.convert.mixer == recipes.DEFAULT_MIXER and found.train
-    assert recipes.run_folder(found) == Path("runs/model")
+    recipe = recipes.resolve("org/model")
+    assert recipe.source.id == "org/model" and recipe.convert.mixer == recipes.DEFAULT_MIXER and recipe.train
+    assert recipes.run_folder(recipe) == Path("runs/model")
 
 
 @pytest.mark.parametrize(
@@ -132,13 +132,13 @@ def test_a_default_is_declared_where_several_recipes_share_a_source(monkeypatch:
 
 
 def test_recipe_of_another_model() -> None:
-    found = recipes.resolve("folder/llama", ["train.finetune.lr=0.1"], recipe="llama-3-8b")
-    assert found.source == Source("folder/llama")
-    assert replace(found, source=recipes.load("llama-3-8b").source) == recipes.load("llama-3-8b", ["train.0.lr=0.1"])
+    recipe = recipes.resolve("folder/llama", ["train.finetune.lr=0.1"], recipe="llama-3-8b")
+    assert recipe.source == Source("folder/llama")
+    assert replace(recipe, source=recipes.load("llama-3-8b").source) == recipes.load("llama-3-8b", ["train.0.lr=0.1"])
 
 
 def test_overrides_by_number_name_and_into_defaults() -> None:
-    found = recipes.from_dict(
+    recipe = recipes.from_dict(
         MINIMAL,
         [
             "convert.mixer.window=128",
@@ -149,10 +149,10 @@ def test_overrides_by_number_name_and_into_defaults() -> None:
             "data.0.weight=2",
         ],
     )
-    assert found.convert.mixer == {**recipes.DEFAULT_MIXER, "window": 128}
-    assert found.convert.layers == [0, 1, 2, 7] and found.convert.dtype == "bfloat16"
-    peft = found.train[0].peft
-    assert peft is not None and (peft.r, found.train[0].lr, found.data[0].weight) == (4, 1e-3, 2.0)
+    assert recipe.convert.mixer == {**recipes.DEFAULT_MIXER, "window": 128}
+    assert recipe.convert.layers == [0, 1, 2, 7] and recipe.convert.dtype == "bfloat16"
+    peft = recipe.train[0].peft
+    assert peft is not None and (peft.r, recipe.train[0].lr, recipe.data[0].weight) == (4, 1e-3, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -300,12 +300,12 @@ def test_another_mixer_keeps_what_it_knows_and_takes_settings_of_its_own() -> No
 
 
 def test_stage_by_name() -> None:
-    found = recipes.load("smollm2-135m")
-    assert found.stage() is found.train[0] and found.stage(found.train[0].name) is found.train[0]
+    recipe = recipes.load("smollm2-135m")
+    assert recipe.stage() is recipe.train[0] and recipe.stage(recipe.train[0].name) is recipe.train[0]
     with pytest.raises(InputError, match="no training stage distill"):
-        found.stage("distill")
+        recipe.stage("distill")
     with pytest.raises(InputError, match="no training stage at all"):
-        replace(found, train=()).stage()
+        replace(recipe, train=()).stage()
 
 
 @pytest.mark.parametrize(("name", "block"), [("fsdp2", "fsdp_config"), ("deepspeed_zero3", "deepspeed_config")])

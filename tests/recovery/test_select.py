@@ -27,16 +27,16 @@ __all__ = ["ids", "model", "wanted", "work"]  # fixtures
 
 
 def test_the_layers_that_cost_most_stay(model, ids):
-    found = choose(model, ids, 2, "sensitivity")
+    choice = choose(model, ids, 2, "sensitivity")
     plain = [plain_kl(ids, [i]) for i in range(LAYERS)]
     # fp32 sums over a vocabulary of 384, against fp64.
-    assert [row["kl"] for row in found["alone"]] == pytest.approx(plain, rel=1e-4)
+    assert [row["kl"] for row in choice["alone"]] == pytest.approx(plain, rel=1e-4)
     order = sorted(range(LAYERS), key=lambda i: -plain[i])
-    assert found["layers"] == sorted(order[:2])
-    for k, row in enumerate(found["budgets"]):
+    assert choice["layers"] == sorted(order[:2])
+    for k, row in enumerate(choice["budgets"]):
         assert row["keep"] == k and row["layers"] == sorted(order[:k])
         assert row["predicted_kl"] == pytest.approx(sum(plain[i] for i in order[k:]), rel=1e-4)
-    measured = {row["keep"]: row["kl"] for row in found["budgets"] if row["kl"] is not None}
+    measured = {row["keep"]: row["kl"] for row in choice["budgets"] if row["kl"] is not None}
     whole = plain_kl(ids, list(range(LAYERS)))
     assert measured == {0: pytest.approx(whole, rel=1e-4), 2: pytest.approx(plain_kl(ids, order[2:]), rel=1e-4)}
     assert all(module.branch == "all" for module in linearized_modules(model))
@@ -51,13 +51,13 @@ def test_greedy_takes_the_best_of_each_step(model, ids):
         assert left[k][each.index(min(each))] == chosen[k]
     _, kl = measure(model, ids, left[1:])
     assert kl[2] <= kl[1] <= kl[0]
-    found = choose(model, ids, 2, "greedy")
-    assert found["layers"] == sorted(greedy(model, ids[:1], layers, 2))
+    choice = choose(model, ids, 2, "greedy")
+    assert choice["layers"] == sorted(greedy(model, ids[:1], layers, 2))
 
 
 @torch.no_grad()
 def test_recall_ranks_by_the_loss_on_what_is_said_again(model, ids):
-    found = choose(model, ids, 1, "recall")
+    choice = choose(model, ids, 1, "recall")
     again, labels = repeats(ids)
     assert torch.equal(again[:, :36], ids[:, :36]) and torch.equal(again[:, 36:], ids[:, 12:24])
     assert (labels[:, :37] == -100).all() and torch.equal(labels[:, 37:], ids[:, 13:24])
@@ -67,12 +67,12 @@ def test_recall_ranks_by_the_loss_on_what_is_said_again(model, ids):
             logits = model(again, use_cache=False).logits[:, 36:-1]
         return float(F.cross_entropy(logits.flatten(0, 1), ids[:, 13:24].flatten()))
 
-    kl = [row["kl"] for row in found["alone"]]
+    kl = [row["kl"] for row in choice["alone"]]
     floor = sum(kl) / LAYERS
     scores = [max(0.0, loss([i]) - loss([])) / (kl[i] + floor) for i in range(LAYERS)]
     # Differences of losses near 8 in fp32: 1e-6, divided by KLs near 0.1.
-    assert [row["score"] for row in found["alone"]] == pytest.approx(scores, abs=1e-4)
-    assert max(scores) > 1e-2 and found["layers"] == [scores.index(max(scores))]
+    assert [row["score"] for row in choice["alone"]] == pytest.approx(scores, abs=1e-4)
+    assert max(scores) > 1e-2 and choice["layers"] == [scores.index(max(scores))]
 
 
 def test_uniform_is_even(model, ids):
@@ -81,10 +81,10 @@ def test_uniform_is_even(model, ids):
 
 
 def test_a_folder_keeps_all_but_the_mixers_of_the_chosen_layers(work, wanted, tmp_path):
-    found = select(work / "calibrated", wanted, tmp_path / "out", keep=2)
-    assert len(found["layers"]) == 2
+    choice = select(work / "calibrated", wanted, tmp_path / "out", keep=2)
+    assert len(choice["layers"]) == 2
     before, after = shards.read_folder(work / "calibrated"), shards.read_folder(tmp_path / "out")
-    gone = [f"model.layers.{i}.self_attn.mixer.gate" for i in found["layers"]]
+    gone = [f"model.layers.{i}.self_attn.mixer.gate" for i in choice["layers"]]
     assert sorted(before.keys() - after.keys()) == sorted(gone) and not after.keys() - before.keys()
 
     def content(tensor):
@@ -92,18 +92,18 @@ def test_a_folder_keeps_all_but_the_mixers_of_the_chosen_layers(work, wanted, tm
 
     assert all(content(tensor) == content(before[name]) for name, tensor in after.items())
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert [m.layer_idx for m in linearized_modules(opened)] == [i for i in range(LAYERS) if i not in found["layers"]]
+    assert [m.layer_idx for m in linearized_modules(opened)] == [i for i in range(LAYERS) if i not in choice["layers"]]
     assert all(m.mixer.config.calibrated for m in linearized_modules(opened))
     assert verify(tmp_path / "out") == []
     manifest = json.loads((tmp_path / "out" / "linearize.json").read_text())
-    assert manifest["selection"]["layers"] == found["layers"] and manifest["source"]
+    assert manifest["selection"]["layers"] == choice["layers"] and manifest["source"]
     assert manifest["calibration"]["tokens"] == 128
     assert recipes.load(tmp_path / "out" / "recipe.yaml").select == recipes.Select(tokens=96, seq_len=48, keep=2)
-    price = found["budgets"][2]["cache_32k"]
+    price = choice["budgets"][2]["cache_32k"]
     at_32k = next(row for row in inspect(tmp_path / "out")["cache"]["contexts"] if row["context"] == 32768)
-    assert price == at_32k["linearized"] and found["budgets"][LAYERS]["cache_32k"] == at_32k["source_kv"]
+    assert price == at_32k["linearized"] and choice["budgets"][LAYERS]["cache_32k"] == at_32k["source_kv"]
     before = next(row for row in inspect(work / "calibrated")["cache"]["contexts"] if row["context"] == 32768)
-    assert found["budgets"][0]["cache_32k"] == before["linearized"]
+    assert choice["budgets"][0]["cache_32k"] == before["linearized"]
     train(tmp_path / "out", wanted, None, tmp_path / "trained")
     assert (tmp_path / "trained" / "adapter_model.safetensors").is_file()
 

@@ -69,8 +69,8 @@ def test_other_criteria_choose_heads_too(model, ids, by):
 
 
 def test_a_folder_has_the_heads_and_costs_what_was_said(work, wanted, tmp_path):
-    found = select(work / "calibrated", wanted, tmp_path / "out", keep=5, per="heads")
-    heads = {int(i): hs for i, hs in found["heads"].items()}
+    choice = select(work / "calibrated", wanted, tmp_path / "out", keep=5, per="heads")
+    heads = {int(i): hs for i, hs in choice["heads"].items()}
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     layers = {m.layer_idx: m for m in linearized_modules(opened)}
     assert {i: list(m.softmax_heads) for i, m in layers.items() if m.softmax_heads} == {
@@ -85,7 +85,7 @@ def test_a_folder_has_the_heads_and_costs_what_was_said(work, wanted, tmp_path):
         assert torch.equal(module.mixer.gate, gates[i].view(G, -1)[left].flatten())
     assert verify(tmp_path / "out") == []
     at_32k = next(row for row in inspect(tmp_path / "out")["cache"]["contexts"] if row["context"] == 32768)
-    assert found["budgets"][5]["cache_32k"] == at_32k["linearized"]
+    assert choice["budgets"][5]["cache_32k"] == at_32k["linearized"]
     before, after = shards.read_folder(work / "calibrated"), shards.read_folder(tmp_path / "out")
     for name, tensor in after.items():
         if ".mixer." not in name:
@@ -102,8 +102,8 @@ def test_a_folder_has_the_heads_and_costs_what_was_said(work, wanted, tmp_path):
 def test_feature_maps_lose_the_rows_of_the_heads(work, wanted, tmp_path):
     hedgehog = recipes.from_dict(recipes.to_dict(wanted), {"convert.mixer.name": "hedgehog"})
     convert(locate(str(work / "source")), hedgehog, tmp_path / "converted")
-    found = select(tmp_path / "converted", hedgehog, tmp_path / "out", keep=1, per="heads")
-    (layer,) = found["heads"]
+    choice = select(tmp_path / "converted", hedgehog, tmp_path / "out", keep=1, per="heads")
+    (layer,) = choice["heads"]
     opened = {m.layer_idx: m.mixer for m in linearized_modules(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))}
     assert opened[int(layer)].query_map.shape == (2, 16, 32 // 2) and opened[int(layer)].key_map.shape == (1, 16, 16)
     assert verify(tmp_path / "out") == []
@@ -121,5 +121,5 @@ def test_heads_are_chosen_where_the_source_sees_the_whole_text(ids):
     with pytest.raises(InputError, match=r"slides a window in every replaced layer.*per: layers"):
         choose(sliding, ids, 1, "sensitivity", "heads")
     mixed = linearize_(tiny_model("gemma3_text", layers=6, sliding_window=8), GLA)
-    found = choose(mixed, ids, 1, "sensitivity", "heads")
-    assert {row["layer"] for row in found["alone"]} == {5}, "only every sixth layer of Gemma 3 sees the whole text"
+    choice = choose(mixed, ids, 1, "sensitivity", "heads")
+    assert {row["layer"] for row in choice["alone"]} == {5}, "only every sixth layer of Gemma 3 sees the whole text"

@@ -72,10 +72,10 @@ def test_losses_and_gradients_are_those_of_the_explicit_sum():
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     slopes = torch.autograd.grad(sum(expected), list(trained.values()))
 
-    found = run(model, ids)
+    ended = run(model, ids)
     # fp32: sums against means.
-    torch.testing.assert_close(torch.stack(list(found.values())), torch.stack(expected).detach(), rtol=1e-5, atol=0)
-    assert min(found.values()) > 1e-4
+    torch.testing.assert_close(torch.stack(list(ended.values())), torch.stack(expected).detach(), rtol=1e-5, atol=0)
+    assert min(ended.values()) > 1e-4
     for (name, gradient), slope in zip(gradients(model).items(), slopes, strict=True):
         torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-6, msg=name)
 
