@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 
 from linearize.checkpoint import shards
+from linearize.checkpoint.reading import read_json
 from linearize.checkpoint.sources import Located, fetch, locate, read_config
 from linearize.errors import InputError
 from linearize.formats import aligned, format_bytes, ranges
@@ -187,7 +188,7 @@ def _table(layers: list[dict[str, Any]]) -> list[str]:
 def _inspect_adapter(file: Path) -> dict[str, Any]:
     from linearize.checkpoint.open import base_folder
 
-    settings = json.loads(file.read_text())
+    settings = read_json(file)
     name = "adapter_model.safetensors"
     if not (file.parent / name).is_file():
         raise InputError(f"{file.parent}: has adapter_config.json but no {name}; train or download the adapter again")

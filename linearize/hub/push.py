@@ -136,22 +136,23 @@ def plan(folder: str | Path, repo: str | None = None, with_code: bool = False) -
         InputError: as ``push``, for everything that concerns the folder.
     """
     folder = Path(folder)
-    config, adapter_of = _checked(folder)
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    files = {name: path for name, path in files.items() if not _left_out(name)}
-    measured = _measured(folder)
-    if measured:
-        files["results.json"] = measured
-    results = results_file.read(measured) if measured else None
-    recipe = names.named("recipe.yaml", files["recipe.yaml"].read_bytes()) if "recipe.yaml" in files else b""
-    config = remote_code.auto_map(config) if with_code and config else config
-    card = write_card(folder, config, adapter_of, repo, results, recipe.decode())
-    changed = _changed(files)
-    if with_code:
-        changed |= _code(folder, config, changed.get("config.json"))
-    _keep_manifest(files, changed)
-    sent: dict[str, Path | bytes] = {**files, **changed, "README.md": card.encode()}
-    return Upload(folder, dict(sorted(sent.items())), card, bool(results))
+    with reading(folder, "a file of it is damaged, so it cannot be published", "write the folder again"):
+        config, adapter_of = _checked(folder)
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        files = {name: path for name, path in files.items() if not _left_out(name)}
+        measured = _measured(folder)
+        if measured:
+            files["results.json"] = measured
+        results = results_file.read(measured) if measured else None
+        recipe = names.named("recipe.yaml", files["recipe.yaml"].read_bytes()) if "recipe.yaml" in files else b""
+        config = remote_code.auto_map(config) if with_code and config else config
+        card = write_card(folder, config, adapter_of, repo, results, recipe.decode())
+        changed = _changed(files)
+        if with_code:
+            changed |= _code(folder, config, changed.get("config.json"))
+        _keep_manifest(files, changed)
+        sent: dict[str, Path | bytes] = {**files, **changed, "README.md": card.encode()}
+        return Upload(folder, dict(sorted(sent.items())), card, bool(results))
 
 
 def card(folder: str | Path, repo: str | None = None) -> str:

@@ -1,6 +1,5 @@
 """Fold trained adapters into the weights they belong to."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from linearize.checkpoint.atomic import check_output, output_folder
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.manifest import MANIFEST, versions, write_manifest
 from linearize.checkpoint.open import base_folder, bases, is_adapter, open_model
+from linearize.checkpoint.reading import read_json
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
 from linearize.progress import step_progress
@@ -50,7 +50,7 @@ def merge(folder: str | Path, out: str | Path, overwrite: bool = False) -> Path:
         for written in (base, adapter):  # what the adapters do not bring along is the base's
             copy_companions(written, work)
             if (written / MANIFEST).is_file():
-                facts = json.loads((written / MANIFEST).read_text())
+                facts = read_json(written / MANIFEST)
                 made |= {key: facts[key] for key in ("source", "training") if key in facts}
         if (adapter / BOARD).is_dir():
             shutil.copytree(adapter / BOARD, work / BOARD)

@@ -1,6 +1,5 @@
 """What calibrate and select share: their block of the recipe, a model with a little text to read, and small files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from linearize.checkpoint import manifest
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
 from linearize.checkpoint.open import is_adapter, open_model, open_tokenizer, pick_device
+from linearize.checkpoint.reading import read_json
 from linearize.errors import InputError
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import Reading
@@ -77,7 +77,7 @@ def finish(
     """
     copy_companions(folder, work)
     (work / "recipe.yaml").write_text(recipes.to_yaml(wanted))
-    origin = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
+    origin = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     facts = {key: value for key, value in origin.items() if key in ("source", "calibration", "selection")}
     facts |= {name: {**made, "data": recipes.to_dict(wanted)["data"]}, "versions": manifest.versions()}
     write_manifest(work, {"source": None, **facts}, hashes or {})

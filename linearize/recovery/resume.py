@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from linearize.checkpoint.adapters import same_names
 from linearize.checkpoint.manifest import MANIFEST
+from linearize.checkpoint.reading import read_json
 from linearize.errors import InputError
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def interrupted(work: Path, made: dict[str, Any], resume: bool, overwrite: bool)
 
 def made_with(manifest: Path) -> dict[str, Any] | None:
     """What a folder, finished or not, was trained with; None if it says nothing."""
-    return json.loads(manifest.read_text()).get("training") if manifest.is_file() else None
+    return read_json(manifest).get("training") if manifest.is_file() else None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

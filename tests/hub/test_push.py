@@ -502,3 +502,23 @@ def test_a_card_written_by_hand_is_kept_and_a_generated_one_is_not(folder: Path)
     assert card(folder) == "Mine."
     (folder / "README.md").write_text("# Model Card for Model ID\n[More Information Needed]")
     assert "# tiny-gla" in card(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("recipe.yaml", "a: ["),
+        ("recipe.yaml", "\udcff"),
+        ("linearize.json", "[1"),
+        ("linearize.json", "[1]"),
+        ("linearize.json", "{}"),
+        ("model.safetensors.index.json", '{"weight_map": 5}'),
+        ("config.json", '{"model_type": "linearized", "linearize": {"layers": ["x"], "source": {}}}'),
+    ],
+)
+def test_a_damaged_file_is_one_paragraph(name: str, content: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(Path(__file__).parents[1] / "regression" / "calibrated", folder)
+    (folder / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(InputError, match=f"{folder}|{name}.*; write the folder again"):
+        plan(folder, "me/model")

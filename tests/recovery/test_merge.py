@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from linearize.checkpoint import adapters
+from linearize.checkpoint.describe import inspect
 from linearize.checkpoint.manifest import verify
 from linearize.checkpoint.open import load, open_model
 from linearize.errors import InputError
@@ -109,3 +111,18 @@ def test_adapters_of_another_trainer_are_merged(text, tmp_path, manifest):
     made = json.loads((merged / "linearize.json").read_text())
     assert made["source"] == ({"id": "org/source"} if manifest else None) and "training" not in made
     assert (merged / "tokenizer.json").is_file() and verify(merged) == []
+
+
+@pytest.mark.parametrize(("name", "content"), [("linearize.json", "[1"), ("linearize.json", "[1]")])
+def test_a_damaged_manifest_is_one_paragraph_and_nothing_is_written(name: str, content: str, tmp_path: Path) -> None:
+    regression = Path(__file__).parents[1] / "regression"
+    for folder in ("adapters", "calibrated"):
+        shutil.copytree(regression / folder, tmp_path / folder)
+    (tmp_path / "adapters" / name).write_text(content)
+    with pytest.raises(InputError, match=name):
+        merge(tmp_path / "adapters", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for broken in ("{", "[]"):
+        (tmp_path / "adapters" / "adapter_config.json").write_text(broken)
+        with pytest.raises(InputError, match="adapter_config.json"):
+            inspect(tmp_path / "adapters")
