@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedConfig
 
+from ..errors import InputError
 from . import architectures, softmax_heads, transformers_api
+from .cache import LinearizedCacheLayer
 from .decoding import steps
+from .made import Made, as_inspected
 from .mixers import MIXERS, Context, MixerConfig
 from .ops.rows import Rows
 
@@ -152,11 +155,15 @@ transformers_api.AttentionMaskInterface.register(IMPLEMENTATION, transformers_ap
 
 
 @cache
-def _attention_class(source: type[nn.Module]) -> type[nn.Module]:
+def attention_class(source: type[nn.Module]) -> type[nn.Module]:
+    """The linearized subclass of a source's attention class."""
     parameters = inspect.signature(source.forward).parameters.values()
     arguments = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[2:]
     values = {"source_class": source, "arguments": arguments, "__module__": __name__}
-    return type(f"Linearized{source.__name__}", (LinearizedAttention, source), values)
+    values |= as_inspected(LinearizedAttention, source)
+    linearized = Made(f"Linearized{source.__name__}", (LinearizedAttention, source), values)
+    linearized.made_by = attention_class, source
+    return linearized
 
 
 def swap_attention(model: nn.Module, path: str, config: PreTrainedConfig, mixer: MixerConfig) -> None:
@@ -180,7 +187,7 @@ def swap_attention(model: nn.Module, path: str, config: PreTrainedConfig, mixer:
         module.rope = architectures.rope_of(module, config)
         module.config = copy.copy(module.config)
         transformers_api.set_attention(module.config, IMPLEMENTATION)
-        module.__class__ = _attention_class(type(module))
+        module.__class__ = attention_class(type(module))
     reference = next(module.parameters())
     whole = architectures.reach(config, module.layer_idx) is None
     geometry = softmax_heads.others(architectures.geometry(config, module), mixer.softmax_heads, whole)
@@ -190,23 +197,77 @@ def swap_attention(model: nn.Module, path: str, config: PreTrainedConfig, mixer:
 def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     """Once per forward: left-aligned rows for padding or packing; for a decoding step, what all layers do at once."""
     tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
-    T = tokens.shape[1]
+    T, past = tokens.shape[1], kwargs.get("past_key_values")
+    compiling = torch.compiler.is_compiling()
+    if not tokens.is_floating_point() and not compiling:
+        _check_ids(decoder, tokens)
     mask = kwargs.pop("linearize_mask", kwargs.get("attention_mask"))
     positions, rows = kwargs.get("position_ids"), None
-    compiling = torch.compiler.is_compiling()
+    if isinstance(mask, dict):  # one for each type of layer
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     if isinstance(mask, Tensor) and mask.ndim == 2:
         mask = mask[:, -T:]
         if not (compiling and T == 1 or bool(mask.all())):
             rows = Rows.from_padding(mask)
+    elif isinstance(mask, Tensor) and mask.ndim == 4:
+        rows = _rows_of(mask, past) if _mixes(decoder) and not compiling else None
     elif mask is None and positions is not None and T > 1 and not compiling:
         rows = Rows.from_positions(positions.expand(tokens.shape[0], -1))
+    elif mask is not None:
+        raise InputError(
+            f"attention_mask: found {type(mask).__name__}{list(getattr(mask, 'shape', []))}; expected [batch, tokens], "
+            "0 for padding, or [batch, 1, tokens, tokens]"
+        )
+    _check_arguments(decoder, kwargs, rows)
     kwargs["linearize_rows"] = rows
-    past = kwargs.get("past_key_values")
     # A compiler joins the layers' operations itself.
     if T == 1 and rows is None and isinstance(past, Cache) and not compiling:
         mixers = {m.layer_idx: m.mixer for m in decoder.linearized if m.branch != "source"}
         kwargs["linearize_steps"] = steps(mixers, past.layers)
     return args, kwargs
+
+
+def _check_ids(decoder: Any, ids: Tensor) -> None:
+    """Refuse ids that the embedding has no row for: an IndexError on the CPU, the end of the process on a GPU."""
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    if ids.numel() and (ids.device.type == "cpu" or ids.shape[1] > 1):  # on a GPU looking at a number costs a wait
+        lowest, highest = (int(number) for number in ids.aminmax())
+        if lowest < 0 or highest >= rows:
+            raise InputError(
+                f"input_ids: token {lowest if lowest < 0 else highest} has no row in the embedding, which has {rows} "
+                "rows; tokenizer and model do not fit each other, or labels were given for tokens"
+            )
+
+
+def _mixes(decoder: Any) -> bool:
+    return any(module.branch != "source" for module in decoder.linearized)
+
+
+def _rows_of(mask: Tensor, past: Cache | None) -> Rows | None:
+    layers = [layer for layer in past.layers if isinstance(layer, LinearizedCacheLayer)] if past is not None else []
+    count = next((layer.tensors["count"] for layer in layers if layer.is_initialized), None)
+    return Rows.from_mask(mask, 0 if past is None or count is None else int(past.get_seq_length()), count)
+
+
+def _check_arguments(decoder: Any, kwargs: dict[str, Any], rows: Rows | None) -> None:
+    """Refuse what softmax attention honours and a mixer cannot, with an InputError: it would be ignored in silence."""
+    if not _mixes(decoder):
+        return
+    config = decoder.config
+    wanted = kwargs.get("output_attentions")
+    if config.output_attentions if wanted is None else wanted:
+        raise InputError(
+            "output_attentions: a linearized layer never makes attention weights, so there are none to return; "
+            "leave it out, or ask the source model"
+        )
+    if kwargs.get("is_causal") is False or getattr(config, "is_causal", True) is False:
+        raise InputError("is_causal=False: a recurrence reads from left to right only; leave it out, or use the source")
+    documents = kwargs.get("cu_seq_lens_q")
+    if documents is not None and len(documents) > 2 and (rows is None or len(rows.index) != len(documents) - 1):
+        raise InputError(
+            f"cu_seq_lens_q: names {len(documents) - 1} packed documents, and position_ids do not restart at each; "
+            "give position_ids that do, and no attention_mask"
+        )
 
 
 def _before_layer(layer: Any, args: tuple, kwargs: dict[str, Any]):

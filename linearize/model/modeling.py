@@ -18,6 +18,7 @@ from ..errors import InputError
 from . import architectures
 from .attention import hook_decoder, linearized_modules, swap_attention
 from .cache import cache_layer
+from .made import Made, as_inspected
 from .mixers import MixerConfig, build_config
 from .transformers_api import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, conversion_rules, name_of
 
@@ -84,7 +85,8 @@ def _config_class(source: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     # recorded outputs are keyed by it.
     names: dict[str, Any] = {"__module__": _home["module"], "__qualname__": f"LinearizedConfig[{source.model_type}]"}
     names["_auto_class"] = _home["config"]
-    linearized = type("LinearizedConfig", (source,), {"model_type": "linearized", **names})
+    linearized = Made("LinearizedConfig", (source,), {"model_type": "linearized", **names})
+    linearized.made_by = config_class, source
     model = MODEL_FOR_CAUSAL_LM_MAPPING[source]
     AutoModelForCausalLM.register(linearized, model_class(model, linearized), exist_ok=True)
     return linearized
@@ -196,7 +198,10 @@ def model_class(source: type[PreTrainedModel], config: type[PreTrainedConfig]) -
     """
     names: dict[str, Any] = {"__module__": _home["module"], "__qualname__": f"LinearizedForCausalLM[{source.__name__}]"}
     names |= {"_auto_class": _home["model"], "config_class": config, "source_class": source}
-    return type("LinearizedForCausalLM", (LinearizedForCausalLM, source), names)
+    names |= as_inspected(LinearizedForCausalLM, source)
+    linearized = Made("LinearizedForCausalLM", (LinearizedForCausalLM, source), names)
+    linearized.made_by = model_class, source, config
+    return linearized
 
 
 AutoConfig.register("linearized", LinearizedConfig, exist_ok=True)

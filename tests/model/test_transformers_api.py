@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 
 from linearize.model import transformers_api as api
 from linearize.model.attention import IMPLEMENTATION
-from linearize.model.modeling import linearize_
+from linearize.model.modeling import LinearizedForCausalLM, linearize_
 
 MODEL = Path(api.__file__).parent
 GLA = {"name": "gla", "window": 8, "sinks": 2}
@@ -73,8 +73,7 @@ def test_conversion_rules_are_copies_found_by_class_name_before_model_type() -> 
 @pytest.mark.parametrize("method", ["from_pretrained", "save_pretrained", "load_adapter"])
 def test_the_methods_that_ask_for_conversion_rules_are_overridden(method: str) -> None:
     assert hasattr(PreTrainedModel, method), f"PreTrainedModel has no {method} any more"
-    linearized: Any = type(linearize_(tiny_model(layers=1), GLA))
-    assert "conversion_rules" in source_of(getattr(linearized, method))
+    assert "conversion_rules" in source_of(getattr(LinearizedForCausalLM, method))
 
 
 def test_the_attention_function_is_looked_up_by_the_name_in_the_configuration() -> None:
