@@ -1,22 +1,35 @@
 """Text from a converted folder: one prompt streamed, several in a left-padded batch, or a chat that keeps its cache."""
 
-import copy
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from linearize.checkpoint import text as agreed
 from linearize.checkpoint.open import load
+from linearize.checkpoint.reading import reading
 from linearize.errors import InputError
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
+FOLLOWED = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"),
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+    *("sequence_bias", "exponential_decay_length_penalty", "renormalize_logits", "min_new_tokens", "stop_strings"),
+)
+"""Settings of generation_config.json that decide what one answer says. Others ask for something that an answer written
+as it comes into being, or a cache kept between turns, cannot have (beams, several answers, another cache)."""
+ADVICE = "mend the file, or give temperature and top_p"
+WITHOUT_LOSS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"}
+WITHOUT_LOSS |= {"transformers_version", "_from_model_config", "return_dict_in_generate", "disable_compile"}
+"""Settings that are not followed and need no word: our call has its own."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,8 @@ def generate(
     else:
         model, own = load(folder)
         tokenizer = tokenizer or own
-    ids = [_tokens(tokenizer, text, special) for text, special in _texts(prompt, tokenizer, raw)]
     decoder = _Decoder(model, tokenizer, max_new_tokens, temperature, top_p)
+    ids = [decoder.encode(text, special) for text, special in _texts(prompt, tokenizer, raw)]
     new, clock, _ = decoder(ids, seed, stream)
     answers = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in new]
     return clock.report(answers, [len(tokens) for tokens in ids], [len(tokens) for tokens in new])
@@ -145,15 +158,19 @@ class Chat:
 
         Returns:
             The answer; ``prompt_tokens`` counts what had to be read, not the whole chat.
+
+        Raises:
+            InputError: the chat template does not take the message; the conversation stays as it was.
         """
-        self.messages.append({"role": "user", "content": content})
-        rendered = _rendered(self.tokenizer, self.messages)
+        messages = [*self.messages, {"role": "user", "content": content}]
+        rendered = agreed.render(self.tokenizer, messages, add_generation_prompt=True)
         known = len(self._ids)
         if self._cache is not None and rendered.startswith(self._text):
-            ids = torch.cat([self._ids, _tokens(self.tokenizer, rendered[len(self._text) :])])
+            ids = torch.cat([self._ids, self._decoder.encode(rendered[len(self._text) :])])
         else:
             self._cache, known = None, 0
-            ids = _tokens(self.tokenizer, rendered)
+            ids = self._decoder.encode(rendered)
+        self.messages = messages
         (new,), clock, self._cache = self._decoder([ids], self.seed, stream, self._cache)
         self.seed = None
         answer = str(self.tokenizer.decode(new, skip_special_tokens=True))
@@ -244,21 +261,17 @@ class _Decoder:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         max_new_tokens: int, temperature: float | None, top_p: float | None,
     ):  # fmt: skip
-        settings = copy.deepcopy(model.generation_config) or GenerationConfig()
-        settings.max_new_tokens, settings.max_length = max_new_tokens, None
-        settings.return_dict_in_generate = True  # for the cache
-        if settings.eos_token_id is None:
-            settings.eos_token_id = tokenizer.eos_token_id
-        if settings.pad_token_id is None:
-            pad = tokenizer.pad_token_id
-            settings.pad_token_id = tokenizer.eos_token_id if pad is None else pad
-        if temperature is not None:
-            settings.do_sample, settings.temperature = temperature > 0, temperature or None
-        if top_p is not None:
-            settings.top_p = top_p
-        if not settings.do_sample:
-            settings.temperature = settings.top_p = settings.top_k = None  # set, they draw a warning per call
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.model, self.tokenizer = model, tokenizer
+        self.rows = agreed.embedding_rows(model)
+        agreed.fit_padding(tokenizer, self.rows)
+        self.ends = agreed.end_tokens(model, tokenizer)
+        self.settings = _settings(model.generation_config, max_new_tokens, temperature, top_p)
+        self.settings.eos_token_id = self.ends or None
+        self.settings.pad_token_id = tokenizer.pad_token_id
+
+    def encode(self, text: str, special: bool = False) -> torch.Tensor:
+        """Ids of a text, int64 [tokens]; ``special`` lets the tokenizer add its own start of text."""
+        return agreed.encode(self.tokenizer, text, self.rows, special)
 
     def __call__(
         self, ids: list[torch.Tensor], seed: int | None, stream: TextIO | None, cache: Cache | None = None
@@ -274,30 +287,57 @@ class _Decoder:
         Returns:
             The new ids of each prompt, without padding and with the end token if there was one; the times; the cache.
         """
-        settings = self.settings
-        batch = pad_sequence(ids, batch_first=True, padding_value=int(settings.pad_token_id or 0), padding_side="left")
+        pad = int(self.settings.pad_token_id or 0)
+        batch = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
         if seed is not None:
             torch.manual_seed(seed)
         clock = _Clock(_FileStreamer(self.tokenizer, stream) if stream else None)
-        output = self.model.generate(  # pyright: ignore[reportCallIssue]
-            batch.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            generation_config=settings,
-            past_key_values=cache,
-            streamer=clock,
+        said = ", ".join(
+            f"{key} {value!r:.60}" for key, value in self.settings.to_diff_dict().items() if key in FOLLOWED
         )
-        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        problem = f"transformers cannot generate with these settings ({said})"
+        with agreed.only(self.model, self.settings) as settings, reading("generation_config.json", problem, ADVICE):
+            output: Any = self.model.generate(  # pyright: ignore[reportCallIssue]
+                batch.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                generation_config=settings,
+                past_key_values=cache,
+                streamer=clock,
+                tokenizer=self.tokenizer,
+            )
         new = []
         for row in output.sequences[:, batch.shape[1] :].cpu():
-            stops = [position for position, token in enumerate(row.tolist()) if token in ends]
+            stops = [position for position, token in enumerate(row.tolist()) if token in self.ends]
             new.append(row[: stops[0] + 1] if stops else row)
         return new, clock, output.past_key_values
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> torch.Tensor:
-    """Ids of a text, int64 [tokens]; ``special`` lets the tokenizer add its own start of text."""
-    return torch.tensor(tokenizer(text, add_special_tokens=special).input_ids)
+def _settings(
+    own: GenerationConfig | None, max_new_tokens: int, temperature: float | None, top_p: float | None
+) -> GenerationConfig:
+    """What the model's author says of sampling, and what our call says; see `FOLLOWED`."""
+    stated = (own or GenerationConfig()).to_diff_dict()
+    left = {key: value for key, value in stated.items() if key not in (*FOLLOWED, *WITHOUT_LOSS) and value}
+    if left:
+        listed = ", ".join(f"{key} {value!r:.60}" for key, value in left.items())
+        warnings.warn(f"generation_config.json: not followed here: {listed}", stacklevel=2)
+    values = {key: stated[key] for key in FOLLOWED if stated.get(key) is not None}
+    if temperature is not None:
+        values |= {"do_sample": temperature > 0, "temperature": temperature}
+    if top_p is not None:
+        values["top_p"] = top_p
+    if not values.get("do_sample"):
+        for key in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"):
+            values.pop(key, None)  # set, they draw a warning per call
+    values["min_new_tokens"] = min(values.get("min_new_tokens", 0), max_new_tokens) or None
+    with reading("generation_config.json", "it asks for what transformers cannot do", ADVICE):
+        problems = _problems("hello", max_new_tokens, values.get("temperature"), values.get("top_p"), None)
+        if problems:
+            raise ValueError("; ".join(problems))
+        settings = GenerationConfig(max_new_tokens=max_new_tokens, return_dict_in_generate=True, **values)
+        settings.validate(strict=False)
+    return settings
 
 
 def _texts(
@@ -311,11 +351,7 @@ def _texts(
     if not is_chat and (raw or not tokenizer.chat_template):
         return [(str(text), True) for text in prompts]
     conversations = [prompts] if is_chat else [[{"role": "user", "content": text}] for text in prompts]
-    return [(_rendered(tokenizer, messages), False) for messages in conversations]
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return [(agreed.render(tokenizer, each, add_generation_prompt=True), False) for each in conversations]
 
 
 def _problems(

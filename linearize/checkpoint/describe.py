@@ -5,7 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -14,42 +14,10 @@ from linearize.checkpoint.reading import read_json
 from linearize.checkpoint.sources import Located, fetch, locate, read_config
 from linearize.errors import InputError
 from linearize.formats import aligned, format_bytes, ranges
-from linearize.model.sizes import state_bytes
+from linearize.model.sizes import state_bytes, text_sizes
 
 CONTEXTS = (1024, 4096, 8192, 32768, 131072)
 _COUNTS = ("parameters", "new_parameters")
-
-
-class TextSizes(NamedTuple):
-    """Sizes of the text model; `context` is None where the architecture sets no limit."""
-
-    layers: int
-    vocabulary: int
-    hidden: int
-    context: int | None
-
-
-def text_sizes(config: PreTrainedConfig) -> TextSizes:
-    """The sizes of a model's text part, under whatever names its architecture has for them.
-
-    Args:
-        config: plain, composite (text beside images) or linearized.
-
-    Returns:
-        Number of layers, tokens of the vocabulary, width of the hidden states, longest context in tokens.
-
-    Raises:
-        InputError: the architecture has none of the usual names for one of them.
-    """
-    text = config.get_text_config()
-    try:
-        context = getattr(text, "max_position_embeddings", None)
-        return TextSizes(text.num_hidden_layers, text.vocab_size, text.hidden_size, context)
-    except AttributeError as error:
-        raise InputError(
-            f"{config.model_type}: its configuration states no {error.name}; only decoder-only text models have all of "
-            "num_hidden_layers, vocab_size and hidden_size"
-        ) from error
 
 
 def cache_sizes(config: PreTrainedConfig, dtype_bytes: int = 2) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize.checkpoint import adapters
+from linearize.checkpoint import adapters, text
 from linearize.checkpoint.reading import reading, reason
 from linearize.checkpoint.sources import fetch, locate, read_model
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
+from linearize.model.sizes import text_sizes
 
 _ADAPTER = "adapter_config.json"
 
@@ -79,14 +80,16 @@ def open_config(name: str | Path) -> PreTrainedConfig:
 
 
 def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id.
+    """The tokenizer of a folder or Hub id; it pads with a token that the model there can embed.
 
     Raises:
         InputError: it is missing or cannot be read.
     """
     folder = _folder(name, weights=False)
     with reading(name, "has no usable tokenizer", "copy the source's tokenizer files into it"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text.fit_padding(tokenizer, text_sizes(open_config(name)).vocabulary)
+    return tokenizer
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

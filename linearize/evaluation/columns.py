@@ -13,12 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from linearize.checkpoint import copying, sources
-from linearize.checkpoint.describe import text_sizes
 from linearize.checkpoint.open import load, open_config, open_tokenizer, pick_device
 from linearize.errors import InputError
 from linearize.model.branches import branches
 from linearize.model.mixers import MIXERS
 from linearize.model.modeling import linearize_
+from linearize.model.sizes import text_sizes
 
 BRANCHES = {"student": "all", "student/window": "window", "student/memory": "memory"}
 

@@ -4,10 +4,9 @@ Continuations have a fixed number of tokens: an end-of-text token does not stop 
 generation (sampling, penalties) is not followed. Columns then differ by their models alone.
 """
 
-import contextlib
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from linearize.checkpoint.text import only
 from linearize.errors import InputError
 from linearize.evaluation import perplexity
 
@@ -75,17 +75,6 @@ class _Steps(BaseStreamer):
         pass
 
 
-@contextlib.contextmanager
-def _plain(model: PreTrainedModel, pad: int) -> Iterator[GenerationConfig]:
-    """Greedy settings; the model's own are out of the way meanwhile, because `generate` fills gaps with them."""
-    before = model.generation_config
-    model.generation_config = GenerationConfig(pad_token_id=pad)
-    try:
-        yield GenerationConfig(do_sample=False, pad_token_id=pad, return_dict_in_generate=True)
-    finally:
-        model.generation_config = before
-
-
 def greedy(
     model: PreTrainedModel, prompts: list[Tensor], tokens: int, pad: int, with_logits: bool, advance: Advance
 ) -> tuple[Tensor, Tensor]:
@@ -105,7 +94,8 @@ def greedy(
     """
     ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in prompts], batch_first=True, padding_side="left")
-    with _plain(model, pad) as settings:
+    plain = GenerationConfig(do_sample=False, pad_token_id=pad, return_dict_in_generate=True)
+    with only(model, plain) as settings:
         settings.max_new_tokens, settings.output_logits = tokens, with_logits
         output: Any = model.generate(  # pyright: ignore[reportCallIssue]
             ids.to(model.device),

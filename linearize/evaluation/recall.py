@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from linearize.checkpoint.describe import text_sizes
 from linearize.errors import InputError, suggest
 from linearize.evaluation.suite import RecallSpec
+from linearize.model.sizes import text_sizes
 
 WINDOW = 64  # tokens that `multiples` count in, for a model without a window
 DEPTHS = (0.0, 0.5, 1.0)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from linearize.checkpoint import sources
-from linearize.checkpoint.describe import mixers_of, text_sizes
+from linearize.checkpoint.describe import mixers_of
 from linearize.errors import InputError
 from linearize.evaluation import speed
 from linearize.evaluation.columns import Models, fingerprint, read_config, weight_files, window_of, without_branches
@@ -14,6 +14,7 @@ from linearize.evaluation.processes import Processes
 from linearize.evaluation.quiet import quiet
 from linearize.evaluation.saved import Saved
 from linearize.evaluation.work import Options, Work, check
+from linearize.model.sizes import text_sizes
 from linearize.progress import Bar
 from linearize.results.schema import COLUMNS
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from linearize.checkpoint.describe import text_sizes
 from linearize.checkpoint.sources import Located
 from linearize.errors import InputError
 from linearize.evaluation.caches import cache_bytes, stretch
@@ -41,6 +40,7 @@ from linearize.evaluation.columns import Models, read_config
 from linearize.evaluation.quiet import quiet
 from linearize.evaluation.suite import SpeedSpec
 from linearize.model.attention import linearized_modules
+from linearize.model.sizes import text_sizes
 from linearize.progress import Bar
 
 COLUMNS = ("source", "window", "student")

@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from linearize.checkpoint.describe import text_sizes
 from linearize.errors import InputError
 from linearize.evaluation import behaviour, perplexity, recall, tasks
 from linearize.evaluation import suite as suites
@@ -15,6 +14,7 @@ from linearize.evaluation.clock import stopwatch
 from linearize.evaluation.columns import Models, window_of
 from linearize.evaluation.environment import embedded_sha256
 from linearize.evaluation.saved import Saved
+from linearize.model.sizes import text_sizes
 from linearize.progress import Bar
 
 BLOCK = 512  # tokens of a block on which distributions are compared, where the suite has no text of its own

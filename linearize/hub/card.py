@@ -6,11 +6,11 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from linearize.checkpoint.describe import text_sizes
 from linearize.checkpoint.open import open_config
 from linearize.checkpoint.sources import relocate
 from linearize.errors import InputError
 from linearize.hub.names import is_repo_id
+from linearize.model.sizes import text_sizes
 from linearize.results.schema import COLUMNS
 from linearize.results.table import markdown_table
 

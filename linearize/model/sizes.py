@@ -1,12 +1,45 @@
-"""Bytes of cache, by arithmetic from a configuration."""
+"""Sizes of a model and bytes of its cache, by arithmetic from its configuration."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
 
+from ..errors import InputError
 from . import architectures, softmax_heads
 from .mixers import MIXERS, build_config
+
+
+class TextSizes(NamedTuple):
+    """Sizes of the text model; `context` is None where the architecture sets no limit."""
+
+    layers: int
+    vocabulary: int
+    hidden: int
+    context: int | None
+
+
+def text_sizes(config: PreTrainedConfig) -> TextSizes:
+    """The sizes of a model's text part, under whatever names its architecture has for them.
+
+    Args:
+        config: plain, composite (text beside images) or linearized.
+
+    Returns:
+        Number of layers, tokens of the vocabulary, width of the hidden states, longest context in tokens.
+
+    Raises:
+        InputError: the architecture has none of the usual names for one of them.
+    """
+    text = config.get_text_config()
+    try:
+        context = getattr(text, "max_position_embeddings", None)
+        return TextSizes(text.num_hidden_layers, text.vocab_size, text.hidden_size, context)
+    except AttributeError as error:
+        raise InputError(
+            f"{config.model_type}: its configuration states no {error.name}; only decoder-only text models have all of "
+            "num_hidden_layers, vocab_size and hidden_size"
+        ) from error
 
 
 def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_bytes: int = 2) -> dict[str, Any]:

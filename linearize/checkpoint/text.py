@@ -1,0 +1,181 @@
+"""Text in and out of a model: the facts that tokenizer, chat template, generation settings and model each state.
+
+They come from different files and different people. Whoever turns text into ids, or ids into text, takes them here.
+"""
+
+import ctypes
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize.checkpoint.reading import reason
+from linearize.errors import InputError
+
+TEMPLATE_SECONDS = 5.0
+"""Until a chat template that has not ended is taken for one that never will."""
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids a model can embed."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.shape[0]
+
+
+def beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:
+    """The tokens for which an embedding has no row, by their text.
+
+    Args:
+        tokenizer: any.
+        rows: of the embedding.
+    """
+    return {token: number for token, number in sorted(tokenizer.get_vocab().items()) if number >= rows}
+
+
+def fit_padding(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Let a tokenizer pad with a token that the model can embed; masked as it is, which one it is makes no difference.
+
+    Args:
+        tokenizer: changed in place.
+        rows: of the embedding.
+    """
+    usable = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0]
+    pad = next(number for number in usable if number is not None and number < rows)
+    if tokenizer.pad_token_id != pad:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+
+
+def check_ids(ids: torch.Tensor, rows: int, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Check that an embedding has a row for each token of a text.
+
+    Args:
+        ids: int64, of any shape.
+        rows: of the embedding.
+        tokenizer: that wrote them, to name them.
+        where: at the start of the error.
+
+    Raises:
+        InputError: names a token that is beyond.
+    """
+    if ids.numel() and int(ids.max()) >= rows:
+        number = int(ids.max())
+        raise InputError(
+            f"{where}: the text has the token {tokenizer.convert_ids_to_tokens(number)!r}, number {number}, but the "
+            f"model's embedding has {rows} rows; take the token out of the text or the tokenizer, or give the source a "
+            "row for it (model.resize_token_embeddings(len(tokenizer))) and convert again"
+        )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, special: bool = False) -> torch.Tensor:
+    """Ids of a text that is to be continued.
+
+    Args:
+        tokenizer: of the model.
+        text: what the model reads.
+        rows: of its embedding.
+        special: let the tokenizer put its start of text in front. An end of text that it puts behind is left out: the
+            model would take what it writes for a new text.
+
+    Returns:
+        int64 [tokens].
+
+    Raises:
+        InputError: there is nothing in it for the tokenizer, or a token that the model cannot embed.
+    """
+    ids = list(tokenizer(text, add_special_tokens=special).input_ids)
+    if special:
+        plain = list(tokenizer(text, add_special_tokens=False).input_ids)
+        ends = len(plain) > 0 and ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]
+        ids = ids[:-1] if ends else ids
+    if not ids:
+        raise InputError(f"prompt {text[:40]!r}: the tokenizer finds no token in it; give a text with other characters")
+    check_ids(torch.tensor(ids), rows, tokenizer, "prompt")
+    return torch.tensor(ids)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> str:
+    """A conversation as the chat template writes it.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: a list, each with role and content.
+        **options: of `apply_chat_template`.
+
+    Raises:
+        InputError: the template raises an error, does not end, or writes nothing.
+    """
+    roles = ", ".join(str(message.get("role")) for message in messages)
+    try:
+        with _time_limit(TEMPLATE_SECONDS):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program of somebody else, and may raise anything
+        what = "does not end" if isinstance(error, TimeoutError) else f"says: {reason(error) or type(error).__name__}"
+        raise InputError(
+            f"chat template: on messages of the roles {roles} it {what}. Give messages that the template takes (some "
+            "want no system message, or user and assistant in turn), or the plain text by raw"
+        ) from error
+    if not isinstance(text, str) or not text:
+        raise InputError(f"chat template: it writes nothing for messages of the roles {roles}; give the plain text")
+    return text
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens at which an answer ends: what generation_config, config and tokenizer say, and what the chat template
+    writes behind an answer. They often differ, and any of them may be the one that the model has learned.
+
+    Args:
+        model: with its configurations.
+        tokenizer: of it.
+
+    Returns:
+        Their ids, ascending.
+    """
+    stated = (model.generation_config, model.config.get_text_config(), tokenizer)
+    ends = {number for each in stated for number in _numbers(getattr(each, "eos_token_id", None))}
+    if tokenizer.chat_template:
+        with suppress(InputError):
+            text = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}])
+            behind = text.rpartition("bcd")[2].lstrip()
+            tokens = {
+                token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+            }
+            ends |= {number for token, number in tokens.items() if behind.startswith(token)}
+    return sorted(ends)
+
+
+@contextmanager
+def only(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[GenerationConfig]:
+    """Generate with these settings; the model's own are out of the way meanwhile, because `generate` fills gaps with
+    them.
+
+    Args:
+        model: that generates.
+        settings: all that counts.
+    """
+    before = model.generation_config
+    model.generation_config = GenerationConfig(pad_token_id=settings.pad_token_id)
+    try:
+        yield settings
+    finally:
+        model.generation_config = before
+
+
+def _numbers(value: Any) -> Iterable[int]:
+    return [each for each in (value if isinstance(value, list | tuple) else [value]) if isinstance(each, int)]
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a block of Python that takes longer; in any thread, which signals cannot do."""
+    thread = ctypes.c_ulong(threading.get_ident())
+    expire = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    timer = threading.Timer(seconds, expire, (thread, ctypes.py_object(TimeoutError)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
