@@ -13,7 +13,7 @@ from transformers import AttentionInterface, Cache, PreTrainedConfig
 from ..errors import InputError
 from . import architectures, softmax_heads, transformers_api
 from .cache import LinearizedCacheLayer
-from .decoding import steps
+from .decoding import settle, steps
 from .made import Made, as_inspected
 from .mixers import MIXERS, Context, MixerConfig
 from .ops.rows import Rows
@@ -220,6 +220,8 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
         )
     _check_arguments(decoder, kwargs, rows)
     kwargs["linearize_rows"] = rows
+    if isinstance(past, Cache) and not compiling:
+        settle({m.layer_idx: m.mixer for m in decoder.linearized if m.branch != "source"}, past.layers, T)
     # A compiler joins the layers' operations itself.
     if T == 1 and rows is None and isinstance(past, Cache) and not compiling:
         mixers = {m.layer_idx: m.mixer for m in decoder.linearized if m.branch != "source"}

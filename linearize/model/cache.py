@@ -6,6 +6,11 @@ Slots lie in one buffer of s + W: slot t holds token t for t < s; token t ≥ s 
 that is overwritten is exactly the one that leaves the window, so it is read there, once, to enter the memory. Every row
 counts its own real tokens, so rows of very different length share a batch. All updates are in place on tensors of fixed
 address.
+
+With r more slots the last r tokens can be taken back: the ring holds W + r tokens, and the recurrent state waits. It is
+the state of the first `settled` tokens of a row; the `pending` ones behind them have left the window of the next query,
+but are still in the ring. A forward pass reads them as if they were in the state; they enter it when they are certain.
+So `crop` moves a counter and copies nothing.
 """
 
 from typing import Any
@@ -17,6 +22,9 @@ from transformers import Cache
 from .ops.rows import Rows
 from .transformers_api import CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer, new_layer
 
+ROLLBACK = 32
+"""Slots that recording adds: transformers drafts 20 tokens at a time unless told otherwise."""
+
 
 class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """A transformers cache layer that `Cache` objects of any kind accept.
@@ -25,8 +33,11 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         window: W ≥ 1 slots of the ring (0 for a mixer without a window).
         sinks: s slots of the first tokens.
         static: whether lengths are reported as tensors, as transformers' static layers do (no recompilation per step).
+        late: whether a token enters the recurrent state only when it leaves the window.
 
     Attributes:
+        rollback: r, how many tokens can be taken back; 0 unless past tokens are recorded.
+        record_past: as of transformers' own layers.
         grown: [B, heads, N, width], all tokens of heads that stay softmax, token t of a row in slot t; None without
             such heads. The one part that grows.
     """
@@ -34,9 +45,10 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, window: int, sinks: int, static: bool = False):
+    def __init__(self, window: int, sinks: int, static: bool = False, late: bool = True):
         LinearAttentionCacheLayerMixin.__init__(self, number_of_states=0)
-        self.window, self.sinks, self.static = window, sinks, static
+        self.window, self.sinks, self.static, self.late = window, sinks, static, late
+        self.rollback = 0
         self.tensors: dict[str, Tensor] = {}
         self.grown: Tensor | None = None
         self.stack: Stack | None = None
@@ -54,10 +66,11 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """
         self.dtype, self.device = like.dtype, like.device
         heads, width = token_shape
-        self.tensors = {"tokens": like.new_zeros(batch, heads, self.sinks + self.window, width)}
+        self.tensors = {"tokens": like.new_zeros(batch, heads, self.slots, width)}
         self.state_names = [f"state_{i}" for i in range(len(state))]
         self.tensors |= dict(zip(self.state_names, state, strict=True))
-        self.tensors["count"] = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        for name in ("count", "settled", "certain") if self.rollback else ("count",):
+            self.tensors[name] = torch.zeros(batch, dtype=torch.int64, device=like.device)
         if self.static:
             self._length = torch.zeros((), dtype=torch.int64, device=like.device)
         if not torch.compiler.is_compiling():
@@ -67,8 +80,18 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        """Never: the recurrent state cannot forget a token."""
-        return False
+        """Whether tokens can be taken back, once they are recorded."""
+        return self.late and not self.static
+
+    @property
+    def ring(self) -> int:
+        """Slots of the ring: W + r."""
+        return self.window + self.rollback
+
+    @property
+    def slots(self) -> int:
+        """All of them: s + W + r."""
+        return self.sinks + self.ring
 
     @property
     def is_compileable(self) -> bool:
@@ -88,23 +111,30 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def slot_of_next(self, t: Tensor) -> Tensor:
         """The slot that the next token of a row with t tokens takes, both of any shape."""
-        if self.window == 0:
+        if self.ring == 0:
             return t.clamp(max=self.sinks - 1)
-        return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks).remainder(self.window))
+        return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks).remainder(self.ring))
 
     def filled(self) -> Tensor:
-        """[B, s + W] bool: which slots hold a token once the next one is there."""
-        return torch.arange(self.sinks + self.window, device=self.device) <= self.tensors["count"][:, None]
+        """[B, s + W + r] bool: which slots hold a token that the next one sees, once it is there."""
+        slot, count = torch.arange(self.slots, device=self.device), self.tensors["count"][:, None]
+        if self.rollback == 0:
+            return slot <= count
+        token = count - (count - slot).remainder(self.ring)
+        return torch.where(slot < self.sinks, slot <= count, (token >= self.sinks) & (token > count - self.window))
 
-    def in_order(self) -> Tensor:
-        """The W tokens before the next one, oldest first.
+    def in_order(self, pending: int = 0) -> Tensor:
+        """The W tokens before the next one, and `pending` before those, oldest first.
 
         Returns:
-            [B, heads, W, width]; rows with fewer tokens hold zeros or sinks in the first ones.
+            [B, heads, pending + W, width]; for tokens that a row has not, or which are sinks, it holds anything finite.
         """
-        x = self.tensors["tokens"]
-        token = self.tensors["count"][:, None] - self.window + torch.arange(self.window, device=x.device)
-        slot = self.sinks + (token - self.sinks).remainder(self.window)
+        back = self.window + pending
+        return self.at(self.tensors["count"][:, None] - back + torch.arange(back, device=self.device))
+
+    def at(self, token: Tensor) -> Tensor:
+        """Tokens of the ring by their number in the row, int64 [B, n]: [B, heads, n, width]."""
+        x, slot = self.tensors["tokens"], self.sinks + (token - self.sinks).remainder(self.ring)
         return x.gather(2, slot[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     def extend(self, new: Tensor, lengths: Tensor) -> None:
@@ -114,11 +144,11 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             new: [B, heads, T, width].
             lengths: int64 [B], how many tokens of each row are real; they come first.
         """
-        slot = torch.arange(self.sinks + self.window, device=self.device)
+        slot = torch.arange(self.slots, device=self.device)
         count = self.tensors["count"][:, None]
         after = count + lengths[:, None]
         # The newest token that belongs in each slot, or one before the block where the slot stays as it is.
-        ring = after - 1 - (after - 1 - slot).remainder(max(self.window, 1))
+        ring = after - 1 - (after - 1 - slot).remainder(max(self.ring, 1))
         token = torch.where(slot < self.sinks, slot, ring)
         take = (token >= count) & (token < after) & ((slot < self.sinks) | (token >= self.sinks))
         source = (token - count).clamp(min=0, max=new.shape[2] - 1)
@@ -187,16 +217,67 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self._length = self._length * 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to forget the last tokens: a RuntimeError, unless there are 0."""
-        if tokens_to_remove != 0:
+        """Take the last tokens of each row back, and make those that stay certain.
+
+        Args:
+            tokens_to_remove: 0, or how many, as a negative number.
+
+        Raises:
+            RuntimeError: more than are recorded, or tokens are not recorded.
+        """
+        removed = abs(tokens_to_remove)
+        if not self.is_initialized or not self.rollback and removed == 0:
+            return
+        if not self.rollback:
             raise RuntimeError(
-                "a linearized cache cannot be cropped: its recurrent state cannot forget single tokens; "
-                "use generation without assisted decoding"
+                "a linearized cache that does not record its past cannot be cropped: call `activate_past_recording` "
+                "before the tokens that may have to go"
             )
+        count = self.tensors["count"]
+        if bool((count - removed < self.tensors["settled"]).any()):
+            raise RuntimeError(
+                f"a linearized cache can take back the last {self.rollback} tokens at most; {removed} were to go"
+            )
+        if self.stack is not None and removed:
+            self.stack.ahead = None
+        count -= removed
+        self._length -= removed
+        self.tensors["certain"].copy_(count)
+        if self.grown is not None:
+            self.grown = self.grown[:, :, : self.grown.shape[2] - removed]
 
     def activate_past_recording(self) -> None:
-        """Refuse it: always a RuntimeError."""
-        raise RuntimeError("a linearized cache cannot be rolled back, so assisted decoding is not possible")
+        """Add slots for tokens that may be taken back.
+
+        Raises:
+            RuntimeError: the cache is static, or the mixer writes each token into its state at once.
+        """
+        if self.static:
+            raise RuntimeError("a static linearized cache cannot take tokens back; use a dynamic cache")
+        if not self.late:
+            raise RuntimeError(
+                "this mixer writes every token into its state at once (combine: liger or none), so none can be taken "
+                "back; assisted decoding needs combine: memory"
+            )
+        self.record_past = True
+        if self.rollback:
+            return
+        if self.is_initialized:
+            count, old = self.tensors["count"], self.tensors["tokens"]
+            kept = self.in_order()
+            self.rollback = ROLLBACK
+            x = old.new_zeros(*old.shape[:2], self.slots, old.shape[3])
+            x[:, :, : self.sinks] = old[:, :, : self.sinks]
+            token = count[:, None] - self.window + torch.arange(self.window, device=self.device)
+            slot = self.sinks + (token - self.sinks).remainder(self.ring)
+            x.scatter_(2, slot[:, None, :, None].expand_as(kept), kept)
+            self.tensors |= {"tokens": x, "settled": count.clone(), "certain": count.clone()}
+            self.stack = None
+        self.rollback = ROLLBACK
+
+    def pending(self) -> int:
+        """Tokens of the longest wait: they have left the window and are not in the state yet."""
+        return int((self.tensors["count"] - self.tensors["settled"]).max()) if self.rollback else 0
 
     def _map(self, f) -> None:
         self.tensors = {n: f(x) for n, x in self.tensors.items()}
@@ -235,10 +316,12 @@ class Stack:
 
     Attributes:
         tensors: as of a layer, [L·B, ...] each.
+        ahead: while tokens are recorded and come one by one, the state with all of them in it; else None.
     """
 
     def __init__(self, layers: list[LinearizedCacheLayer]):
         self.layers = layers
+        self.ahead: tuple[Tensor, ...] | None = None
         self.tensors = layers[0].tensors
         if len(layers) > 1:
             self.tensors = {n: torch.cat([layer.tensors[n] for layer in layers]) for n in layers[0].tensors}
@@ -267,7 +350,9 @@ class Stack:
             layer._length += 1
 
 
-def cache_layer(cache: Cache, layer_idx: int, window: int, sinks: int, grows: bool = False) -> LinearizedCacheLayer:
+def cache_layer(
+    cache: Cache, layer_idx: int, window: int, sinks: int, grows: bool = False, late: bool = True
+) -> LinearizedCacheLayer:
     """The linearized layer of any Cache, put there on first use.
 
     Args:
@@ -276,6 +361,7 @@ def cache_layer(cache: Cache, layer_idx: int, window: int, sinks: int, grows: bo
         window: of a new layer, see `LinearizedCacheLayer`.
         sinks: of a new layer.
         grows: whether there are heads that stay softmax.
+        late: of a new layer.
 
     Raises:
         RuntimeError: the layer there holds tokens already, or has a fixed size and must grow.
@@ -288,7 +374,10 @@ def cache_layer(cache: Cache, layer_idx: int, window: int, sinks: int, grows: bo
             raise RuntimeError(
                 f"layer {layer_idx} of this cache was filled by softmax attention; start with an empty cache"
             )
-        layer = cache.layers[layer_idx] = LinearizedCacheLayer(window, sinks, isinstance(layer, StaticLayer))
+        records = getattr(layer, "record_past", False)
+        layer = cache.layers[layer_idx] = LinearizedCacheLayer(window, sinks, isinstance(layer, StaticLayer), late)
+        if records:
+            layer.activate_past_recording()
     if grows and layer.static:
         raise RuntimeError(
             f"layer {layer_idx} has heads that stay softmax, whose cache grows with the text, so a static cache cannot "

@@ -49,9 +49,20 @@ class Step:
             kept = Tokens(tokens, mixer.geometry)
             size = B * heads
             self.slots = list(zip(kept.k.flatten(0, 1).mT.split(size), kept.v.flatten(0, 1).split(size), strict=True))
-        if mixer.delayed:
+        self._ahead: list[tuple[Tensor, ...]] | None = None
+        if mixer.delayed and first.rollback:
+            if stack.ahead is None:
+                stack.ahead = tuple(x.clone() for x in stack.state)
+                enter(mixer, stack, stack.tensors["settled"], stack.tensors["count"], stack.ahead)
+            enter(mixer, stack, stack.tensors["count"], stack.tensors["count"] + 1, stack.ahead)
+            self._ahead = list(zip(*(x.chunk(len(stack.layers)) for x in stack.ahead), strict=True))
+        elif mixer.delayed:
             leaving = Tokens(tokens.gather(2, self._slot), mixer.geometry)
             mixer.update_state(mixer.updates(leaving), stack.state)
+
+    def state(self, index: int, past: LinearizedCacheLayer) -> tuple[Tensor, ...]:
+        """What a layer of this index among them reads: the state with the token in it that has just left."""
+        return past.state if self._ahead is None else self._ahead[index]
 
     def finish(self, unrotate: Callable[[Tensor], Tensor]) -> None:
         """Once the new token lies in the slots of every layer.
@@ -67,6 +78,57 @@ class Step:
             if kept is not None:
                 tokens[..., -width:].scatter_(2, self._slot[..., :width], kept.to(tokens.dtype))
         self.stack.advance()
+
+
+def enter(mixer: "Mixer", stack: Stack, first: Tensor, last: Tensor, state: tuple[Tensor, ...]) -> None:
+    """Take tokens that have left the window into a state, in place, in the order in which they left.
+
+    Args:
+        mixer: of any of the layers.
+        stack: their caches, whose rings still hold the tokens.
+        first: int64 [L·B], how many tokens of each row lay before the next when the state was as it is.
+        last: the same, when it will be as it is to become.
+        state: [L·B, ...] each.
+    """
+    x, layer = stack.tensors["tokens"], stack.layers[0]
+    for offset in range(int((last - first).max())):
+        token = (first + offset)[:, None] - layer.window
+        slot = layer.sinks + (token - layer.sinks).remainder(layer.ring)
+        leaving = x.gather(2, slot[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        real = (token >= layer.sinks) & ((first + offset)[:, None] < last[:, None])
+        mixer.update_state(mixer.updates(Tokens(leaving * real[:, None, :, None], mixer.geometry)), state)
+
+
+def settle(mixers: "dict[int, Mixer]", layers: list, new: int) -> None:
+    """Before a forward pass over caches that record: take what is certain into the state, and what no slot is left for.
+
+    Args:
+        mixers: layer index -> mixer.
+        layers: of the Cache.
+        new: tokens of the pass.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, mixer in mixers.items():
+        layer = layers[index] if index < len(layers) else None
+        if isinstance(layer, LinearizedCacheLayer) and layer.is_initialized and layer.rollback:
+            key = (*mixer.alike, layer.device, layer.dtype) if mixer.alike else index
+            groups.setdefault(key, []).append(index)
+    for indices in groups.values():
+        mixer, stack = mixers[indices[0]], Stack.of([layers[i] for i in indices])
+        count, settled, certain = (stack.tensors[name] for name in ("count", "settled", "certain"))
+        full = count + new - stack.layers[0].rollback
+        target = torch.minimum(torch.maximum(torch.maximum(certain, full), settled), count)
+        if not mixer.delayed:
+            settled.copy_(target)
+        elif bool((target > settled).any()):
+            if stack.ahead is not None and torch.equal(target, count):
+                for old, ahead in zip(stack.state, stack.ahead, strict=True):
+                    old.copy_(ahead)
+            else:
+                enter(mixer, stack, settled, target, stack.state)
+            settled.copy_(target)
+        if stack.ahead is not None and torch.equal(settled, count):
+            stack.ahead = None
 
 
 def steps(mixers: "dict[int, Mixer]", layers: list) -> "dict[int, tuple[Step, int]]":

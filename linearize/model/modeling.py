@@ -100,8 +100,12 @@ class LinearizedForCausalLM(_Source):
     """
 
     source_class: ClassVar[Any] = None
-    _is_stateful = True
     config: Any
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether assisted generation is out of the question, because some layer cannot take tokens back."""
+        return not all(module.mixer.late or module.mixer.keeps_source_cache for module in linearized_modules(self))
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -182,10 +186,14 @@ class LinearizedForCausalLM(_Source):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         past = model_kwargs.get("past_key_values")
         if past is not None and not self.training:
+            depth = self.config.get_text_config().num_hidden_layers  # fewer while a model drafts by early exit
             for module in linearized_modules(self):
-                if not module.mixer.keeps_source_cache and module.branch != "source":
-                    grows = bool(module.softmax_heads)
-                    cache_layer(past, module.layer_idx, module.mixer.window, module.mixer.sinks, grows)
+                runs = module.layer_idx < depth and module.branch != "source"
+                if runs and not module.mixer.keeps_source_cache:
+                    mixer, grows = module.mixer, bool(module.softmax_heads)
+                    layer = cache_layer(past, module.layer_idx, mixer.window, mixer.sinks, grows, mixer.late)
+                    if generation_config.is_assistant:
+                        layer.activate_past_recording()
 
 
 @cache

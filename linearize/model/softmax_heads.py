@@ -99,7 +99,7 @@ def run(mixer: Any, kept: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, cont
     (qs, ks, vs), inside = part(own)
     rows, layer = context.rows, None
     if context.cache is not None:
-        layer = cache_layer(context.cache, context.layer_idx, mixer.window, mixer.sinks, grows=True)
+        layer = cache_layer(context.cache, context.layer_idx, mixer.window, mixer.sinks, True, mixer.late)
         layer.check_start(rows)
     if rows is not None:
         qs, ks, vs = (rows.gather(x) for x in (qs, ks, vs))

@@ -73,13 +73,12 @@ def test_what_it_cannot_do_it_refuses():
     layer = filled()
     layer.crop(0)
     for refused, says in (
-        (lambda: layer.crop(-1), "cannot be cropped"),
-        (layer.activate_past_recording, "assisted decoding is not possible"),
+        (lambda: layer.crop(-1), "does not record its past"),
         (lambda: layer.update(None, None), "written by its mixer"),
     ):
         with pytest.raises(RuntimeError, match=says):
             refused()
-    assert not layer.is_croppable and layer.get_max_length() == -1
+    assert layer.is_croppable and layer.get_max_length() == -1
 
 
 def test_it_takes_the_place_of_any_layer_once():

@@ -204,11 +204,10 @@ def test_a_prompt_cache_serves_several_calls():
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"prompt_lookup_num_tokens": 2}, "assisted generation is not supported with stateful models"),
         ({"cache_implementation": "paged"}, "continuous batching pages a softmax cache"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search requires"),
     ],
-    ids=["assisted", "paged", "contrastive"],
+    ids=["paged", "contrastive"],
 )
 def test_ways_of_generating_that_cannot_work_are_refused_in_one_sentence(how, says):
     model = converted({"name": "gla", "combine": "memory", "window": W, "sinks": S})

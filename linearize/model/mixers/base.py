@@ -70,6 +70,46 @@ class Branch(NamedTuple):
     log_weight: Tensor | None
 
 
+class _Pass(NamedTuple):
+    """The tokens of one forward pass, as rows that start at their first real token.
+
+    Attributes:
+        q: [B, H, T, K].
+        query: of `Mixer.query`, [B, H, T, ·].
+        x: of `Tokens`, [B, G, T, ·].
+        real: [B, T] bool, or None where all are.
+        lengths: int64 [B], real tokens.
+    """
+
+    q: Tensor
+    query: Tensor
+    x: Tensor
+    real: Tensor | None
+    lengths: Tensor
+
+    def parted(self, last: int) -> "tuple[_Pass, _Pass, Callable[[Tensor, Tensor], Tensor]]":
+        """All but the last so many tokens of each row, those, and what puts their outputs together again."""
+        first = (self.lengths - last).clamp(min=0)
+        n = int(first.max())
+        index = first[:, None] + torch.arange(last, device=first.device)
+
+        def take(x: Tensor) -> Tensor:
+            return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+        before, behind = None, None
+        if self.real is not None:
+            before = torch.arange(n, device=first.device) < first[:, None]
+            behind = self.real.gather(1, index)
+
+        def put_together(y: Tensor, z: Tensor) -> Tensor:
+            whole = F.pad(y, (0, 0, 0, self.q.shape[2] - n))
+            return whole.scatter(2, index[:, None, :, None].expand(-1, z.shape[1], -1, z.shape[3]), z)
+
+        head = _Pass(self.q[:, :, :n], self.query[:, :, :n], self.x[:, :, :n], before, first)
+        rest = _Pass(take(self.q), take(self.query), take(self.x), behind, self.lengths - first)
+        return head, rest, put_together
+
+
 class Mixer(nn.Module):
     """Base of all mixers. A recurrent one defines the first group of methods; the rest is here.
 
@@ -199,6 +239,11 @@ class Mixer(nn.Module):
 
     # --- the hybrid
 
+    @property
+    def late(self) -> bool:
+        """Whether the cache can take tokens back: none is in the state before it leaves the window."""
+        return self.windowed and (self.delayed or not self.recurrent)
+
     @cached_property
     def token_shape(self) -> tuple[int, int]:
         """(heads, width) of what the cache keeps of each token in reach; width 0 where no token is kept."""
@@ -239,7 +284,7 @@ class Mixer(nn.Module):
         """
         rows, layer = context.rows, None
         if context.cache is not None:
-            layer = cache_layer(context.cache, context.layer_idx, self.window, self.sinks)
+            layer = cache_layer(context.cache, context.layer_idx, self.window, self.sinks, late=self.late)
             layer.check_start(rows)
         past = layer if layer is not None and layer.is_initialized else None
         T = q.shape[2]
@@ -251,28 +296,51 @@ class Mixer(nn.Module):
         if rows is not None:
             q, query, tokens.x = (rows.gather(x) for x in (q, query, tokens.x))
             real, lengths = rows.valid, rows.valid.sum(1)
-        near, far, state = self._block(q, query, tokens, context, past, real)
-        y = self._join(near, far, q, context)
+        block = _Pass(q, query, tokens.x, real, lengths)
+        if layer is None:
+            y = self._join(*self._block(block, context, None)[:2], q, context)
+        elif layer.rollback and block.q.shape[2] > layer.rollback:
+            certain, rest, put_together = block.parted(layer.rollback)
+            y = put_together(self._cached(certain, context, layer, True), self._cached(rest, context, layer, False))
+        else:
+            y = self._cached(block, context, layer, not layer.rollback)
         if layer is not None:
-            if past is None:
-                states = self.initial_state(q.shape[0], q.device)
-                layer.lazy_initialization(q.shape[0], tokens.x, self.token_shape, states)
-            if self.windowed:
-                layer.extend(tokens.x[..., : self.token_shape[1]], lengths)
-            for cached, final in zip(layer.state, state, strict=True):
-                cached.copy_(final.detach())
-            layer.advance(lengths, T)
+            layer.advance(0, T)
             if rows is not None and rows.packed:
                 layer.batch_select_indices(rows.last)
         return y if rows is None else rows.scatter(y)
+
+    def _cached(self, block: "_Pass", context: Context, layer: LinearizedCacheLayer, certain: bool) -> Tensor:
+        """A block of tokens behind those in the cache, which then holds them too; y [B, H, T, V].
+
+        Args:
+            block: the tokens.
+            context: of the call.
+            layer: of the cache.
+            certain: whether none of them will be taken back, so that the state may take in what leaves the window.
+        """
+        near, far, state = self._block(block, context, layer if layer.is_initialized else None)
+        y = self._join(near, far, block.q, context)
+        if not layer.is_initialized:
+            states = self.initial_state(block.q.shape[0], block.q.device)
+            layer.lazy_initialization(block.q.shape[0], block.x, self.token_shape, states)
+        if self.windowed:
+            layer.extend(block.x[..., : self.token_shape[1]], block.lengths)
+        layer.advance(block.lengths, 0)
+        if certain:
+            for cached, final in zip(layer.state, state, strict=True):
+                cached.copy_(final.detach())
+            if layer.rollback:
+                layer.tensors["settled"].copy_(layer.tensors["count"])
+        return y
 
     def branches(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context
     ) -> tuple[Branch | None, Branch | None]:  # fmt: skip
         """Window and recurrence as they are before they are joined, for rows that start here and have no padding;
         None for one that is off or has seen no token. Arguments as of `forward`."""
-        near, far, _ = self._block(q, *self._prepare(q, k, v, context), context, None, None)
-        return near, far
+        query, tokens = self._prepare(q, k, v, context)
+        return self._block(_Pass(q, query, tokens.x, None, q.new_empty(0)), context, None)[:2]
 
     def _prepare(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tokens]:
         query = self.query(q, context) if self.recurrent else q
@@ -280,23 +348,25 @@ class Mixer(nn.Module):
         return query, Tokens.join(k, v, kept, k.new_ones(*k.shape[:3], 1), self.geometry)
 
     def _block(
-        self, q: Tensor, query: Tensor, tokens: Tokens,
-        context: Context, past: LinearizedCacheLayer | None, real: Tensor | None,
-    ) -> tuple[Branch | None, Branch | None, tuple[Tensor, ...]]:  # fmt: skip
+        self, block: "_Pass", context: Context, past: LinearizedCacheLayer | None
+    ) -> tuple[Branch | None, Branch | None, tuple[Tensor, ...]]:
         """Several tokens at once: both branches, and the state after the last real token of each row."""
         W, s = self.window, self.sinks
-        T, x = q.shape[2], tokens.x
+        q, query, x, real, _ = block
+        T = q.shape[2]
         seen = 0 if past is None else past.tensors["count"]
+        wait = 0 if past is None or not self.delayed else past.pending()
         state = self.initial_state(q.shape[0], q.device) if past is None else past.state
         near = far = None
 
         if self.windowed:
-            before = x.new_zeros(*x.shape[:2], W, x.shape[3]) if past is None else past.in_order().to(x.dtype)
+            before = x.new_zeros(*x.shape[:2], W, x.shape[3]) if past is None else past.in_order(wait).to(x.dtype)
             if before.shape[3] < x.shape[3]:  # features that no cache keeps
                 x = x[..., : before.shape[3]]
-            local = Tokens(torch.cat([before, x], dim=2), self.geometry)
+            x = torch.cat([before, x], dim=2)
+            local = Tokens(x[:, :, wait:], self.geometry)
             if context.branch != "memory":
-                sinks = Tokens(self._sinks(x, past), self.geometry)
+                sinks = Tokens(self._sinks(local.x[:, :, W:], past), self.geometry)
                 near = Branch(*window_attention(
                     q, local.k, local.v, sinks.k, sinks.v,
                     seen=seen, window=W, scaling=context.scaling, softcap=context.softcap, extra=context.extra,
@@ -304,18 +374,22 @@ class Mixer(nn.Module):
         # Of a fresh row, only tokens s … T − W − 1 leave the window, and only queries from W + s on can see them.
         skip = W + s if self.delayed and past is None else 0
         if self.recurrent and skip < T:
-            entering = tokens.x
-            keep = None if real is None else real[:, skip:]
+            entering, keep = block.x, None if real is None else real[:, skip:]
             if self.delayed:
-                entering = local.x[:, :, skip:T]
+                # Those that wait come first, with queries that ask nothing.
+                entering, query = x[:, :, skip : wait + T], F.pad(query, (0, 0, wait, 0))
                 if past is not None or keep is not None:
                     token = torch.as_tensor(seen, device=q.device).view(-1, 1) - W
-                    left = token + torch.arange(skip, T, device=q.device) >= s
-                    keep = left if keep is None else keep & left
+                    left = token + torch.arange(skip - wait, T, device=q.device) >= s
+                    if wait and past is not None:
+                        new = token + torch.arange(-wait, T, device=q.device) >= past.tensors["settled"][:, None] - W
+                        left &= new
+                    keep = left if keep is None else F.pad(keep, (wait, 0), value=True) & left
             if keep is not None:
                 entering = entering * keep[:, None, :, None]
             updates = self.updates(Tokens(entering, self.geometry))
             y, weight, state = self.scan(query[:, :, skip:], updates, state, context)
+            y, weight = y[:, :, wait:], None if weight is None else weight[:, :, wait:]
             if skip:
                 y = F.pad(y, (0, 0, skip, 0))
                 weight = None if weight is None else F.pad(weight, (skip, 0), value=float("-inf"))
@@ -344,7 +418,8 @@ class Mixer(nn.Module):
         if self.recurrent:
             if not self.delayed:
                 self.update_state(self.updates(new), past.state)
-            answer = self.read_state(self.query(q, context), past.state, context)
+            state = step.state(index, past)
+            answer = self.read_state(self.query(q, context), state, context)
             if self.weighted and self.delayed and context.branch == "all":
                 memory = answer
                 if self.gate is not None:
