@@ -10,8 +10,9 @@ from tokenizers import normalizers, processors
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from linearize.checkpoint import text
+from linearize.checkpoint.open import load
 from linearize.errors import InputError
-from linearize.generation import Chat, generate, load
+from linearize.generation import Chat, generate
 from linearize.model.modeling import linearize_
 
 MIXER = {"name": "gla", "window": 8, "sinks": 2}

@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from linearize.checkpoint import adapters
-from linearize.checkpoint.open import is_adapter
+from linearize.checkpoint.open import is_adapter, load
 from linearize.checkpoint.sources import locate
 from linearize.conversion import convert
 from linearize.errors import InputError
-from linearize.generation import load
 from linearize.model.modeling import linearize_
 from linearize.recipe import load as recipes
 from linearize.recipe import resources

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from linearize.checkpoint.manifest import verify
-from linearize.generation import load
+from linearize.checkpoint.open import load
 from linearize.recipe import load as recipes
 from linearize.recovery.merge import merge
 from linearize.results import file as results_file

@@ -8,8 +8,9 @@ import torch
 from helpers.tiny import tiny_model, tiny_tokenizer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from linearize.checkpoint.open import load
 from linearize.errors import InputError
-from linearize.generation import Chat, chat, generate, load
+from linearize.generation import Chat, chat, generate
 from linearize.model.modeling import linearize_
 
 MIXER = {"name": "gla", "combine": "memory", "window": 8, "sinks": 2}
