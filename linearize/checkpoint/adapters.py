@@ -24,7 +24,7 @@ from linearize.checkpoint.shards import names
 from linearize.checkpoint.sources import read_model
 from linearize.errors import InputError
 from linearize.model.architectures import role_modules
-from linearize.model.attention import LinearizedAttention
+from linearize.model.attention import LinearizedAttention, linearized_modules
 from linearize.model.branches import branches
 from linearize.recipe.schema import Peft
 
@@ -186,6 +186,31 @@ def as_source(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+class Switch:
+    """Turns one set of weights into the student or into its source, many times a second.
+
+    Args:
+        model: linearized, with adapters in it or without.
+
+    Attributes:
+        student: which of the two it is now.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.student = True
+        self._attentions = linearized_modules(model)
+        self._adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+    def __call__(self, student: bool) -> None:
+        """Make it the student, or its source."""
+        if student != self.student:
+            for attention in self._attentions:
+                attention.branch = "all" if student else "source"
+            for layer in self._adapters:
+                layer.enable_adapters(student)
+            self.student = student
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from linearize.checkpoint.copying import sha256
-from linearize.checkpoint.reading import reading
+from linearize.checkpoint.reading import read_json, reading
 from linearize.errors import InputError
 from linearize.progress import byte_progress
 from linearize.version import __version__
@@ -30,6 +30,15 @@ def write_manifest(folder: Path, facts: dict[str, Any], hashes: dict[str, str | 
         digest = hashes[path.name] if path.name in hashes else sha256(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
     (folder / MANIFEST).write_text(json.dumps({"format": 1, **facts, "files": files}, indent=2) + "\n")
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder records; nothing where it has none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
 
 
 def verify(folder: str | Path) -> list[str]:

@@ -20,6 +20,9 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample within this probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without chat template.")] = False,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Write exactly what the source writes, drafted by the student.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, or chat.
@@ -34,17 +37,21 @@ def generate(
     if prompt is None:
         if as_json:
             raise InputError("generate --json: needs --prompt; a chat on the terminal is not one result")
-        from linearize.generation import Chat, chat
+        from linearize.generation import Chat, Lossless, chat
 
         model, tokenizer = verbs.load(folder)
-        chat(Chat(model, tokenizer, system=system, **settings), sys.stdin, sys.stdout)
+        drafting = Lossless.of(folder, model) if lossless else None
+        chat(Chat(model, tokenizer, system=system, drafting=drafting, **settings), sys.stdin, sys.stdout)
         return
     stream = None if as_json else sys.stdout
-    answer = verbs.generate(folder, prompt, system=system, raw=raw, stream=stream, **settings)
+    answer = verbs.generate(folder, prompt, system=system, raw=raw, lossless=lossless, stream=stream, **settings)
     if as_json:
         show(answer.to_dict(), as_json)
     else:
-        note(f"\n{sum(answer.new_tokens)} tokens, {answer.tokens_per_second:.1f} tokens/s")
+        drafted = (
+            "" if answer.tokens_per_pass is None else f", {answer.tokens_per_pass:.2f} tokens per pass of the source"
+        )
+        note(f"\n{sum(answer.new_tokens)} tokens, {answer.tokens_per_second:.1f} tokens/s{drafted}")
 
 
 @app.command()

@@ -17,6 +17,7 @@ from linearize.checkpoint import text as agreed
 from linearize.checkpoint.open import load
 from linearize.checkpoint.reading import reading
 from linearize.errors import InputError
+from linearize.generation.lossless import Lossless
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
 FOLLOWED = (
@@ -42,6 +43,7 @@ class Generation:
     prefill_seconds: float  # until the first new token
     seconds: float
     tokens_per_second: float  # new tokens of all prompts per second of decoding; the prefill is left out
+    tokens_per_pass: float | None = None  # of the source, where it was drafted
 
     def to_dict(self) -> dict:
         """The fields, JSON-safe."""
@@ -59,6 +61,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     raw: bool = False,
+    lossless: bool = False,
     stream: TextIO | None = None,
 ) -> Generation:
     """Continue one or several prompts.
@@ -73,6 +76,7 @@ def generate(
         top_p: sample from the most likely tokens that together have this probability.
         seed: makes sampling repeatable.
         raw: give texts to the model as they are, even if the tokenizer has a chat template.
+        lossless: write exactly what the source writes, drafted by the student; one prompt at a time.
         stream: where the text is written while it comes into being; only with one prompt.
 
     Returns:
@@ -99,11 +103,12 @@ def generate(
     else:
         model, own = load(folder)
         tokenizer = tokenizer or own
-    decoder = _Decoder(model, tokenizer, max_new_tokens, temperature, top_p)
+    drafting = _drafting(folder, model) if lossless else None
+    decoder = _Decoder(model, tokenizer, max_new_tokens, temperature, top_p, drafting)
     ids = [decoder.encode(text, special) for text, special in _texts(prompt, tokenizer, raw)]
     new, clock, _ = decoder(ids, seed, stream)
     answers = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in new]
-    return clock.report(answers, [len(tokens) for tokens in ids], [len(tokens) for tokens in new])
+    return clock.report(answers, [len(tokens) for tokens in ids], [len(tokens) for tokens in new], drafting)
 
 
 class Chat:
@@ -121,6 +126,7 @@ class Chat:
         temperature: as in ``generate``.
         top_p: as in ``generate``.
         seed: set once, before the first answer.
+        drafting: write what the source writes, drafted by this; None lets the student answer.
 
     Raises:
         InputError: the tokenizer has no chat template, or a setting is out of range.
@@ -136,6 +142,7 @@ class Chat:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        drafting: Lossless | None = None,
     ):
         problems = _problems("hello", max_new_tokens, temperature, top_p, None)
         if problems:
@@ -144,7 +151,7 @@ class Chat:
             raise InputError("chat: the tokenizer has no chat template; give the text to continue as a prompt instead")
         self.tokenizer, self.seed = tokenizer, seed
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._decoder = _Decoder(model, tokenizer, max_new_tokens, temperature, top_p)
+        self._decoder = _Decoder(model, tokenizer, max_new_tokens, temperature, top_p, drafting)
         self._cache: Cache | None = None
         self._ids = torch.empty(0, dtype=torch.long)  # [tokens] of the conversation so far
         self._text = ""  # the same conversation as the template writes it, up to the end of the last answer
@@ -178,7 +185,7 @@ class Chat:
         self._ids = torch.cat([ids, new])
         # With its special tokens, because the template writes the one that ends an answer too.
         self._text = rendered + str(self.tokenizer.decode(new, skip_special_tokens=False))
-        return clock.report([answer], [len(ids) - known], [len(new)])
+        return clock.report([answer], [len(ids) - known], [len(new)], self._decoder.drafting)
 
 
 def chat(chat: Chat, lines: Iterator[str], out: TextIO = sys.stdout) -> list[Message]:
@@ -226,12 +233,15 @@ class _Clock(BaseStreamer):
         if self.text:
             self.text.end()
 
-    def report(self, texts: list[str], prompt_tokens: list[int], new_tokens: list[int]) -> Generation:
+    def report(
+        self, texts: list[str], prompt_tokens: list[int], new_tokens: list[int], drafting: Lossless | None
+    ) -> Generation:
         """The answers, of so many tokens each, with the times."""
         prefill, seconds = self.times[1] - self.times[0], self.times[-1] - self.times[0]
         # The first token of each prompt comes out of the prefill.
         rate = (sum(new_tokens) - len(new_tokens)) / max(seconds - prefill, 1e-9)
-        return Generation(texts, prompt_tokens, new_tokens, prefill, seconds, rate)
+        per_pass = None if drafting is None else drafting.counts.per_pass
+        return Generation(texts, prompt_tokens, new_tokens, prefill, seconds, rate, per_pass)
 
 
 class _FileStreamer(TextStreamer):
@@ -255,13 +265,14 @@ class _Decoder:
         max_new_tokens: as in ``generate``.
         temperature: as in ``generate``.
         top_p: as in ``generate``.
+        drafting: as in ``Chat``.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-        max_new_tokens: int, temperature: float | None, top_p: float | None,
+        max_new_tokens: int, temperature: float | None, top_p: float | None, drafting: Lossless | None,
     ):  # fmt: skip
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.drafting = model, tokenizer, drafting
         self.rows = agreed.embedding_rows(model)
         agreed.fit_padding(tokenizer, self.rows)
         self.ends = agreed.end_tokens(model, tokenizer)
@@ -298,7 +309,7 @@ class _Decoder:
         )
         problem = f"transformers cannot generate with these settings ({said})"
         with agreed.only(self.model, self.settings) as settings, reading("generation_config.json", problem, ADVICE):
-            output: Any = self.model.generate(  # pyright: ignore[reportCallIssue]
+            output: Any = (self.drafting or self.model).generate(  # pyright: ignore[reportCallIssue]
                 batch.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 generation_config=settings,
@@ -311,6 +322,10 @@ class _Decoder:
             stops = [position for position, token in enumerate(row.tolist()) if token in self.ends]
             new.append(row[: stops[0] + 1] if stops else row)
         return new, clock, output.past_key_values
+
+
+def _drafting(folder: str | Path | PreTrainedModel, model: PreTrainedModel) -> Lossless:
+    return Lossless(model) if isinstance(folder, PreTrainedModel) else Lossless.of(folder, model)
 
 
 def _settings(
