@@ -10,6 +10,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false"
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["LINEARIZE_NO_FSYNC"] = "1"  # a test's folder need not outlive the machine's power
 
 import pytest
 import torch

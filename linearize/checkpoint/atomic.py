@@ -1,21 +1,32 @@
-"""Folders and texts that appear whole or not at all: every stage that writes a folder goes through `output_folder`."""
+"""Folders and texts that appear whole or not at all: every stage that writes a folder goes through `output_folder`.
+
+What is written is flushed to the disk, then renamed, then its folder is flushed, so that a machine that stops leaves
+the old or the new. ``LINEARIZE_NO_FSYNC=1`` leaves the flushing out, for tests.
+"""
 
 import contextlib
-import errno
+import ctypes
 import os
 import shutil
+import socket
+import uuid
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from linearize.checkpoint.manifest import MANIFEST
-from linearize.errors import InputError
+from linearize.errors import DISK_FULL, InputError, disk_error
 from linearize.formats import format_bytes
 
 # A folder without any of these was not written by this package or by transformers, and is never replaced.
 _REPLACEABLE = ("config.json", "adapter_config.json", MANIFEST)
+_INSIDE = {".partial", ".replaced", ".old", ".training", ".lock"}
+"""What stands inside an output folder that can have no siblings, until it is complete."""
+_held: set[Path] = set()
+"""Outputs that this process holds by `held`."""
 
 
 def check_output(out: Path, overwrite: bool = False, reads: Iterable[Path] = ()) -> None:
@@ -31,13 +42,13 @@ def check_output(out: Path, overwrite: bool = False, reads: Iterable[Path] = ())
         InputError: `out` is a file, one of `reads`, a folder with content and `overwrite` is off, or a folder that
             holds no model.
     """
+    put_back(out)
     for folder in reads if out.exists() else ():
         inside = folder.resolve()
         if any(parent.exists() and parent.samefile(out) for parent in (inside, *inside.parents)):
             raise InputError(f"{out}: is the source, or holds it; choose another output folder")
     if out.is_dir():
-        content = next(out.iterdir(), None)
-        if content is None:
+        if not _content(out):
             return
         if not overwrite:
             raise InputError(
@@ -77,7 +88,8 @@ def output_folder(out: str | Path, overwrite: bool = False, key: str | None = No
 
     The block writes into a hidden sibling, ``.<name>.partial``. When the block raises, the sibling is removed; when the
     process is killed, it stays until the next call for the same folder, which clears it or, with the same `key`, takes
-    over its finished files.
+    over its finished files. Behind a link, all of this happens beside the link's target. A mount point, and a folder
+    whose parent may not be written, hold the sibling themselves; their files appear one by one, or not at all.
 
     Args:
         out: the folder to appear.
@@ -92,37 +104,176 @@ def output_folder(out: str | Path, overwrite: bool = False, key: str | None = No
         InputError: see `check_output`; or the folder cannot be made, another process is writing it, or the disk is
             full.
     """
-    out = Path(os.path.abspath(out))
-    partial, replaced = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.replaced")
-    made = _make_parents(out)
-    try:
-        with _locked(partial):
-            # A kill between the two renames of the swap below: put the old folder back, or drop it if the new one is
-            # in place.
-            if replaced.exists():
-                if out.exists():
-                    shutil.rmtree(replaced)
-                else:
-                    replaced.rename(out)
+    out = Path(os.path.realpath(out))
+    partial = _beside(out, "partial")
+    with contextlib.nullcontext() if out in _held else locked(out), _explained(out):
+        try:
+            _put_back(out)
             check_output(out, overwrite)
+            partial.mkdir(exist_ok=True)
             _claim(partial, key, keep)
             yield partial
             _key_file(partial).unlink()
             check_output(out, overwrite)
-            if out.exists():
-                out.rename(replaced)
-            partial.rename(out)
-            shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException as error:
+            for file in partial.rglob("*"):
+                sync(file)
+            sync(partial)
+            _publish(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(out: str | Path) -> Iterator[None]:
+    """Hold an output for this process from before the work begins; `output_folder` within goes on under the same lock.
+
+    Args:
+        out: a folder or file to be written.
+
+    Raises:
+        InputError: another process holds it, or nothing can be written there.
+    """
+    out = Path(os.path.realpath(out))
+    with locked(out):
+        _held.add(out)
+        try:
+            yield
+        finally:
+            _held.discard(out)
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the lock file of an output, in which stands who holds it; the system lets go of it when the process dies.
+
+    Raises:
+        InputError: another process holds it, or it cannot be made.
+    """
+    file, owner = _beside(out, "lock"), "it did not say which"
+    made = _make_parents(file)
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+        with contextlib.suppress(OSError):  # a full disk has room for the name only
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    except OSError as error:
+        if lock.is_locked:
+            raise
+        if not isinstance(error, Timeout):
+            reason = f"cannot be written to ({error.strerror}); choose another folder"
+            raise InputError(f"{file.parent}: {reason}") from error
+        with contextlib.suppress(OSError):
+            owner = file.read_text() or owner
+        raise InputError(
+            f"{out}: another process is writing here ({owner}); wait for it or end it, or choose another output"
+        ) from error
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # on Windows an open file stays
+                file.unlink()  # while it is held: filelock notices when it gets a file that is gone
+            lock.release()
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        if _disk_full(error):
-            raise InputError(
-                f"{out}: the disk became full while the folder was written ({_reason(error)}), and nothing was left "
-                "behind; free some space or choose a folder on another disk"
-            ) from error
+
+
+def working_folder(out: str | Path) -> Path:
+    """Where an unfinished training run with an output stands: ``OUT.training``, on the disk that OUT is on."""
+    return _beside(Path(os.path.realpath(out)), "training")
+
+
+def put_back(out: Path) -> None:
+    """Put a folder back that a kill in the middle of a swap left aside, unless somebody is writing it."""
+    out = Path(os.path.realpath(out))
+    if out not in _held and _beside(out, "replaced").exists():
+        with contextlib.suppress(InputError), locked(out):
+            _put_back(out)
+
+
+def _put_back(out: Path) -> None:
+    replaced = _beside(out, "replaced")
+    if replaced.exists() and replaced.parent != out:
+        shutil.rmtree(replaced) if out.exists() else replaced.rename(out)
+    elif replaced.exists():
+        for entry in _content(out):
+            _remove(entry)
+        for entry in replaced.iterdir():
+            entry.rename(out / entry.name)
+        replaced.rmdir()
+    if replaced.parent == out:
+        shutil.rmtree(out / ".old", ignore_errors=True)
+
+
+def _beside(out: Path, what: str) -> Path:
+    """The sibling of an output for one use; within the output where it can have none."""
+    if out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK)):
+        return out / f".{what}"
+    return out.with_name(f"{out.name}.{what}" if what == "training" else f".{out.name}.{what}")
+
+
+def _content(out: Path) -> list[Path]:
+    return [entry for entry in out.iterdir() if entry.name not in _INSIDE]
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Let a complete folder appear as `out`; a folder that is there stays whole until then."""
+    replaced = _beside(out, "replaced")
+    if partial.parent == out:
+        replaced.mkdir()
+        for entry in _content(out):
+            entry.rename(replaced / entry.name)
+        for entry in partial.iterdir():
+            entry.rename(out / entry.name)
+        sync(out)
+        replaced.rename(old := out / ".old")  # from here on it is the new one
+        shutil.rmtree(old, ignore_errors=True)
+    elif not out.exists() or not _exchange(partial, out):
+        if out.exists():
+            out.rename(replaced)
+        partial.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+    sync(out.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two folders in one step; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+@contextlib.contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Turn what the file system says while a folder is written into one paragraph."""
+    try:
+        yield
+    except InputError:
         raise
+    except Exception as error:
+        said = disk_error(error)
+        if said is None:
+            raise
+        full = any(text in said for text in DISK_FULL)
+        what = "the disk became full while the folder was written" if full else "the folder could not be written"
+        raise InputError(
+            f"{out}: {what} ({said}), and nothing was left behind; free some space or choose a folder on another disk"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    if os.environ.get("LINEARIZE_NO_FSYNC") == "1" or path.is_symlink():
+        return
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # not every system syncs folders
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _existing_parent(path: Path) -> Path:
@@ -132,38 +283,14 @@ def _existing_parent(path: Path) -> Path:
 
 def _make_parents(out: Path) -> list[Path]:
     """Make the missing parents of `out`; return them, innermost first."""
-    missing = [parent for parent in out.parents if not parent.exists()]
     try:
+        missing = [parent for parent in out.parents if not parent.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"{out}: the folder cannot be made ({error.strerror}); choose one that you may write to"
         ) from error
     return missing
-
-
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Make the folder `partial` and hold it for this process; remove it when the block raises."""
-    lock = FileLock(partial.with_suffix(".lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(
-            f"{partial}: another process is writing this folder; wait for it, or choose another folder"
-        ) from error
-    except OSError as error:
-        raise InputError(f"{partial.parent}: cannot be written to ({error.strerror}); choose another folder") from error
-    try:
-        partial.mkdir(exist_ok=True)
-        yield
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        with contextlib.suppress(OSError):  # on Windows an open file stays
-            os.unlink(lock.lock_file)  # while it is held: filelock notices when it gets a file that is gone
-        lock.release()
 
 
 def _key_file(partial: Path) -> Path:
@@ -177,22 +304,36 @@ def _claim(partial: Path, key: str | None, keep: str) -> None:
     for entry in partial.iterdir():
         if same and not entry.name.startswith(".") and fnmatch(entry.name, keep):
             continue
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        _remove(entry)
     note.write_text(key or "")
 
 
-def _reason(error: BaseException) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else os.strerror(errno.ENOSPC)
+def _remove(entry: Path) -> None:
+    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _disk_full(error: BaseException | None) -> bool:
-    while error is not None:
-        # safetensors raises an exception of its own, with the system's text in it.
-        by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if by_number or os.strerror(errno.ENOSPC) in str(error):
-            return True
-        error = error.__cause__
-    return False
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[Any]:
+    """A file to write into, of which other processes, or the next run after a crash, see all or nothing."""
+    unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with locked(unfinished):
+        try:
+            with unfinished.open("wb") as out:
+                yield out
+            sync(unfinished)
+            os.replace(unfinished, file)
+        finally:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+    sync(file.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed runs left of `whole_file` in a folder, and nothing that is being written."""
+    locks = [lock.with_name(lock.name.removeprefix(".").removesuffix(".lock")) for lock in folder.glob(".*.tmp.lock")]
+    for unfinished in {*folder.glob("*.tmp"), *locks}:
+        with contextlib.suppress(InputError, OSError), locked(unfinished):
+            unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -205,7 +346,9 @@ def write_text(path: Path, text: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
