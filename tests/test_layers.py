@@ -31,7 +31,7 @@ DOORS = {
     "lm_eval": ("evaluation/tasks.py",),
     "peft": ("checkpoint/adapters.py", "recovery/merge.py"),
     "accelerate": ("recovery/train.py", "recovery/loop.py"),
-    "datasets": ("recovery/data.py",),
+    "datasets": ("recovery/documents.py",),
     "fla": ("model/ops/fla_backend.py",),
     "matplotlib": ("reporting/plot.py",),
     "typer": ("cli/",),

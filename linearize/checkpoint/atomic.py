@@ -6,6 +6,7 @@ the old or the new. ``LINEARIZE_NO_FSYNC=1`` leaves the flushing out, for tests.
 
 import contextlib
 import ctypes
+import errno
 import os
 import shutil
 import socket
@@ -315,6 +316,8 @@ def _remove(entry: Path) -> None:
 @contextlib.contextmanager
 def whole_file(file: Path) -> Iterator[Any]:
     """A file to write into, of which other processes, or the next run after a crash, see all or nothing."""
+    if not os.access(file.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file.parent))
     unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     with locked(unfinished):
         try:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import textwrap
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,7 +17,7 @@ from linearize.errors import InputError
 
 # What json, safetensors, tokenizers, transformers and huggingface_hub raise for files that are missing or damaged.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, ImportError)
-_UNREADABLE += (UnpicklingError, SafetensorError, StrictDataclassError, YAMLError)
+_UNREADABLE += (zlib.error, UnpicklingError, SafetensorError, StrictDataclassError, YAMLError)
 
 
 def reason(error: BaseException) -> str:

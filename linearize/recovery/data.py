@@ -9,26 +9,30 @@ import hashlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetsError
 
-from linearize.checkpoint.copying import sha256
-from linearize.errors import InputError, suggest
-from linearize.progress import step_progress
-from linearize.recipe.resources import package_folder
+from linearize.checkpoint.atomic import sweep, whole_file
+from linearize.errors import InputError, disk_error
+from linearize.progress import byte_progress
 from linearize.recipe.schema import Data
+from linearize.recovery.documents import PIECE, Documents, Text, documents
+from linearize.recovery.room import check_memory
 
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 DOCUMENTS_AT_ONCE = 256
+TAIL = 1 << 12
+"""Characters before the end of a piece of a long document in which a good place to cut it is looked for."""
+BLOCK = 16
+"""Bytes of memory for each block of a run."""
+DIGEST = 32
+"""Bytes behind the tokens in a file of the cache: their sha256."""
 
 
 class Blocks(Sequence):
@@ -114,6 +118,8 @@ def blocks(
     Raises:
         InputError: a data set cannot be read, lacks the column, is empty, or is smaller than one block.
     """
+    advice = "read less (tokens), or longer blocks (seq_len)"
+    check_memory(BLOCK * count, f"data: the order of {count:,} blocks of {seq_len:,} tokens", advice)
     rows = []
     for source in sources:
         row = tokens(source, tokenizer)
@@ -146,115 +152,167 @@ def tokens(source: Data, tokenizer: Any) -> np.ndarray:
         raise InputError(
             "tokenizer: it has no end-of-text token, which separates documents; set eos_token in tokenizer_config.json"
         )
-    documents, content = _open(source)
-    key = hashlib.sha256(f"1 {content} {source.column} {_fingerprint(tokenizer)}".encode()).hexdigest()[:32]
+    read = documents(source)
+    key = hashlib.sha256(f"2 {read.content} {source.column} {_fingerprint(tokenizer)}".encode()).hexdigest()[:32]
     file = cache_folder() / f"tokens-{key}.bin"
-    if not file.exists():
-        _tokenise(documents, source, tokenizer, file)
-    return np.memmap(file, dtype=np.int32, mode="r")
+    row = _kept(file)
+    if row is None:
+        if file.exists():
+            print(f"{file}: is damaged or may not be read, so the text is tokenised again", file=sys.stderr)
+        with in_cache(file.parent, "the tokens"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            sweep(file.parent)
+            _tokenise(read, source, tokenizer, file)
+        row = _kept(file)
+    if row is None:
+        raise InputError(f"{file}: changes while it is read; set LINEARIZE_CACHE to a folder of your own")
+    return row
 
 
 def cache_folder() -> Path:
-    """Where tokenised data sets and what sources say of them are kept; safe to delete at any time."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "linearize"
-    return Path(os.environ.get("LINEARIZE_CACHE") or default)
+    """Where tokenised data sets and what sources say of them are kept; safe to delete at any time.
+
+    Raises:
+        InputError: the user has no home folder, and no other is named.
+    """
+    if named := os.environ.get("LINEARIZE_CACHE"):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "linearize"
+    except RuntimeError as error:
+        raise InputError(
+            "LINEARIZE_CACHE: is not set, and this user has no home folder (HOME) to keep tokenised text in; set it to "
+            "a folder that you may write to"
+        ) from error
 
 
 @contextmanager
-def whole_file(file: Path) -> Iterator[Any]:
-    """A file to write into, of which other processes, or the next run after a crash, see all or nothing."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as out:
-        try:
-            yield out
-        except BaseException:
-            os.unlink(out.name)
-            raise
-    os.replace(out.name, file)
+def in_cache(folder: Path, what: str) -> Iterator[None]:
+    """Turn what the file system says about the cache into one paragraph.
 
+    Args:
+        folder: in the cache.
+        what: is to be kept there.
 
-def _tokenise(documents: datasets.Dataset, source: Data, tokenizer: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with step_progress(f"tokenising {source.path}", len(documents)) as advance, whole_file(file) as out:
-        for batch in documents.select_columns([source.column]).iter(DOCUMENTS_AT_ONCE):
-            texts = dict(batch)[source.column]
-            for ids in _encoded(texts, documents, source, tokenizer):
-                out.write(np.asarray(ids, dtype=np.int32).tobytes())
-            advance(len(texts))
-        if out.tell() == 0:
-            raise InputError(f"data: {source.path!r} holds no text in column {source.column!r}; check the file")
-
-
-def _encoded(texts: list[Any], documents: datasets.Dataset, source: Data, tokenizer: Any) -> Iterator[list[int]]:
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise InputError(
-                f"data: {source.path!r}: column {source.column!r} holds {type(text).__name__}, expected text; "
-                f"columns there: {', '.join(documents.column_names)}"
-            )
-    texts = [text for text in texts if text and text.strip()]
-    # verbose: a document longer than the model's context is no mistake here.
-    for ids in tokenizer(texts, verbose=False)["input_ids"] if texts else ():
-        yield ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
-
-
-def _open(source: Data) -> tuple[datasets.Dataset, str]:
-    """The documents of a data set, and a text that changes when its content does."""
-    files = _files(source.path)
-    datasets.disable_progress_bars()
-    where = os.path.expanduser(source.path)
-    options: dict[str, Any] = {}
-    if files:
-        where = READERS[_kind(files[0])]
-        # Local files have no splits: what the recipe calls theirs ("train", "train[:10%]") is made of all of them.
-        options["data_files"] = {source.split.partition("[")[0]: [str(file) for file in files]}
-        if where == "text":
-            options["sample_by"] = "document"
+    Raises:
+        InputError: it cannot be kept there.
+    """
     try:
-        documents: Any = datasets.load_dataset(where, split=source.split, **options)
-    except (OSError, ValueError, DatasetsError) as error:
-        # datasets wraps what was wrong with a file into a sentence that does not say it.
-        cause = str(error.__cause__ or error).strip() or type(error).__name__
-        hint = "" if files else "; is the Hub within reach, and the name right? A local file or folder works offline"
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if (said := disk_error(error)) is None:
+            raise
         raise InputError(
-            f"data: cannot read {source.path!r}, split {source.split!r}: {cause.splitlines()[0]}{hint}"
+            f"{folder}: {what} cannot be kept there ({said}); free some space, or set LINEARIZE_CACHE to another "
+            "folder that you may write to; --resume goes on from the last checkpoint, if there is one"
         ) from error
-    if source.column not in documents.column_names:
-        raise InputError(
-            f"data: {source.path!r} has no column {source.column!r}. {suggest(source.column, documents.column_names)}"
-        )
-    if files:
-        return documents, f"{source.split} {[sha256(file) for file in files]}"
-    return documents, documents._fingerprint
 
 
-def embedded() -> list[str]:
-    """Names of the data sets that come with the package."""
-    folder = package_folder("recipes") / "data"
-    return sorted(file.name.removesuffix(".jsonl.gz") for file in folder.glob("*.jsonl.gz"))
+def _kept(file: Path) -> np.ndarray | None:
+    """The tokens in a file of the cache, int32 [tokens], mapped; None where they are not all there and unchanged."""
+    try:
+        content = np.memmap(file, dtype=np.uint8, mode="r")
+    except (OSError, ValueError):  # the latter: it is empty
+        return None
+    row, digest = content[:-DIGEST], content[-DIGEST:]
+    whole = len(row) and len(row) % 4 == 0 and hashlib.sha256(row.data).digest() == digest.tobytes()
+    return row.view(np.int32) if whole else None
 
 
-def _files(path: str) -> list[Path]:
-    """The local files that a recipe's ``path`` means; none if it is a folder or the id of a data set on the Hub."""
-    if path in embedded():
-        return [package_folder("recipes") / "data" / f"{path}.jsonl.gz"]
-    files = sorted(Path(match) for match in glob(os.path.expanduser(path), recursive=True) if os.path.isfile(match))
-    kinds = {_kind(file) for file in files}
-    if len(kinds) > 1 or not kinds <= set(READERS):
-        raise InputError(
-            f"data: {path!r}: cannot read {', '.join(sorted(kinds))} as one data set; "
-            f"allowed: one of {', '.join(READERS)}, also with .gz behind it"
-        )
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and _kind(Path(path)) not in READERS
-    if not files and not is_hub_id and not os.path.isdir(os.path.expanduser(path)):
-        raise InputError(
-            f"data: found nothing named {path!r}; allowed: a local file or glob, a data set on the Hub as owner/name, "
-            f"or an embedded text. {suggest(path, embedded())}"
-        )
-    return files
+def _tokenise(read: Documents, source: Data, tokenizer: Any, file: Path) -> None:
+    digest = hashlib.sha256()
+    with byte_progress(f"tokenising {source.path}", read.total) as advance, whole_file(file) as out:
+        for ids in _encoded(read.read(advance), tokenizer):
+            content = np.asarray(ids, dtype=np.int32).tobytes()
+            out.write(content)
+            digest.update(content)
+        if out.tell() == 0:
+            raise InputError(
+                f"data: {source.path!r} holds no text in column {source.column!r}, or none that the tokenizer leaves "
+                "anything of; check the file"
+            )
+        out.write(digest.digest())
 
 
-def _kind(file: Path) -> str:
-    return Path(file.name.removesuffix(".gz")).suffix.lower()
+def _encoded(texts: Iterable[Text], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of one document after the other, the end token behind each; nothing of one that comes to nothing."""
+    # verbose: a document longer than the model's context is no mistake here.
+    (nothing,) = tokenizer([""], verbose=False)["input_ids"]
+    for batch in _batches(texts):
+        if isinstance(batch, list):
+            rows = tokenizer(batch, verbose=False)["input_ids"] if batch else []
+            for ids in rows:
+                if ids and ids != nothing:
+                    yield ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+            continue
+        last = None
+        for ids in _long(batch, tokenizer):
+            last = ids[-1]
+            yield ids
+        if last not in (None, tokenizer.eos_token_id):
+            yield [tokenizer.eos_token_id]
+
+
+def _batches(texts: Iterable[Text]) -> Iterator[list[str] | Iterator[str]]:
+    """Documents to be tokenised together, no more than a piece of text in all; a longer one by itself, in pieces."""
+    batch, size = [], 0
+    for text in texts:
+        if isinstance(text, str) and len(text) <= PIECE:
+            if len(batch) == DOCUMENTS_AT_ONCE or size + len(text) > PIECE:
+                yield batch
+                batch, size = [], 0
+            if text.strip():
+                batch.append(_readable(text))
+                size += len(text)
+        elif text is not None:
+            yield batch
+            batch, size = [], 0
+            parts = (text[at : at + PIECE] for at in range(0, len(text), PIECE)) if isinstance(text, str) else text
+            yield map(_readable, parts)
+    yield batch
+
+
+def _readable(text: str) -> str:
+    """A text without halves of surrogate pairs, which JSON may hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _long(parts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of a long document, piece by piece, so that memory does not grow with it.
+
+    It is cut before a word, where byte-level tokenizers cut it too; at the space, where the tokenizer puts one before
+    each text. The ids are those of the whole then. A piece without any space is cut where it ends: there, and where a
+    normalizer or a merge would reach over a cut, they may differ by a token or two.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0]
+
+    sample = tokenizer(["a"], return_special_tokens_mask=True, verbose=False)
+    special, mask = sample["input_ids"][0], sample["special_tokens_mask"][0]
+    before = next((i for i, is_special in enumerate(mask) if not is_special), len(mask))
+    after = next((i for i, is_special in enumerate(reversed(mask)) if not is_special), 0)
+    drops = ids("a b") != ids("a") + ids(" b") and ids("a b") == ids("a") + ids("b")
+    rest, empty = "", True
+    for part in chain(parts, [None]):
+        text = rest + (part or "")
+        if part is not None:
+            start, tail = max(0, len(text) - TAIL), text[-TAIL:]
+            cuts = [match.start() for match in re.finditer(r"(?<=\S) (?=[^\W\d_])", tail)]
+            cuts = cuts or [match.start() for match in re.finditer(r"\s(?=\S)", tail)]
+            cut = start + cuts[-1] if cuts else len(text)
+            text, rest = text[:cut], text[cut + (drops and text[cut : cut + 1] == " ") :]
+        if encoded := ids(text) if text.strip() or not empty else []:
+            yield [*special[:before], *encoded] if empty else encoded
+            empty = False
+    if not empty and after:
+        yield special[-after:]
 
 
 def _fingerprint(tokenizer: Any) -> str:

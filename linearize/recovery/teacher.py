@@ -22,14 +22,14 @@ from safetensors.torch import save
 from torch import Tensor, distributed
 
 from linearize.checkpoint import adapters, shards
-from linearize.checkpoint.atomic import check_space
+from linearize.checkpoint.atomic import check_space, sweep, whole_file
 from linearize.checkpoint.copying import CHUNK
 from linearize.checkpoint.describe import is_new
 from linearize.checkpoint.open import base_folder, is_adapter, open_model
 from linearize.errors import InputError
 from linearize.progress import byte_progress
 from linearize.recipe.schema import Stage
-from linearize.recovery.data import cache_folder, whole_file
+from linearize.recovery.data import cache_folder, in_cache
 from linearize.recovery.losses import Likeliest, likeliest
 
 OTHER = {"linearize", "_name_or_path", "transformers_version", "auto_map", "architectures", "dtype", "model_type"}
@@ -150,10 +150,9 @@ class Known:
         Raises:
             InputError: the disk has no room, or the folder cannot be made.
         """
-        try:
+        with self._kept():
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unusable(error) from error
+            sweep(self.folder)
         sizes = {self._file(row): len(row) * (6 * self.k + 4) for row in rows}
         missing = [size for file, size in sizes.items() if not file.is_file()]
         check_space(self.folder, sum(missing))
@@ -169,26 +168,18 @@ class Known:
             with safe_open(file, "pt") as content:
                 known = Likeliest(*(content.get_tensor(name) for name in Likeliest._fields))
                 good = content.metadata()["crc32"] == _checksum(known) and known.ids.shape == (length, self.k)
-        except (SafetensorError, KeyError, TypeError):
+        except (SafetensorError, KeyError, TypeError, OSError):  # the last: not ours to read, or half a disk
             good, known = False, None
-        except OSError as error:
-            raise self._unusable(error) from error
         if not good:
             print(f"{file}: is damaged, so the source reads this block again", file=sys.stderr)
         return known if good else None
 
     def _write(self, file: Path, known: Likeliest) -> None:
-        try:
-            with whole_file(file) as out:
-                out.write(save(known._asdict(), {"crc32": _checksum(known)}))
-        except OSError as error:
-            raise self._unusable(error) from error
+        with self._kept(), whole_file(file) as out:
+            out.write(save(known._asdict(), {"crc32": _checksum(known)}))
 
-    def _unusable(self, error: OSError) -> InputError:
-        return InputError(
-            f"{self.folder}: the source's likeliest tokens cannot be kept there ({error.strerror}); free some space, "
-            "set LINEARIZE_CACHE to another folder, or train without top_k; --resume goes on from the last checkpoint"
-        )
+    def _kept(self) -> AbstractContextManager[None]:
+        return in_cache(self.folder, "the source's likeliest tokens")
 
 
 def _checksum(known: Likeliest) -> str:
