@@ -1,15 +1,62 @@
-"""Run a verb of the command line under `accelerate launch`."""
+"""Run a verb of the command line under `accelerate launch`, and stop it, whatever it is stopped by."""
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import wraps
+from types import FrameType
 
 from linearize.errors import InputError
 
-TOLD = 3.0
-"""Seconds in which a launcher ends after Ctrl-C on a terminal, which reaches it too; a signal to this process alone has
-to be passed on, since the processes that a launcher starts would otherwise go on without it."""
+GRACE = 45.0
+"""Seconds in which stopped processes end by themselves; torch gives those that it has started 30."""
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends this process as Ctrl-C does; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def stoppable(main: Callable[[], None]) -> Callable[[], None]:
+    """Let SIGTERM and SIGHUP end a command line as SIGINT does: work so far is kept, the exit code is 128 + signal.
+
+    A signal that was ignored before (``nohup``) stays ignored, and a second one does not disturb the end.
+    """
+
+    @wraps(main)
+    def run() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return main()
+        before = {number: signal.getsignal(number) for number in STOPS}
+        mine, came = [number for number in STOPS if before[number] == signal.SIG_DFL], []
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            for each in mine:
+                signal.signal(each, signal.SIG_IGN)
+            came.append(number)
+            raise Stopped(number)
+
+        for number in mine:
+            signal.signal(number, stop)
+        try:
+            return main()
+        except SystemExit as ended:
+            if came and ended.code:
+                raise SystemExit(128 + came[0]) from None
+            raise
+        finally:
+            for number in mine:
+                signal.signal(number, before[number])
+
+    return run
 
 
 def launch(
@@ -31,17 +78,35 @@ def launch(
         instead = "give each override its own --set" if "=" in flags[0] else "flags for `accelerate launch` go after --"
         raise InputError(f"{verb}: found {flags[0]!r} after the folder; {instead}")
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", module, *arguments]
-    process = subprocess.Popen(command, stdout=stdout)
+    # A session of its own: whatever stops this process is told to all that the launcher has started, once.
+    process = subprocess.Popen(command, stdout=stdout, start_new_session=True)
     try:
         code = process.wait()
-    except KeyboardInterrupt:
-        try:
-            process.wait(TOLD)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            process.wait()
+    except BaseException as stop:
+        _end(process, stop.number if isinstance(stop, Stopped) else signal.SIGINT)
         raise
     if code:
         raise InputError(
             f"{verb}: `accelerate launch {' '.join(flags)}` ended with code {code}; the reason is printed above"
         )
+
+
+def _end(process: subprocess.Popen, number: int) -> None:
+    """Tell a signal to a launcher and all that it has started; kill what has not ended after a while, or at Ctrl-C."""
+    deadline = time.monotonic() + GRACE
+    try:
+        _tell(process, number)
+        while time.monotonic() < deadline and (process.poll() is None or _tell(process, 0)):
+            time.sleep(0.05)
+    finally:
+        _tell(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+        process.wait()
+
+
+def _tell(process: subprocess.Popen, number: int) -> bool:
+    """Send a signal to the group of a process, 0 only asks; returns whether anybody is left in it."""
+    try:
+        os.killpg(process.pid, number) if hasattr(os, "killpg") else process.send_signal(number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return process.poll() is None or hasattr(os, "killpg")

@@ -12,6 +12,7 @@ import warnings
 from linearize.cli import conversion, evaluation, listings, recovery, use
 from linearize.cli.app import app, is_main
 from linearize.errors import InputError
+from linearize.launch import stoppable
 
 __all__ = ["app", "conversion", "evaluation", "listings", "main", "recovery", "use"]
 
@@ -25,6 +26,7 @@ _names = {id(command): command.name or getattr(command.callback, "__name__", "")
 app.registered_commands.sort(key=lambda command: (*ORDER, _names[id(command)]).index(_names[id(command)]))
 
 
+@stoppable
 def main() -> None:
     """Run the command line; bad input ends in one paragraph on stderr and exit code 2."""
     # A dependency that warns of changes to come in another dependency tells the user nothing; the tests catch them.
