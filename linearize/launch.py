@@ -48,8 +48,8 @@ def stoppable(main: Callable[[], None]) -> Callable[[], None]:
             signal.signal(number, stop)
         try:
             return main()
-        except SystemExit as ended:
-            if came and ended.code:
+        except (SystemExit, Stopped) as ended:
+            if came and (isinstance(ended, Stopped) or ended.code):
                 raise SystemExit(128 + came[0]) from None
             raise
         finally:

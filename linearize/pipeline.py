@@ -7,6 +7,8 @@ A folder appears by one rename when it is complete and holds the recipe that mad
 folder is there and the parts of the recipe it depends on are unchanged.
 """
 
+import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint import atomic
+from linearize.checkpoint.manifest import MANIFEST
+from linearize.checkpoint.reading import read_json
 from linearize.errors import InputError
 from linearize.launch import launch
 from linearize.recipe import load as recipes
@@ -50,12 +54,22 @@ def run(
         >>> run(recipe.load("smollm2-135m"), "runs/demo")["summary"]["recovery"]["student"]
     """
     from linearize.evaluation.evaluate import evaluate
+
+    with atomic.held(Path(out)):
+        folder, resume = _folder(wanted, Path(out), overwrite, flags, note)
+        results = Path(out) / "results.json"
+        return evaluate(folder, suite=wanted.eval.suite, out=results, resume=resume)
+
+
+def _folder(
+    wanted: Recipe, out: Path, overwrite: bool, flags: Sequence[str], note: Callable[[str], None]
+) -> tuple[Path, bool]:
+    """Make all stages of a recipe, or keep them; returns the folder to evaluate, and whether it was there before."""
     from linearize.recovery.merge import merge
 
-    out = Path(out)
-    stages = _stages(wanted, out)
+    stages, read = _stages(wanted, out), _inputs(wanted)
     # All of them before any work, so that a changed recipe is not found out after an hour of training.
-    finished = {folder for folder, after in stages.items() if _finished(folder, wanted, after, overwrite)}
+    finished = {folder for folder, after in stages.items() if _finished(folder, wanted, after, read, overwrite)}
     for folder in stages:
         if folder in finished:
             note(f"{folder}: finished earlier, kept")
@@ -64,13 +78,30 @@ def run(
     for target in before:
         if target not in finished:
             _make(stages[target], wanted, folder, target, overwrite, flags, note)
+            _record(target, stages[target], read)
         folder = target
     if (folder / "adapter_config.json").is_file():
         if merged not in finished:
             merge(folder, merged, overwrite=overwrite)
+            _record(merged, stages[merged], read)
         folder = merged
-    resume = folder in finished and not overwrite
-    return evaluate(folder, suite=wanted.eval.suite, out=out / "results.json", resume=resume)
+    return folder, folder in finished and not overwrite
+
+
+def _inputs(wanted: Recipe) -> dict[str, Any]:
+    """What changes when the local files do that a recipe reads; null where there are none, or not any more."""
+    from linearize.checkpoint.copying import fingerprint, weight_files
+    from linearize.recovery.data import contents
+
+    source = wanted.source.id
+    return {"source": fingerprint(source) if weight_files(source) else None, "data": contents(wanted.data)}
+
+
+def _record(folder: Path, after: str | int | None, read: dict[str, Any]) -> None:
+    """Keep in the manifest of a stage what the files were that it was made from."""
+    read = read if after is not None else {"source": read["source"]}
+    facts = read_json(folder / MANIFEST) | {"inputs": read}
+    atomic.write_text(folder / MANIFEST, json.dumps(facts, indent=2) + "\n")
 
 
 def _stages(wanted: Recipe, out: Path) -> dict[Path, str | int | None]:
@@ -143,9 +174,8 @@ def train_stage(
 
         return train(folder, wanted, name, out, resume=resume, overwrite=overwrite)
     atomic.check_output(out, overwrite, [folder])
-    file = out.with_name(f"{out.name}.training") / "recipe.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(recipes.to_yaml(wanted), encoding="utf-8")
+    file = atomic.working_folder(out) / f"recipe-{os.getpid()}.yaml"  # another process may be about to begin, too
+    atomic.write_text(file, recipes.to_yaml(wanted))
     arguments = [str(folder), "--out", str(out), "--recipe", str(file), "--stage", name]
     arguments += ["--resume"] * resume + ["--overwrite"] * overwrite
     try:
@@ -157,12 +187,13 @@ def train_stage(
     return out
 
 
-def _finished(folder: Path, wanted: Recipe, after: str | int | None, overwrite: bool) -> bool:
-    """Whether a folder is there, made by the same recipe as far as it depends on it.
+def _finished(folder: Path, wanted: Recipe, after: str | int | None, read: dict[str, Any], overwrite: bool) -> bool:
+    """Whether a folder is there, made by the same recipe, from files as they are now, as far as it depends on them.
 
     Raises:
-        InputError: it was made with another recipe, and may not be replaced.
+        InputError: it was made with another recipe or from other files, and may not be replaced.
     """
+    atomic.put_back(folder)
     if not (folder / "recipe.yaml").is_file():
         return False
     made = recipes.load(folder / "recipe.yaml")
@@ -173,7 +204,21 @@ def _finished(folder: Path, wanted: Recipe, after: str | int | None, overwrite: 
             f"{folder}: was made with another recipe, which differs in {', '.join(keys)}; pass --overwrite to redo "
             "this stage and those after it, or choose another --out"
         )
-    return not different
+    facts = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    changed = [name for name, before in facts.get("inputs", {}).items() if _changed(before, read.get(name))]
+    if changed and not overwrite:
+        raise InputError(
+            f"{folder}: was made from other files: the content of {' and '.join(changed)} has changed since; pass "
+            "--overwrite to redo this stage and those after it, or choose another --out"
+        )
+    return not different and not changed
+
+
+def _changed(before: Any, now: Any) -> bool:
+    """Whether hashes differ, or some in lists of the same length; None means that one is not known."""
+    if isinstance(before, list) and isinstance(now, list):
+        return any(map(_changed, before, now))
+    return None not in (before, now) and before != now
 
 
 def _decides(made: Recipe, after: str | int | None) -> dict[str, str]:

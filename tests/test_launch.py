@@ -73,6 +73,15 @@ def test_a_signal_ends_a_command_as_an_interrupt_does(numbers: list[int], code: 
     assert process.returncode == code
 
 
+def test_a_signal_in_the_midst_of_an_error_is_no_traceback() -> None:
+    work = f"raise OSError\n    except OSError:\n        {WAIT}\n    try:\n        pass"
+    with begin(CODE.replace("WORK", work), stderr=subprocess.STDOUT) as process:
+        assert process.stdout and process.stdout.readline() == "began\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == ""
+    assert process.returncode == 143
+
+
 def test_a_signal_that_was_ignored_stays_ignored() -> None:
     with begin(CODE.replace("WORK", WAIT.replace("60", "1")), ignored=signal.SIGHUP) as process:
         assert process.stdout and process.stdout.readline() == "began\n"

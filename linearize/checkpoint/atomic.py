@@ -79,7 +79,7 @@ def check_space(out: Path, needed: int) -> None:
     if free < needed:
         raise InputError(
             f"{out}: the result needs {format_bytes(needed)} and the disk has {format_bytes(free)} free; free some "
-            "space, choose a folder on another disk, or share unchanged weights with the source by --link"
+            "space, choose a folder on another disk, or, in a conversion, share weights with the source by --link"
         )
 
 
@@ -107,7 +107,7 @@ def output_folder(out: str | Path, overwrite: bool = False, key: str | None = No
     """
     out = Path(os.path.realpath(out))
     partial = _beside(out, "partial")
-    with contextlib.nullcontext() if out in _held else locked(out), _explained(out):
+    with contextlib.nullcontext() if out in _held else locked(out), explained(out, "nothing was left behind"):
         try:
             _put_back(out)
             check_output(out, overwrite)
@@ -151,7 +151,7 @@ def locked(out: Path) -> Iterator[None]:
         InputError: another process holds it, or it cannot be made.
     """
     file, owner = _beside(out, "lock"), "it did not say which"
-    made = _make_parents(file)
+    made = _make_parents(file, out)
     lock = FileLock(file, timeout=0)
     try:
         lock.acquire()
@@ -248,8 +248,16 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(out: Path) -> Iterator[None]:
-    """Turn what the file system says while a folder is written into one paragraph."""
+def explained(out: Path, left: str) -> Iterator[None]:
+    """Turn what the file system says while a folder is written into one paragraph.
+
+    Args:
+        out: the folder.
+        left: what is there after it.
+
+    Raises:
+        InputError: the paragraph, whichever library the error came through.
+    """
     try:
         yield
     except InputError:
@@ -261,7 +269,7 @@ def _explained(out: Path) -> Iterator[None]:
         full = any(text in said for text in DISK_FULL)
         what = "the disk became full while the folder was written" if full else "the folder could not be written"
         raise InputError(
-            f"{out}: {what} ({said}), and nothing was left behind; free some space or choose a folder on another disk"
+            f"{out}: {what} ({said}), and {left}; free some space or choose a folder on another disk"
         ) from error
 
 
@@ -282,11 +290,11 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def _make_parents(out: Path) -> list[Path]:
-    """Make the missing parents of `out`; return them, innermost first."""
+def _make_parents(file: Path, out: Path) -> list[Path]:
+    """Make the missing parents of a file for `out`; return them, innermost first."""
     try:
-        missing = [parent for parent in out.parents if not parent.exists()]
-        out.parent.mkdir(parents=True, exist_ok=True)
+        missing = [parent for parent in file.parents if not parent.exists()]
+        file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"{out}: the folder cannot be made ({error.strerror}); choose one that you may write to"

@@ -41,6 +41,27 @@ def known_sha256(path: Path) -> str | None:
     return blob.name if blob.parent.name == "blobs" and is_hash else None
 
 
+def weight_files(folder: str | Path) -> list[Path]:
+    """Configuration and weights of a local folder, or a local file; empty for a model on the Hub."""
+    folder = Path(folder).expanduser()
+    if folder.is_file():
+        return [folder]
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]) if folder.is_dir() else []
+
+
+def fingerprint(folder: str | Path, advance: Callable[[int], None] = _ignore) -> str:
+    """One sha256 over the configuration and weights of a local folder or file; the name itself for a model on the Hub.
+
+    Args:
+        folder: folder, file or Hub id.
+        advance: called with the number of bytes read since the last call.
+    """
+    paths = weight_files(folder)
+    if not paths:
+        return str(folder)
+    return hashlib.sha256("".join(sha256(path, advance) for path in paths).encode()).hexdigest()
+
+
 def copy(
     source: Path,
     target: Path,

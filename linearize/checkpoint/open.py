@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.checkpoint import adapters, text
+from linearize.checkpoint.atomic import put_back
 from linearize.checkpoint.reading import reading, reason
 from linearize.checkpoint.sources import fetch, locate, read_model
 from linearize.errors import InputError
@@ -146,6 +147,7 @@ def base_folder(adapter: Path, weights: bool = True) -> Path:
 def _folder(name: str | Path, weights: bool = True) -> Path:
     """A folder as it is; for a Hub id the folder in the local cache, downloaded as far as it is not there yet."""
     path = Path(name).expanduser()
+    put_back(path)
     if path.is_dir():
         return path
     located = locate(str(name), recipes=False)

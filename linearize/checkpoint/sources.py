@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.checkpoint.atomic import put_back
 from linearize.checkpoint.reading import reading
 from linearize.errors import InputError, suggest
 
@@ -77,6 +78,7 @@ def locate(
         'SmolLM2-135M-Instruct.Q4_1.gguf'
     """
     path = Path(model).expanduser()
+    put_back(path)
     if path.is_dir():
         return _locate_folder(path)
     if path.is_file():

@@ -3,16 +3,15 @@
 import contextlib
 import copy
 import gc
-import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from linearize.checkpoint import copying, sources
+from linearize.checkpoint import sources
 from linearize.checkpoint.open import load, open_config, open_tokenizer, pick_device
 from linearize.errors import InputError
 from linearize.model.branches import branches
@@ -58,25 +57,6 @@ def without_branches(config: Any) -> str | None:
     if any(values["combine"] == "none" for values in mixers):
         return "the model has layers with one branch only"
     return None
-
-
-def fingerprint(folder: str | Path, advance: Callable[[int], None]) -> str:
-    """One sha256 over the configuration and weights of a local folder; the name itself for a model on the Hub.
-
-    Args:
-        folder: folder or Hub id.
-        advance: called with the number of bytes read since the last call.
-    """
-    paths = weight_files(folder)
-    if not paths:
-        return str(folder)
-    return hashlib.sha256("".join(copying.sha256(path, advance) for path in paths).encode()).hexdigest()
-
-
-def weight_files(folder: str | Path) -> list[Path]:
-    """Configuration and weights of a local folder; empty for a model on the Hub."""
-    folder = Path(folder)
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]) if folder.is_dir() else []
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:

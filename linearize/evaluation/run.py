@@ -2,13 +2,17 @@
 
 import contextlib
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint import sources
+from linearize.checkpoint.atomic import held
+from linearize.checkpoint.copying import fingerprint, weight_files
 from linearize.checkpoint.describe import mixers_of
+from linearize.checkpoint.open import bases
 from linearize.errors import InputError
 from linearize.evaluation import speed
-from linearize.evaluation.columns import Models, fingerprint, read_config, weight_files, window_of, without_branches
+from linearize.evaluation.columns import Models, read_config, window_of, without_branches
 from linearize.evaluation.environment import environment
 from linearize.evaluation.processes import Processes
 from linearize.evaluation.quiet import quiet
@@ -32,7 +36,8 @@ def run(options: Options) -> dict[str, Any]:
         InputError: see the messages; what was finished until then is kept.
     """
     processes = Processes()
-    with processes.joined(), quiet(), Bar(options.progress and processes.is_main) as bar:
+    alone = held(options.target) if options.target and processes.is_main else contextlib.nullcontext()
+    with alone, processes.joined(), quiet(), Bar(options.progress and processes.is_main) as bar:
         with processes.agreed():
             config = read_config(options.folder)
             names = _possible(options, config, bar)
@@ -83,8 +88,7 @@ def _saved(options: Options, models: Models, work: Work, processes: Processes, b
         "window": window,
         "sinks": sinks,
         "weights": weights[options.folder],
-        # Without its path, which would only say where this machine keeps it.
-        "source": {key: value for key, value in models.located.to_dict().items() if key != "path"},
+        "source": _source(models.located, [*(Path(each) for each in folders if Path(each).is_dir())]),
     }
     other = {"model": options.against, "weights": weights[options.against]} if options.against else {}
     saved = Saved(options.target, settings, other, options.resume, processes)
@@ -96,6 +100,22 @@ def _saved(options: Options, models: Models, work: Work, processes: Processes, b
         "environment": environment(models.device, options.seed, work.data),
     }
     return saved
+
+
+def _source(located: sources.Located, folders: list[Path]) -> dict[str, Any]:
+    """The source in the settings, without its path, which would only say where this machine keeps it.
+
+    Args:
+        located: the source.
+        folders: what is compared with it.
+
+    Returns:
+        JSON-safe; with hashes of its weights, and of models that adapters belong to, where they are local files.
+    """
+    facts = {key: value for key, value in located.to_dict().items() if key != "path"}
+    local = [] if located.revision else [located.path / (located.gguf or "")]
+    bases_of = [base for folder in folders for base in bases(folder)]
+    return facts | {"weights": [fingerprint(each) for each in (*local, *bases_of) if weight_files(each)]}
 
 
 def _possible(options: Options, config: Any, bar: Bar) -> list[str]:

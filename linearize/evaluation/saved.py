@@ -38,7 +38,10 @@ class Saved:
         finished = [target] if target is not None and target.is_file() else []
         for file in (self._partials() or finished) if resume else []:
             earlier = results_file.read(file)
-            differing = [key for key in settings if earlier.get("settings", {}).get(key) != settings[key]]
+            before = earlier.get("settings", {})
+            known = before.get("source") or {}  # earlier versions did not say of which weights
+            now = settings | {"source": {key: value for key, value in settings["source"].items() if key in known}}
+            differing = [key for key in settings if before.get(key) != now[key]]
             if differing:
                 raise InputError(
                     f"{file}: was made with other settings ({', '.join(differing)}), so its numbers cannot be taken "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize import progress
-from linearize.checkpoint.atomic import check_output, output_folder
+from linearize.checkpoint.atomic import check_output, held, output_folder
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
 from linearize.model.mixers import Context, Mixer
@@ -178,6 +178,13 @@ def calibrate(
     """
     folder, out = Path(model_dir), Path(out)
     check_output(out, overwrite, [folder])
+    with held(out):
+        return _calibrate(folder, wanted, out, tokens, seq_len, overwrite)
+
+
+def _calibrate(
+    folder: Path, wanted: recipes.Recipe, out: Path, tokens: int | None, seq_len: int | None, overwrite: bool
+) -> Path:
     wanted, settings = reading.settle(wanted, "calibrate", tokens=tokens, seq_len=seq_len)
     model, ids = reading.read(folder, wanted, replace(settings, tokens=settings.tokens + settings.seq_len))
     with output_folder(out, overwrite) as work:

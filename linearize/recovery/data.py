@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from linearize.checkpoint.atomic import sweep, whole_file
 from linearize.errors import InputError, disk_error
 from linearize.progress import byte_progress
 from linearize.recipe.schema import Data
-from linearize.recovery.documents import PIECE, Documents, Text, documents
+from linearize.recovery.documents import PIECE, Documents, Text, documents, is_local
 from linearize.recovery.room import check_memory
 
 DOCUMENTS_AT_ONCE = 256
@@ -132,6 +132,17 @@ def blocks(
             )
         rows.append(row)
     return Blocks(rows, [source.weight for source in sources], seq_len, count, seed, hold)
+
+
+def contents(sources: Sequence[Data]) -> list[str | None]:
+    """For each data set a text that changes when its local files do; None for one on the Hub, or gone."""
+    known: list[str | None] = []
+    for source in sources:
+        known.append(None)
+        with suppress(InputError):
+            if is_local(source.path):
+                known[-1] = hashlib.sha256(documents(source).content.encode()).hexdigest()
+    return known
 
 
 def tokens(source: Data, tokenizer: Any) -> np.ndarray:

@@ -97,6 +97,15 @@ def embedded() -> list[str]:
     return sorted(file.name.removesuffix(".jsonl.gz") for file in folder.glob("*.jsonl.gz"))
 
 
+def is_local(path: str) -> bool:
+    """Whether a recipe's ``path`` means files of this machine.
+
+    Raises:
+        InputError: it means nothing.
+    """
+    return os.path.isdir(os.path.expanduser(path)) or bool(_files(path))
+
+
 def _files(path: str) -> list[Path]:
     """The local files that a recipe's ``path`` means: one of that name, else a pattern; none for an id on the Hub."""
     if path in embedded():

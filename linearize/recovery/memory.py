@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from linearize.checkpoint.atomic import sync
 from linearize.errors import InputError
 from linearize.model.branches import branches, reaches, windows
 from linearize.recovery.losses import count_targets, token_losses
@@ -139,6 +140,7 @@ class Watch:
                 unfinished = self.file.with_suffix(".unfinished")
                 weights = {name: weight.detach().contiguous() for name, weight in self.trained.items()}
                 save_file(weights, unfinished, {"score": repr(score), "step": str(step)})
+                sync(unfinished)
                 unfinished.rename(self.file)
         return measured
 

@@ -46,7 +46,7 @@ def merge(folder: str | Path, out: str | Path, overwrite: bool = False) -> Path:
     check_output(out, overwrite, [adapter, *bases(adapter)])
     with output_folder(out, overwrite) as work:
         fold(put_on(open_model(adapter), adapter)).save_pretrained(work)
-        base, made = base_folder(adapter, weights=False), {}
+        base, made = base_folder(adapter, weights=False), {"merged": adapter.resolve().name}
         for written in (base, adapter):  # what the adapters do not bring along is the base's
             copy_companions(written, work)
             if (written / MANIFEST).is_file():

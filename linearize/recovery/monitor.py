@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,13 @@ class Monitor:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a training log; the last one is left out if a killed run did not finish it."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a training log, without one that a killed run or a full disk did not let it finish."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    records = []
+    for line in lines:
+        with suppress(ValueError):
+            records.append(json.loads(line if line.endswith("\n") else ""))
+    return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
 def first_not_finite(model: nn.Module, run: Callable[[], Any]) -> str:

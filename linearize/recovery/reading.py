@@ -14,6 +14,10 @@ from linearize.errors import InputError
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import Reading
 from linearize.recovery.data import blocks
+from linearize.recovery.room import check_memory
+
+KEPT = ("source", "training", "merged", "calibration", "selection")
+"""Facts of a manifest that a folder made from another one keeps."""
 
 
 def settle(wanted: recipes.Recipe, block: str, **given: Any) -> tuple[recipes.Recipe, Any]:
@@ -52,6 +56,7 @@ def read(folder: Path, wanted: recipes.Recipe, settings: Reading) -> tuple[Any, 
     """
     if is_adapter(folder):
         raise InputError(f"{folder}: these are adapters; fold them in first: linearize merge {folder} --out DIR")
+    check_memory(8 * settings.tokens, f"tokens: {settings.tokens:,} of them in one piece", "read fewer")
     model: Any = open_model(folder).eval()
     ids = blocks(wanted.data, open_tokenizer(folder), settings.seq_len, settings.tokens // settings.seq_len)
     return model.to(pick_device()), ids[:]
@@ -78,6 +83,6 @@ def finish(
     copy_companions(folder, work)
     (work / "recipe.yaml").write_text(recipes.to_yaml(wanted))
     origin = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    facts = {key: value for key, value in origin.items() if key in ("source", "calibration", "selection")}
+    facts = {key: value for key, value in origin.items() if key in KEPT}
     facts |= {name: {**made, "data": recipes.to_dict(wanted)["data"]}, "versions": manifest.versions()}
     write_manifest(work, {"source": None, **facts}, hashes or {})

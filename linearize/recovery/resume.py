@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from linearize.checkpoint.adapters import same_names
+from linearize.checkpoint.atomic import sync
+from linearize.checkpoint.copying import fingerprint, weight_files
 from linearize.checkpoint.manifest import MANIFEST
-from linearize.checkpoint.reading import read_json
+from linearize.checkpoint.open import bases
+from linearize.checkpoint.reading import read_json, reading
 from linearize.errors import InputError
+from linearize.recipe.schema import Recipe
+from linearize.recovery.data import contents
 
 if TYPE_CHECKING:
     from linearize.recovery.loop import Loop
@@ -66,7 +72,10 @@ class Checkpoints:
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            for file in [*unfinished.rglob("*"), unfinished]:
+                sync(file)
             unfinished.rename(checkpoint)
+            sync(checkpoint.parent)
             for old in checkpoints(self.work)[:-KEPT]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
@@ -82,7 +91,9 @@ class Checkpoints:
             stored = FileSystemReader(sharded).read_metadata().state_dict_metadata
             expected = [f"model.{name}" for name in self.loop.plain.state_dict()]
             same_names(sharded, stored, expected, "pass --overwrite to start anew")
-        self.loop.accelerator.load_state(str(checkpoint))
+        advice = "remove this folder, and --resume goes on from the checkpoint before it"
+        with reading(checkpoint, "is damaged", advice):
+            self.loop.accelerator.load_state(str(checkpoint))
         return int(checkpoint.name.removeprefix("step-"))
 
     def bytes(self) -> int:
@@ -150,4 +161,23 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     # A draw belongs to a micro batch.
     free = FREE - {"micro_batch"} if now["stage"]["window_dropout"] else FREE
     keys = sorted(key for key in {*stages[0], *stages[1]} - free if stages[0].get(key) != stages[1].get(key))
-    return [key for key in ("model", "data") if before[key] != now[key]] + keys
+    old, new = before.get("content", {}), now.get("content", {})  # runs of earlier versions do not say
+    changed = [name for name in old.keys() & new.keys() if _changed(old[name], new[name])]
+    names = [key for key in ("model", "data") if before[key] != now[key]]
+    return names + [f"the content of {name}" for name in sorted(changed)] + keys
+
+
+def content(model_dir: Path, wanted: Recipe) -> dict[str, Any]:
+    """What changes when the files do that a run reads: of its model, with the one that adapters belong to, and data."""
+    with suppress(InputError):
+        folders = [model_dir, *bases(model_dir)]
+        known = [fingerprint(folder) if weight_files(folder) else None for folder in folders]
+        return {"model": known, "data": contents(wanted.data)}
+    return {}
+
+
+def _changed(before: list[Any], now: list[Any]) -> bool:
+    """Whether two lists of hashes differ; None means that one is not known."""
+    return len(before) != len(now) or any(
+        None not in pair and pair[0] != pair[1] for pair in zip(before, now, strict=True)
+    )

@@ -19,6 +19,7 @@ need not add up, so it is an estimate; for none kept and for the choice itself t
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -275,12 +276,13 @@ def select(
     if out is not None:
         atomic.check_output(Path(out), overwrite, [folder])
     wanted, settings = reading.settle(wanted, "select", **given)
-    model, ids = reading.read(folder, wanted, settings)
-    choice = {**asdict(settings), **choose(model, ids, settings.keep, settings.by, settings.per)}
-    if out is not None:
-        with atomic.output_folder(out, overwrite) as work:
-            hashes = write_without(folder, work, _parts(choice))
-            reading.finish(folder, work, wanted, "selection", choice, hashes)
+    with nullcontext() if out is None else atomic.held(out):
+        model, ids = reading.read(folder, wanted, settings)
+        choice = {**asdict(settings), **choose(model, ids, settings.keep, settings.by, settings.per)}
+        if out is not None:
+            with atomic.output_folder(out, overwrite) as work:
+                hashes = write_without(folder, work, _parts(choice))
+                reading.finish(folder, work, wanted, "selection", choice, hashes)
     return choice
 
 

@@ -5,8 +5,10 @@ from is the student itself with adapters off and softmax attention on: one set o
 """
 
 import json
+import os
 import shutil
-from contextlib import closing, nullcontext
+import sys
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,19 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from linearize.checkpoint import adapters, companions, manifest
-from linearize.checkpoint.atomic import check_output, check_space, output_folder
+from linearize.checkpoint.atomic import (
+    check_output,
+    check_space,
+    explained,
+    held,
+    output_folder,
+    put_back,
+    working_folder,
+    write_text,
+)
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
-from linearize.checkpoint.open import bases, is_adapter, open_tokenizer
+from linearize.checkpoint.open import bases, is_adapter, open_config, open_tokenizer
+from linearize.checkpoint.reading import read_json
 from linearize.errors import InputError
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import OPTIMIZERS, Recipe, Stage
@@ -27,7 +39,21 @@ from linearize.recovery.data import blocks
 from linearize.recovery.loop import DIVIDED, Loop
 from linearize.recovery.memory import Watch
 from linearize.recovery.monitor import BOARD, LOG, Monitor
-from linearize.recovery.resume import Checkpoints, differences, interrupted, made_with
+from linearize.recovery.resume import Checkpoints, content, differences, interrupted, made_with
+from linearize.recovery.room import check_memory
+
+DECIDED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DYNAMO_BACKEND": "no",  # it turns on TF32, too
+    "ACCELERATE_GRADIENT_CLIPPING": "none",
+    "ACCELERATE_DOWNCAST_BF16": "",
+    "XLA_USE_BF16": "0",
+    "XLA_DOWNCAST_BF16": "0",
+}
+"""Variables of launchers that would change what a recipe computes -> their value that does not."""
+UNKNOWN = ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+"""Variables of launchers that ask for what this training cannot do."""
 
 
 def train(
@@ -59,18 +85,32 @@ def train(
     """
     folder, out = Path(model_dir), Path(out)
     wanted = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
-    chosen = wanted.stage(stage)
+    chosen, work = wanted.stage(stage), working_folder(out)
     made = {"model": str(folder.resolve()), "stage": asdict(chosen), "data": recipes.to_dict(wanted)["data"]}
+    made["content"] = content(folder, wanted)
     if resume and not overwrite and (finished := made_with(out / MANIFEST)) and not differences(finished, made):
+        _forget(work, made)
         return out
     _check_folder(chosen, folder)
     check_output(out, overwrite, [folder, *bases(folder)])
     accelerator = _accelerator(chosen)
     _check_processes(chosen, accelerator)
-    work = out.with_name(f"{out.name}.training")
-    checkpoint = interrupted(work, made, resume, overwrite)
-    steps = chosen.tokens // (chosen.batch * chosen.seq_len)
+    kept = f"what was there before is as it was: checkpoints are in {work}, and --resume goes on from the last one"
+    with held(out) if accelerator.is_main_process else nullcontext(), explained(work, kept):
+        checkpoint = interrupted(work, made, resume, overwrite)
+        _train(accelerator, folder, wanted, chosen, out, made, checkpoint, overwrite)
+    accelerator.wait_for_everyone()
+    return out
+
+
+def _train(
+    accelerator: Accelerator, folder: Path, wanted: Recipe, chosen: Stage, out: Path, made: dict[str, Any],
+    checkpoint: Path | None, overwrite: bool,
+) -> None:  # fmt: skip
+    """Train from a checkpoint on, or from the start, and let `out` appear."""
+    work, steps = working_folder(out), chosen.tokens // (chosen.batch * chosen.seq_len)
     tokenizer = open_tokenizer(folder)
+    _check_memory(chosen, folder, accelerator.device)
     with accelerator.local_main_process_first():  # one process tokenises, the others find it done
         data = blocks(wanted.data, tokenizer, chosen.seq_len, steps * chosen.batch, chosen.seed, hold=chosen.watch > 0)
     loop = Loop(accelerator, chosen, folder, data, steps)
@@ -87,26 +127,49 @@ def train(
         with output_folder(out, overwrite) as result:
             _write(result, folder, wanted, loop, weights, work, made | {"step": kept})
         shutil.rmtree(work)
-    accelerator.wait_for_everyone()
-    return out
+
+
+def _forget(work: Path, made: dict[str, Any]) -> None:
+    """Remove the unfinished form of a run that is finished, where a kill left it."""
+    with suppress(InputError, OSError):
+        if (before := made_with(work / MANIFEST)) and not differences(before, made):
+            with held(work):
+                shutil.rmtree(work)
+
+
+def _check_memory(stage: Stage, folder: Path, device: torch.device) -> None:
+    """Refuse blocks whose logits and their gradients, in two bytes each, fit no memory that the device has."""
+    if stage.lm or stage.kl:
+        vocabulary = open_config(folder).get_text_config().vocab_size
+        needed = 4 * stage.micro_batch * stage.seq_len * vocabulary
+        where = f"train.{stage.name}: logits of {stage.micro_batch} x {stage.seq_len:,} tokens (micro_batch x seq_len)"
+        check_memory(needed, where, "use shorter blocks or a smaller micro_batch", device)
 
 
 def _check_folder(stage: Stage, folder: Path) -> None:
     """Refuse a folder that the stage cannot train."""
+    put_back(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give one that `linearize convert` has written")
     if is_adapter(folder):
         if not adapters.keeps_source(stage.peft):
             raise InputError(f"{folder}: holds adapters, and train.{stage.name} trains weights; merge first")
-    elif (stage.kl or stage.transfer) and (folder / LOG).is_file():
+    elif (stage.kl or stage.transfer) and _is_trained(folder):
         raise InputError(
             f"{folder}: its weights have been trained, so they are no longer the source's, which kl and transfer of "
             f"train.{stage.name} learn from; start from the converted folder or from adapters on it, or set both to 0"
         )
 
 
+def _is_trained(folder: Path) -> bool:
+    """Whether the weights of a model are no longer its source's: by its manifest, or by a log where it has none."""
+    facts = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    return (folder / LOG).is_file() or any(facts.get(key) for key in ("training", "merged"))
+
+
 def _accelerator(stage: Stage) -> Accelerator:
     """What spreads the stage over the processes that there are."""
+    _decide()
     accelerator = Accelerator(
         mixed_precision="no",  # accelerate's autocast returns fp32 logits, twice the memory; Loop has its own
         step_scheduler_with_optimizer=False,  # a step is a step, however many processes there are
@@ -118,8 +181,32 @@ def _accelerator(stage: Stage) -> Accelerator:
         deepspeed.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": stage.micro_batch,
             "gradient_clipping": stage.max_grad_norm,
+            "gradient_accumulation_steps": 1,  # it would divide the losses of micro batches, which Loop has weighted
         }
+        for precision in ("bf16", "fp16", "fp8"):
+            if str((deepspeed.deepspeed_config.get(precision) or {}).get("enabled", False)).lower() == "true":
+                raise InputError(
+                    f"train.{stage.name}: DeepSpeed's configuration enables {precision}, and weights that are trained "
+                    "stay fp32 while the stage's dtype says how to compute; leave it out there"
+                )
     return accelerator
+
+
+def _decide() -> None:
+    """Take out of the environment what a launcher set there and would change the mathematics of the recipe, and say so.
+
+    Raises:
+        InputError: it asks for a way to divide the work that this training does not know.
+    """
+    for name in UNKNOWN:
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            raise InputError(f"{name}: is set, and training knows DDP, FSDP and DeepSpeed only; unset it, or use one")
+    for name, neutral in DECIDED.items():
+        value = os.environ.get(name)
+        if value is not None and value.lower() not in (neutral, "", "false", "0"):
+            print(f"{name}={value} is left aside: the recipe decides that (batch, micro_batch, dtype)", file=sys.stderr)
+        if value is not None:
+            os.environ[name] = neutral
 
 
 def _check_processes(stage: Stage, accelerator: Accelerator) -> None:
@@ -149,7 +236,7 @@ def _begin(work: Path, made: dict[str, Any], anew: bool) -> None:
         shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(work / "checkpoints" / "unfinished", ignore_errors=True)
     (work / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (work / MANIFEST).write_text(json.dumps({"training": made}, indent=2))
+    write_text(work / MANIFEST, json.dumps({"training": made}, indent=2))
 
 
 def _run(loop: Loop, checkpoints: Checkpoints, watch: Watch | None, checkpoint: Path | None) -> None:

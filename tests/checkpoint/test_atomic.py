@@ -110,7 +110,8 @@ def test_killed_run_is_continued_only_with_its_key(tmp_path: Path) -> None:
 def test_two_writers_of_one_folder_are_refused(tmp_path: Path) -> None:
     with atomic.output_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("1")
-        with pytest.raises(InputError, match="another process is writing here .process"), atomic.output_folder(tmp_path / "out"):
+        told = "another process is writing here .process"
+        with pytest.raises(InputError, match=told), atomic.output_folder(tmp_path / "out"):
             pytest.fail("the block ran")
         assert (folder / "x").exists()
     assert (tmp_path / "out" / "x").exists()

@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.tiny import save_converted
+from helpers.training import recipe_for
 
 from linearize.checkpoint import atomic
+from linearize.checkpoint.open import open_config
+from linearize.checkpoint.sources import locate
 from linearize.errors import InputError, disk_error
+from linearize.recovery.train import train
 
 
 def write(out: Path, name: str = "config.json", **options) -> None:
@@ -130,6 +135,20 @@ def test_what_a_kill_left_aside_is_put_back_but_not_under_a_writer(tmp_path: Pat
     aside.mkdir()
     atomic.put_back(out)
     assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("reader", ["open", "convert", "train"])
+def test_every_reader_finds_a_folder_that_a_kill_left_aside(tmp_path: Path, reader: str) -> None:
+    model = save_converted(tmp_path / "model")
+    model.rename(tmp_path / ".model.replaced")
+    if reader == "open":
+        assert open_config(model).model_type == "linearized"
+    elif reader == "convert":
+        assert locate(str(model)).path == model
+    else:
+        with pytest.raises(InputError, match="found nothing named"):
+            train(model, recipe_for(tmp_path / "none.jsonl"), None, tmp_path / "out")
+    assert names(tmp_path) == {"model"}
 
 
 def test_leftovers_of_files_are_swept_and_files_being_written_are_not(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from linearize.checkpoint.copying import fingerprint
 from linearize.checkpoint.manifest import verify, write_manifest
 from linearize.errors import InputError
-from linearize.evaluation.columns import fingerprint
 from linearize.hub.names import without_path
 from linearize.hub.push import card, plan, push
 from linearize.model.modeling import linearize_
