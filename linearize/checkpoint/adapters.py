@@ -4,7 +4,6 @@ Adapters stand beside the source's weights. The mixers' own weights are what pef
 copies lie in the adapters' file, so that plain peft puts them back, and the base keeps those it was converted with.
 """
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +18,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearize.checkpoint.reading import reading
+from linearize.checkpoint import links, shards
+from linearize.checkpoint.reading import AGAIN, read_json, reading
 from linearize.checkpoint.shards import names
 from linearize.checkpoint.sources import read_model
 from linearize.errors import InputError
@@ -81,10 +81,9 @@ def attach(model: PreTrainedModel, settings: Peft, trained: Path | None = None) 
 
 def _go_on(wrapped: peft.PeftModel, config: peft.PeftConfig, trained: Path) -> None:
     """Put the weights of trained adapters into new ones of the same settings, on the same roles or more."""
-    with reading(trained, "its adapters cannot be read", "train or download them again"):
-        weights = peft.load_peft_weights(str(trained), device="cpu")
-        settings = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
-        targets = settings["target_modules"]
+    weights = check(trained)
+    settings = read_json(trained / "adapter_config.json")
+    targets = settings.get("target_modules") or []
     alone = targets == DUMMY_TARGET_MODULES  # adapters on nothing have no settings
     if not alone and any(settings.get(key) != getattr(config, key, None) for key in SETTINGS):
         raise InputError(
@@ -117,6 +116,49 @@ def same_names(where: object, given: Iterable[str], expected: Iterable[str], adv
         )
 
 
+def check(folder: Path) -> dict[str, Tensor]:
+    """The weights of the adapters in a folder, once nothing about them speaks against it.
+
+    Raises:
+        InputError: they are missing or damaged, hold values that are not finite, or settings that ask for more than
+            they hold, or for a module to be imported.
+    """
+    settings = read_json(folder / "adapter_config.json", AGAIN)
+    links.check(folder)
+    if settings.get("megatron_config"):
+        raise InputError(
+            f"{folder}/adapter_config.json: megatron_config makes peft import {settings.get('megatron_core')!r}, which "
+            "is not done for a file's sake; remove the key"
+        )
+    file = folder / "adapter_model.safetensors"
+    if file.is_file():
+        held = [max(tensor.shape, default=0) for tensor in shards.read_header(file).values()]
+        _check_ranks(folder, settings, max(held, default=0))
+    elif not (folder / "adapter_model.bin").is_file():
+        raise InputError(f"{folder}: has adapter_config.json but no {file.name}; {AGAIN}")
+    with reading(folder, "its adapters cannot be read", AGAIN):
+        weights = peft.load_peft_weights(str(folder), device="cpu")
+        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise ValueError("it holds other things than tensors by name")
+    bad = [name for name, weight in weights.items() if weight.is_floating_point() and not weight.isfinite().all()]
+    if bad:
+        raise InputError(f"{folder}: its adapters hold values that are not finite, in {shards.names(bad)}; {AGAIN}")
+    return weights
+
+
+def _check_ranks(folder: Path, settings: dict[str, Any], longest: int) -> None:
+    """Refuse settings that make peft allocate more than the adapters hold, whose longest dimension is given."""
+    pattern = settings.get("rank_pattern")
+    ranks = [settings.get(key) for key in ("r", "init_r", "target_r", "num_virtual_tokens", "encoder_hidden_size")]
+    ranks += list(pattern.values()) if isinstance(pattern, dict) else []
+    most = max((rank for rank in ranks if isinstance(rank, int | float)), default=0)
+    if most > max(longest, 1024):
+        raise InputError(
+            f"{folder}/adapter_config.json: asks for a rank of {most:,}, and no dimension of the adapters is longer "
+            f"than {longest}; {AGAIN}"
+        )
+
+
 def put_on(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     """A model with the adapters in a folder; without peft's wrapper it is `get_base_model()` of the result.
 
@@ -133,9 +175,9 @@ def put_on(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
         InputError: the adapters cannot be read, or do not fit the model: names the weights.
     """
     advice = "put the adapters on the model that they were trained on"
+    written = check(folder)
     with _quiet(), reading(folder, "its adapters cannot be put on the model", advice):
         wrapped = peft.PeftModel.from_pretrained(model, str(folder))
-        written = peft.load_peft_weights(str(folder), device="cpu")
     same_names(folder, written, _weights_of(wrapped), advice)
     return wrapped
 

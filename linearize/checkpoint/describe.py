@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from linearize.checkpoint import shards
-from linearize.checkpoint.reading import read_json
+from linearize.checkpoint import fit, shards
+from linearize.checkpoint.reading import AGAIN, read_json
 from linearize.checkpoint.sources import Located, fetch, locate, read_config
 from linearize.errors import InputError
 from linearize.formats import aligned, format_bytes, ranges
@@ -94,6 +94,7 @@ def inspect(model: str | Path | Located) -> dict[str, Any]:
     else:
         located = fetch(located)
         tensors = shards.read_folder(located.path)
+        fit.check(located.path, fit.empty(config, located.path), tensors, strict=hasattr(config, "linearize"))
         sizes = shards.describe(tensors)
     block = getattr(config, "linearize", None)
     new = [tensor for tensor in tensors.values() if is_new(tensor.name)]
@@ -159,7 +160,7 @@ def _inspect_adapter(file: Path) -> dict[str, Any]:
     settings = read_json(file)
     name = "adapter_model.safetensors"
     if not (file.parent / name).is_file():
-        raise InputError(f"{file.parent}: has adapter_config.json but no {name}; train or download the adapter again")
+        raise InputError(f"{file.parent}: has adapter_config.json but no {name}; {AGAIN}")
     tensors = shards.read_header(file.parent / name)
     adapter = {key: settings.get(key) for key in ("peft_type", "r", "lora_alpha", "target_modules")}
     base = inspect(base_folder(file.parent))

@@ -56,9 +56,14 @@ def verify(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: holds no {MANIFEST}, which every folder written by `linearize convert` has")
-    with reading(folder / MANIFEST, "is not a manifest of `linearize convert`", "convert the source again"):
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+    advice, problem = "convert the source again", "is not a manifest of `linearize convert`"
+    with reading(folder / MANIFEST, problem, advice):
+        files = read_json(folder / MANIFEST, advice, problem)["files"]
+        strange = [name for name in files if Path(name).name != name]
+        if strange:
+            raise ValueError(f"{strange[0]!r} is not the name of a file in the folder")
         total = sum(entry["bytes"] for entry in files.values())
+        _ = [entry["sha256"] for entry in files.values()]
     problems = []
     with byte_progress("Checking", total) as advance:
         for name, entry in files.items():

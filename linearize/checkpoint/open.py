@@ -1,15 +1,14 @@
 """Open what the stages wrote, and what others did: the only door from a folder or Hub id to a model that runs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize.checkpoint import adapters, text
+from linearize.checkpoint import adapters, config, links, text
 from linearize.checkpoint.atomic import put_back
-from linearize.checkpoint.reading import reading, reason
+from linearize.checkpoint.reading import read_json, reading, reason
 from linearize.checkpoint.sources import fetch, locate, read_model
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
@@ -75,9 +74,7 @@ def open_config(name: str | Path) -> PreTrainedConfig:
         InputError: it is missing or cannot be read.
     """
     folder = _folder(name, weights=False)
-    folder = base_folder(folder, weights=False) if is_adapter(folder) else folder
-    with reading(name, "has no configuration that transformers can read", "give a folder written by linearize"):
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    return config.read(base_folder(folder, weights=False) if is_adapter(folder) else folder)
 
 
 def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -87,8 +84,9 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         InputError: it is missing or cannot be read.
     """
     folder = _folder(name, weights=False)
+    links.check(folder)
     with reading(name, "has no usable tokenizer", "copy the source's tokenizer files into it"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     text.fit_padding(tokenizer, text_sizes(open_config(name)).vocabulary)
     return tokenizer
 
@@ -131,7 +129,9 @@ def base_folder(adapter: Path, weights: bool = True) -> Path:
         InputError: it is in none of these.
     """
     with reading(adapter / _ADAPTER, "does not name the model that the adapters belong to", "train them again"):
-        named = str(json.loads((adapter / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
+        named = read_json(adapter / _ADAPTER)["base_model_name_or_path"]
+        if not isinstance(named, str) or not named:
+            raise ValueError(f"base_model_name_or_path is {named!r}")
     for folder in (Path(named), adapter.resolve().parent / Path(named).name):
         if folder.is_dir():
             return folder

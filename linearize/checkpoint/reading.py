@@ -3,27 +3,30 @@
 import contextlib
 import json
 import textwrap
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from yaml import YAMLError
 
 from linearize.errors import InputError
 
-# What json, safetensors, tokenizers, transformers and huggingface_hub raise for files that are missing or damaged.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, ImportError)
-_UNREADABLE += (zlib.error, UnpicklingError, SafetensorError, StrictDataclassError, YAMLError)
+AGAIN = "get it anew from where it came from"
+"""Advice for a damaged file; whether that was the Hub, a disk or a colleague is not known here."""
+LARGEST_JSON = 256 << 20  # bytes; the largest tokenizers have a tenth of it
+
+# What libraries advise and no verb here can do -> what it is about.
+_ADVICE = {
+    "ignore_mismatched_sizes": "tensors have other shapes than the configuration asks for",
+    "weights_only": "it is damaged, or holds other things than tensors, and a pickle can run code",
+    "trust_remote_code": "it needs code of its own, which is never run here",
+}
 
 
 def reason(error: BaseException) -> str:
     """What an exception says, on one line of bearable length; its name too where the text says nothing alone."""
     text = textwrap.shorten(" ".join(str(error).split()), 400, placeholder=" ...")
-    return f"{type(error).__name__} {text}".rstrip() if isinstance(error, LookupError) or not text else text
+    text = next((meaning for advice, meaning in _ADVICE.items() if advice in str(error)), text)
+    bare = isinstance(error, LookupError | ArithmeticError | AssertionError) or not text
+    return f"{type(error).__name__} {text}".rstrip() if bare else text
 
 
 @contextlib.contextmanager
@@ -36,27 +39,35 @@ def reading(where: object, problem: str, advice: str) -> Iterator[None]:
         advice: what to do.
 
     Raises:
-        InputError: the block raised what readers raise for missing or damaged files; an InputError passes unchanged.
+        InputError: the block raised anything else: there is no end to what readers raise for files that are missing or
+            damaged (tokenizers a bare Exception, its Rust a panic that is none). An InputError passes unchanged.
     """
     try:
         yield
     except InputError:
         raise
-    except _UNREADABLE as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(f"{where}: {problem} ({reason(error)}); {advice}") from error
 
 
-def read_json(path: Path, advice: str = "write the folder again") -> dict[str, Any]:
+def read_json(
+    path: Path, advice: str = "write the folder again", problem: str = "is missing or holds no JSON object"
+) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
         path: the file.
         advice: what to do where it cannot be read.
+        problem: what it is then.
 
     Raises:
         InputError: it is missing, no JSON, or holds something else than an object.
     """
-    with reading(path, "is missing or holds no JSON object", advice):
+    with reading(path, problem, advice):
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"its {path.stat().st_size} bytes are no such file")
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise TypeError(f"found a {type(content).__name__}")

@@ -9,11 +9,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from linearize.checkpoint import links
+from linearize.checkpoint.reading import read_json
 from linearize.version import __version__
 
 NAME = "modeling_linearized"
 FILE = f"{NAME}.py"
 AUTO_MAP = {"AutoConfig": f"{NAME}.LinearizedConfig", "AutoModelForCausalLM": f"{NAME}.LinearizedForCausalLM"}
+
+SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+SETTINGS += ("video_preprocessor_config.json", "generation_config.json")
+"""Files whose `auto_map` names code."""
 
 _ROOT = Path(__file__).parent.parent
 _HEAD = f'''"""A linearized model: the source's own classes of transformers with other attention, for trust_remote_code.
@@ -69,9 +75,38 @@ def code() -> str:
     return "".join([_HEAD, *parts, _TAIL])
 
 
-def auto_map(config: dict[str, Any]) -> dict[str, Any]:
-    """A linearized configuration that names the code beside it."""
-    return {**config, "auto_map": AUTO_MAP}
+def asked(folder: Path) -> bool:
+    """Whether a folder was asked to bring its code along: its configuration names the file that `code` gives.
+
+    Adapters have no configuration of a model; beside them lies the file itself.
+    """
+    config = folder / "config.json"
+    return read_json(config).get("auto_map") == AUTO_MAP if config.is_file() else (folder / FILE).is_file()
+
+
+def foreign(folder: Path) -> list[str]:
+    """Files of others' code in a folder: those that its settings name, and what they import from beside them.
+
+    Those of its config.json are left out: they describe the source's model, which is another one here.
+    """
+    named, files = [], []
+    for name in (name for name in SETTINGS[1:] if (folder / name).is_file()):
+        entries = read_json(folder / name).get("auto_map") or {}
+        for entry in entries.values() if isinstance(entries, dict) else [entries]:
+            named += [str(part).partition(".")[0] for part in (entry if isinstance(entry, list) else [entry]) if part]
+    while named:
+        name = f"{named.pop()}.py"
+        if name not in (FILE, *files) and Path(name).name == name and (folder / name).is_file():
+            files.append(name)
+            text = links.own(folder, folder / name).read_text(encoding="utf-8", errors="replace")
+            named += re.findall(r"^\s*(?:from|import)\s+\.(\w+)", text, flags=re.MULTILINE)
+    return sorted(files)
+
+
+def without_foreign(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the keys that make transformers run others' code, where it is trusted."""
+    kept = {key: value for key, value in values.items() if key not in ("auto_map", "custom_pipelines")}
+    return {**kept, "auto_map": AUTO_MAP} if values.get("auto_map") == AUTO_MAP else kept
 
 
 def _name(file: Path) -> str:

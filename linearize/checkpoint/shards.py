@@ -15,13 +15,14 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from linearize.checkpoint import links
 from linearize.checkpoint.copying import CHUNK
-from linearize.checkpoint.reading import reading
+from linearize.checkpoint.reading import AGAIN, read_json, reading
 from linearize.errors import InputError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLE = "pytorch_model.bin"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in FLOATS.items()}
 
@@ -65,19 +66,20 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file is no safetensors file, is cut short, or its header contradicts itself.
     """
-    with path.open("rb") as file:
-        start = file.read(8)
-    if start == b"version ":
-        raise InputError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in the folder")
-    try:
-        with safe_open(path, "np") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
-            described = [(name, each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()]
-    except SafetensorError as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        if "not fully covered" in reason:
-            reason = f"cut short, or longer than its tensors: {path.stat().st_size} bytes"
-        raise InputError(f"{path}: is not a whole safetensors file ({reason}); download it again") from error
+    with reading(path, "is not a whole safetensors file", AGAIN):
+        with path.open("rb") as file:
+            start = file.read(8)
+        if start == b"version ":
+            raise InputError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in the folder")
+        try:
+            with safe_open(path, "np") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+                described = [(name, each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()]
+        except SafetensorError as error:
+            said = str(error).removeprefix("Error while deserializing header: ")
+            if "not fully covered" in said:
+                said = f"cut short, or longer than its tensors: {path.stat().st_size} bytes"
+            raise ValueError(said) from error
     tensors, position = {}, 8 + struct.unpack("<Q", start)[0]
     for name, dtype, shape in described:
         bits = int(re.sub(r"^\D+(\d+).*", r"\1", dtype)) if dtype != "BOOL" else 8  # I8, BF16, F8_E4M3, F4, ...
@@ -99,7 +101,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         InputError: no weights; a shard missing or damaged; the index names what is not there.
     """
     if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
+        return read_header(links.own(folder, folder / SINGLE))
     index = folder / INDEX
     if not index.is_file():
         raise InputError(_no_weights(folder))
@@ -109,11 +111,11 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     if missing:
         raise InputError(
             f"{folder}: {len(missing)} of the {len(shards)} shards that {INDEX} names are missing: {names(missing)}; "
-            "download them"
+            f"{AGAIN}"
         )
     tensors: dict[str, Tensor] = {}
     for name in shards:
-        for tensor in read_header(folder / name).values():
+        for tensor in read_header(links.own(folder, folder / name)).values():
             if tensor.name in tensors:
                 raise InputError(
                     f"{folder / name}: tensor {tensor.name} also stands in {tensors[tensor.name].file.name}"
@@ -121,48 +123,80 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             tensors[tensor.name] = tensor
     for tensor, file in where.items():
         if tensor not in tensors:
-            raise InputError(
-                f"{index}: names tensor {tensor} in {file}, which does not hold it; download the two files again"
-            )
+            raise InputError(f"{index}: names tensor {tensor} in {file}, which does not hold it; {AGAIN}, both files")
         if tensors[tensor].file.name != file:
             raise InputError(f"{index}: names tensor {tensor} in {file}, but it stands in {tensors[tensor].file.name}")
     return tensors
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder's weights are safetensors; one that lies there by chance is not a model's."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
+def listed(folder: Path, single: str) -> set[str]:
+    """Names of the files that hold a folder's weights, there or not: those that an index names, or the single file.
+
+    Args:
+        folder: holds the index, if there is one.
+        single: `SINGLE` or `PICKLE`.
+
+    Raises:
+        InputError: the index is damaged.
+    """
+    index = folder / f"{single}.index.json"
+    return {single} | (set(_weight_map(index).values()) if index.is_file() else set())
+
+
 def pickles(folder: Path) -> list[Path]:
     """The PyTorch ``.bin`` shards of a folder, in the order of its index; empty if it has none."""
-    if (folder / "pytorch_model.bin").is_file():
-        return [folder / "pytorch_model.bin"]
-    if not (folder / _PICKLE_INDEX).is_file():
-        return []
-    files = [folder / name for name in sorted(set(_weight_map(folder / _PICKLE_INDEX).values()))]
+    if (folder / PICKLE).is_file():
+        return [links.own(folder, folder / PICKLE)]
+    files = [folder / name for name in sorted(listed(folder, PICKLE) - {PICKLE})]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise InputError(f"{folder}: {names(missing)} of the index {_PICKLE_INDEX} missing; download what is missing")
-    return files
+        raise InputError(f"{folder}: {names(missing)} of the index {PICKLE}.index.json missing; {AGAIN}")
+    return [links.own(folder, file) for file in files]
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    with reading(index, "is not an index of shards, a JSON object with weight_map", "download it again"):
-        where = json.loads(index.read_text())["weight_map"]
-        if not where or any(Path(file).name != file for file in where.values()):
-            raise ValueError("no file names")
+    problem = "is not an index of shards, a JSON object with weight_map"
+    with reading(index, problem, AGAIN):
+        where = read_json(index, AGAIN, problem)["weight_map"]
+        strange = [file for file in where.values() if Path(file).name != file or "\\" in file]
+        if not where or strange:
+            raise ValueError(f"{strange[0]!r} is not the name of a file beside it" if strange else "it is empty")
         return where
 
 
+def adapters_alone(folder: Path) -> str | None:
+    """What to say of a folder that holds adapters and no model; None of others."""
+    settings = folder / "adapter_config.json"
+    if not settings.is_file() or has_safetensors(folder):
+        return None
+    base = read_json(settings).get("base_model_name_or_path") or "the model that they were trained on"
+    return (
+        f"{folder}: holds adapters, not a model; give their base, {base}, or merge them into it first: those of "
+        f"`linearize train` by `linearize merge {folder} --out MERGED`, others by peft: "
+        f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('MERGED')"
+    )
+
+
 def _no_weights(folder: Path) -> str:
+    if (alone := adapters_alone(folder)) is not None:
+        return alone
     others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if pickles(folder) and not any(name.startswith("model") for name in others):
+        return (
+            f"{folder}: has pickled weights only (pytorch_model.bin), and a pickle can run code when it is read; pass "
+            "--allow-pickle to read it with PyTorch's restricted loader, or give a folder with safetensors"
+        )
     if others:
         return (
             f"{folder}: has no {SINGLE}, and no {INDEX} that lists {names(others)}; copy the index from the model's "
             "page"
         )
-    if pickles(folder):
-        return (
-            f"{folder}: has pickled weights only (pytorch_model.bin), and a pickle can run code when it is read; pass "
-            "--allow-pickle to read it with PyTorch's restricted loader, or give a folder with safetensors"
-        )
-    return f"{folder}: has a configuration but no weights ({SINGLE} or {INDEX} with its shards); download them"
+    return f"{folder}: has a configuration but no weights ({SINGLE} or {INDEX} with its shards); {AGAIN}"
 
 
 def names(every: Iterable[str], most: int = 5) -> str:
@@ -282,9 +316,7 @@ def _has_nan(values: torch.Tensor) -> bool:
 def _not_finite(tensor: Tensor, values: torch.Tensor, dtype: str) -> str:
     where = f"{tensor.file}: tensor {tensor.name}"
     if not values.isfinite().all():
-        return (
-            f"{where}: holds values that are not finite (NaN or infinity), so the model is damaged; download it again"
-        )
+        return f"{where}: holds values that are not finite (NaN or infinity), so the model is damaged; {AGAIN}"
     return f"{where}: a value of {values.abs().max().item():.3g} does not fit {dtype}; choose bfloat16 or float32"
 
 

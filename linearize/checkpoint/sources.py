@@ -1,28 +1,22 @@
 """Where a source model comes from: the Hub, a local folder, a GGUF file, or a GGUF file inside an installed package."""
 
-import copy
-import importlib.util
-import json
-import os
+import glob
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.checkpoint import packages, tokenizer_files
 from linearize.checkpoint.atomic import put_back
-from linearize.checkpoint.reading import reading
+from linearize.checkpoint.links import hub_id, own
+from linearize.checkpoint.reading import AGAIN, read_json, reading
 from linearize.errors import InputError, suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Everything of a repository except weights and code. README.md names the licence.
-_SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
-_WEIGHTS = ["model*.safetensors", "adapter_model*.safetensors"]
-_PICKLES = ["pytorch_model*.bin"]
-# Each is one way in which transformers keeps a tokenizer.
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json + merges.txt", "vocab.txt", "spiece.model")
-_TOKENIZERS += ("sentencepiece.bpe.model", "tekken.json")
+# Everything of a repository except weights, and code that is no tokenizer's. README.md names the licence.
+_SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "tokenization*.py"]
+_SMALL += ["LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -82,10 +76,10 @@ def locate(
     if path.is_dir():
         return _locate_folder(path)
     if path.is_file():
-        if path.suffix != ".gguf":
+        if not _is_gguf(model):
             raise InputError(f"{model}: is a file but not a GGUF file; give a .gguf file, a model folder or a Hub id")
         return Located(id=path.stem, path=path.parent, gguf=path.name)
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > (2 if model.endswith(".gguf") else 1):
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > (2 if _is_gguf(model) else 1):
         raise InputError(f"{model}: no such folder or file; give a model folder, a GGUF file or a Hub id (org/name)")
     return _locate_hub(model, revision, token, package, recipes)
 
@@ -112,13 +106,21 @@ def relocate(source: dict[str, Any], token: str | None = None) -> Located:
     return locate(str(whole))
 
 
+def _is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
+
+
+def _ggufs(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if _is_gguf(file.name) and file.is_file())
+
+
 def _locate_folder(path: Path) -> Located:
-    name = path.resolve().name
-    if (path / "config.json").is_file():
+    name = hub_id(path) or path.resolve().name
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return Located(id=name, path=path)
-    ggufs = sorted(file.name for file in path.glob("*.gguf"))
+    ggufs = _ggufs(path)
     if len(ggufs) == 1:
-        return Located(id=Path(ggufs[0]).stem, path=path, gguf=ggufs[0])
+        return Located(id=hub_id(path) or Path(ggufs[0]).stem, path=path, gguf=own(path, path / ggufs[0]).name)
     if ggufs:
         raise InputError(f"{path}: holds {len(ggufs)} GGUF files; give one of them: {', '.join(ggufs)}")
     if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
@@ -133,7 +135,7 @@ def _locate_folder(path: Path) -> Located:
 def _locate_hub(model: str, revision: str | None, token: str | None, package: str | None, recipes: bool) -> Located:
     from huggingface_hub import errors
 
-    repo, _, gguf = model.rpartition("/") if model.endswith(".gguf") else (model, "", None)
+    repo, _, gguf = model.rpartition("/") if _is_gguf(model) else (model, "", None)
     tried = f"it is no local folder{', no file and no recipe' if recipes else ' and no file'}"
     try:
         path = _snapshot(repo, revision, token, [*_SMALL, gguf] if gguf else _SMALL)
@@ -144,14 +146,14 @@ def _locate_hub(model: str, revision: str | None, token: str | None, package: st
     except errors.GatedRepoError as error:
         raise InputError(
             f"{repo}: is a gated model on the Hub; ask for access at https://huggingface.co/{repo}, then run `hf auth "
-            "login` or pass --token"
+            "login` or set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(
             f"{repo}: has no revision {revision!r} on the Hub; leave --revision out for the newest"
         ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        tried = f"the Hub has no public model of this name (a private one needs --token), {tried}"
+        tried = f"the Hub has no public model of this name (a private one needs `hf auth login` or HF_TOKEN), {tried}"
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         reason = "HF_HUB_OFFLINE is set" if _offline() else f"{type(error.__cause__ or error).__name__}"
         tried = f"the Hub is out of reach ({reason}) and its local cache does not hold the model, {tried}"
@@ -179,12 +181,11 @@ def _snapshot(repo: str, revision: str | None, token: str | None, patterns: list
 
 
 def _in_package(repo: str, package: str) -> Located | None:
-    """Find the only GGUF file beside a package's ``__init__``; never import it, its dependencies may be absent."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
+    """Find the only GGUF file in a package's folder; nothing is imported, its dependencies may be absent."""
+    folder = packages.folder_of(package)
+    if folder is None:
         return None
-    folder = Path(spec.origin).parent
-    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+    ggufs = _ggufs(folder)
     if len(ggufs) != 1:
         raise InputError(f"{package}: the package should hold one GGUF file; it holds {', '.join(ggufs) or 'none'}")
     return Located(id=repo, path=folder, gguf=ggufs[0], package=package)
@@ -195,7 +196,7 @@ def fetch(located: Located, allow_pickle: bool = False) -> Located:
 
     Args:
         located: what `locate` returned.
-        allow_pickle: also take ``pytorch_model*.bin`` where there are no safetensors.
+        allow_pickle: also take PyTorch's ``.bin`` files where there are no safetensors.
 
     Raises:
         InputError: the Hub is out of reach, or refuses.
@@ -204,10 +205,16 @@ def fetch(located: Located, allow_pickle: bool = False) -> Located:
         return located
     from huggingface_hub import errors
 
+    from linearize.checkpoint import shards
+
+    def bring(files: set[str]) -> Path:
+        patterns = [*_SMALL, *map(glob.escape, sorted(files))]
+        return _snapshot(located.id, located.revision, located.token, patterns)
+
     try:
-        path = _snapshot(located.id, located.revision, located.token, [*_SMALL, *_WEIGHTS])
-        if allow_pickle and not any(path.glob("model*.safetensors")):
-            path = _snapshot(located.id, located.revision, located.token, [*_SMALL, *_PICKLES])
+        path = bring(shards.listed(located.path, shards.SINGLE) | {"adapter_model.safetensors"})
+        if allow_pickle and not shards.has_safetensors(path):
+            path = bring(shards.listed(path, shards.PICKLE))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{located.id}: the weights are not in the Hub's cache and could not be downloaded "
@@ -231,7 +238,9 @@ def read_config(located: Located, linearized: bool = False) -> "PreTrainedConfig
         InputError: it is missing, unreadable, of an architecture that transformers does not know, quantized, or
             already linearized.
     """
-    config = _read_config(located.path, located.gguf)
+    from linearize.checkpoint.config import read
+
+    config = read(located.path, located.gguf)
     if config.model_type == "linearized" and not linearized:
         raise InputError(
             f"{located.path}: is already linearized, from {config.linearize['source'].get('id')}; convert that model "
@@ -246,43 +255,6 @@ def read_config(located: Located, linearized: bool = False) -> "PreTrainedConfig
     return config
 
 
-@lru_cache(maxsize=4)
-def _read_config_once(path: Path, gguf: str | None, stamp: int) -> "PreTrainedConfig":
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(path, local_files_only=True, **({"gguf_file": gguf} if gguf else {}))
-
-
-def _read_config(path: Path, gguf: str | None) -> "PreTrainedConfig":
-    from transformers import __version__
-
-    file = path / (gguf or "config.json")
-    if not file.is_file():
-        raise InputError(f"{file}: does not exist; give a folder that holds config.json or a GGUF file")
-    advice = "repair the file, or install a version of transformers that knows the architecture"
-    with reading(file, f"transformers {__version__} cannot read this configuration", advice):
-        if gguf is None and json.loads(file.read_text()).get("model_type") is None:
-            raise InputError(
-                f"{file}: names no model_type, so the architecture is unknown; add it from the model's page"
-            )
-        # A GGUF header holds the whole vocabulary and takes seconds to parse: once per file is enough.
-        return copy.deepcopy(_read_config_once(path, gguf, os.stat(file).st_mtime_ns))
-
-
-def check_tokenizer(located: Located) -> None:
-    """Check that a source brings a tokenizer; a GGUF file always carries its own.
-
-    Raises:
-        InputError: no known tokenizer file is in the folder.
-    """
-    there = any(all((located.path / name).is_file() for name in way.split(" + ")) for way in _TOKENIZERS)
-    if located.gguf is None and not there:
-        raise InputError(
-            f"{located.path}: has no tokenizer ({', '.join(_TOKENIZERS)}: none is there); copy the tokenizer's "
-            "files from the model's page into the folder"
-        )
-
-
 def load_tokenizer(located: Located) -> "PreTrainedTokenizerBase":
     """Load a source's tokenizer, with its chat template.
 
@@ -291,10 +263,14 @@ def load_tokenizer(located: Located) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    check_tokenizer(located)
+    if located.gguf is None:
+        tokenizer_files.check(located.path)
     with reading(located.path, "the tokenizer cannot be read", "copy its files from the model's page"):
         tokenizer = AutoTokenizer.from_pretrained(
-            located.path, local_files_only=True, **({"gguf_file": located.gguf} if located.gguf else {})
+            located.path,
+            local_files_only=True,
+            trust_remote_code=False,
+            **({"gguf_file": located.gguf} if located.gguf else {}),
         )
     if located.gguf:
         config = read_config(located)
@@ -324,20 +300,32 @@ def read_model(folder: Path, dtype: Any = "auto", **options: Any) -> "PreTrained
     """
     from transformers import AutoModelForCausalLM
 
-    from linearize.checkpoint import shards
+    from linearize.checkpoint import config, fit, shards
 
-    if "gguf_file" not in options and (any(folder.glob("*.safetensors")) or not shards.pickles(folder)):
-        shards.read_folder(folder)  # names the shard or tensor that is damaged, before anything is loaded
-    with reading(folder, "cannot be opened as a language model", "give a folder that linearize or transformers wrote"):
+    if (generation := folder / "generation_config.json").is_file():
+        read_json(generation, AGAIN)  # transformers goes on without a damaged one, and says nothing
+    settings: Any = options.pop("config", None) or config.read(folder, options.get("gguf_file"))
+    if "gguf_file" not in options and (shards.has_safetensors(folder) or not shards.pickles(folder)):
+        tensors = shards.read_folder(folder)  # names what is damaged or does not fit, before anything is loaded
+        if getattr(settings, "quantization_config", None) is None:
+            fit.check(folder, fit.empty(settings, folder), tensors, strict=hasattr(settings, "linearize"))
+    advice = "give a folder that linearize or transformers wrote"
+    with reading(folder, "cannot be opened as a language model", advice):
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+            folder,
+            config=settings,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     model, report = opened
     absent = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
     if absent:
         raise InputError(
-            f"{folder}: its weights lack {shards.names(absent)}, or hold them in another shape than config.json asks "
-            "for; write or download the folder again"
+            f"{folder}: its weights lack {shards.names(absent)}, or hold them in another shape than its configuration "
+            "asks for; write the folder again, or get it anew from where it came from"
         )
     return model.eval()
 

@@ -7,6 +7,7 @@ config.json with the `linearize` block, the source's tokenizer and small files, 
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,64 +17,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from linearize import progress
-from linearize.checkpoint import atomic, copying, manifest, remote_code, shards
+from linearize.checkpoint import atomic, copying, fit, manifest, remote_code, shards, tokenizer_files
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.shards import Tensor
-from linearize.checkpoint.sources import Located, check_tokenizer, fetch, materialise
+from linearize.checkpoint.sources import Located, fetch, materialise
 from linearize.conversion.plan import build, build_source, new_tensors
-from linearize.errors import InputError
 from linearize.recipe.load import to_yaml
 from linearize.recipe.schema import Recipe
 from linearize.version import __version__
 
 _STAGE = ".source"  # inside the unfinished folder: weights of a source that is no safetensors folder
-
-
-def check_weights(located: Located, tensors: Mapping[str, Tensor]) -> None:
-    """Check that a source's tensors are those that its configuration asks for: every name and shape. No values are
-    read.
-
-    Args:
-        located: the source; its architecture is built without values for this.
-        tensors: headers of its weights.
-
-    Raises:
-        InputError: names missing and unexpected tensors, and shapes that differ.
-    """
-    model = build_source(located)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    # transformers renames, joins and splits tensors of some architectures as it loads them: so do we with the names.
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    ignored = {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())}
-    present, unexpected, mismatched = set(), [], []
-    for tensor in tensors.values():
-        name, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, expected)
-        present.add(name)
-        if name not in expected:
-            if not any(re.search(pattern, tensor.name) for pattern in ignored):
-                unexpected.append(tensor)
-        elif pattern is None and tensor.shape != expected[name]:
-            mismatched.append(f"{name} is {list(tensor.shape)}, the configuration makes it {list(expected[name])}")
-    tied = model.all_tied_weights_keys
-    present |= {name for pair in tied.items() if present.intersection(pair) for name in pair}
-    missing = [name for name in expected if name not in present]
-    problems = [f"missing: {shards.names(missing)}"] if missing else []
-    if unexpected:
-        where = shards.names(f"{tensor.name} in {tensor.file.name}" for tensor in unexpected)
-        problems.append(f"unexpected: {where}")
-    if mismatched:
-        problems.append(f"of another shape: {shards.names(mismatched)}")
-    if problems:
-        raise InputError(
-            f"{located.path}: the weights do not fit config.json ({model.config.model_type}); {'; '.join(problems)}. "
-            "Configuration and weights must come from the same model: download both again"
-        )
 
 
 def convert(
@@ -110,11 +65,12 @@ def convert(
     out = Path(out)
     atomic.check_output(out, overwrite, [located.path])
     model = build(located, recipe)
-    check_tokenizer(located)
+    if located.gguf is None:
+        tokenizer_files.check(located.path)
     located = fetch(located, allow_pickle)
     dtype = None if recipe.convert.dtype == "auto" else getattr(torch, recipe.convert.dtype)
     pickles = shards.pickles(located.path) if allow_pickle and not located.gguf else []
-    staged = located.gguf is not None or bool(pickles) and not any(located.path.glob("*.safetensors"))
+    staged = located.gguf is not None or bool(pickles) and not shards.has_safetensors(located.path)
     tensors = {} if staged else _checked_tensors(located, located.path)
     read = [located.path / located.gguf] if located.gguf else pickles if staged else _files(tensors)
     with atomic.output_folder(out, overwrite, _key(read, recipe, link), keep="model*.safetensors") as folder:
@@ -137,10 +93,13 @@ def convert(
 
 
 def _checked_tensors(located: Located, folder: Path) -> dict[str, Tensor]:
-    """The headers of a source's weights, which lie in `folder`, once they fit its configuration."""
+    """The headers of a source's weights, which lie in `folder`, once they fit its configuration; without constants."""
     tensors = shards.read_folder(folder)
-    check_weights(located, tensors)
-    return tensors
+    constants = fit.check(located.path, build_source(located), tensors)
+    if constants:
+        left = shards.names(tensor.name for tensor in constants)
+        warnings.warn(f"{located.path}: {len(constants)} stored constants are left out: {left}", stacklevel=2)
+    return {name: tensor for name, tensor in tensors.items() if tensor not in constants}
 
 
 def _files(tensors: Mapping[str, Tensor]) -> list[Path]:
@@ -169,9 +128,14 @@ def _needed(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.
     for file in _files(tensors):
         shard = [tensor for tensor in tensors.values() if tensor.file == file]
         cast = [_cast(model, tensor, dtype) for tensor in shard]
-        if not link or cast != shard:
+        if not link or not _unchanged(file, cast):
             total += sum(tensor.size for tensor in cast)
     return total
+
+
+def _unchanged(file: Path, tensors: list[Tensor]) -> bool:
+    """Whether tensors are all that a shard holds, as they are in it."""
+    return list(shards.read_header(file).values()) == tensors
 
 
 def _write_weights(
@@ -205,7 +169,7 @@ def _write_weights(
             target = folder / shards.shard_name(number, count)
             if target.exists():  # complete, from a run that was killed later
                 hashes[target.name] = copying.sha256(target, advance)
-            elif cast == shard:
+            elif _unchanged(file, cast):
                 hashes[target.name] = transfer(file, target, advance, shards.sha256_without_nan)
             else:
                 writers = [shards.cast_tensor(old, to, advance) for old, to in zip(shard, cast, strict=True)]
@@ -234,7 +198,7 @@ def _write_the_rest(model: PreTrainedModel, source: Path, folder: Path, recipe: 
         model.config.auto_map = remote_code.AUTO_MAP
         (folder / remote_code.FILE).write_text(remote_code.code(), encoding="utf-8")
     model.config.save_pretrained(folder)
-    copy_companions(source, folder, leave=(".py", ".md"))
+    copy_companions(source, folder, code=with_code)
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     if not (folder / "generation_config.json").exists():
         generation = GenerationConfig.from_model_config(model.config)

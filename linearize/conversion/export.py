@@ -8,10 +8,11 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from linearize import progress
-from linearize.checkpoint import atomic, copying, remote_code, shards
+from linearize.checkpoint import atomic, copying, fit, remote_code, shards, tokenizer_files
 from linearize.checkpoint.companions import copy_companions
+from linearize.checkpoint.config import read
 from linearize.checkpoint.describe import is_new
-from linearize.checkpoint.reading import reading
+from linearize.checkpoint.reading import read_json, reading
 from linearize.errors import InputError, suggest
 
 FORMATS = ("source",)
@@ -42,7 +43,9 @@ def export(folder: str | Path, to: str, out: str | Path, overwrite: bool = False
         raise InputError(f"--to {to}: unknown format. {suggest(to, FORMATS)}")
     config = _config(folder)
     atomic.check_output(out, overwrite, [folder])
+    tokenizer_files.check(folder)
     tensors = shards.read_folder(folder)
+    fit.check(folder, fit.empty(read(folder), folder), tensors)
     new = [name for name in tensors if is_new(name)]
     if new:
         raise InputError(
@@ -71,7 +74,8 @@ def _config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{folder}: has no config.json; {advice}")
     with reading(file, "has no complete `linearize` block, so it is not a linearized model", advice):
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         source = config.pop("linearize")["source"]["model_type"]
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[source]
     config.pop("auto_map", None)
-    return {**config, "model_type": source, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[source]]}
+    return {**remote_code.without_foreign(config), "model_type": source, "architectures": [architecture]}

@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from linearize.checkpoint import fit, shards
 from linearize.checkpoint.describe import cache_sizes
 from linearize.checkpoint.sources import Located, read_config
 from linearize.conversion import probe
-from linearize.errors import InputError
 from linearize.formats import format_bytes
 from linearize.model import architectures
 from linearize.model.attention import linearized_modules
@@ -67,7 +67,7 @@ class Plan:
 
 
 def plan(located: Located, recipe: Recipe) -> Plan:
-    """Work out what a conversion would do. Reads the source's configuration, never its weights.
+    """Work out what a conversion would do. Reads the source's configuration, and headers of weights that are here.
 
     Args:
         located: the source, from `linearize.checkpoint.sources.locate`.
@@ -79,6 +79,8 @@ def plan(located: Located, recipe: Recipe) -> Plan:
     Raises:
         InputError: unreadable configuration, unsupported architecture, wrong mixer settings, or a layer out of range.
     """
+    if not located.gguf and located.revision is None and shards.has_safetensors(located.path):
+        fit.check(located.path, build_source(located), shards.read_folder(located.path))
     return _plan(build(located, recipe), located, recipe)
 
 
@@ -101,19 +103,8 @@ def build_source(located: Located) -> PreTrainedModel:
     """The source without values (meta device): its names, shapes and configuration."""
     config = read_config(located)
     config._name_or_path = ""
-    # Code that came with the source describes the source's class, not ours; a GGUF file's title is not needed.
-    for attribute in ("auto_map", "_model_name_or_path"):
-        config.__dict__.pop(attribute, None)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(
-            f"{located.id}: transformers has no causal language model of type {config.model_type!r}; give a "
-            "decoder-only text model"
-        ) from error
+    config.__dict__.pop("_model_name_or_path", None)  # a GGUF file's title is not needed
+    return fit.empty(config, located.id)
 
 
 def build(located: Located, recipe: Recipe) -> PreTrainedModel:

@@ -2,14 +2,17 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from linearize.checkpoint import gguf_header
 from linearize.checkpoint.open import open_config
-from linearize.checkpoint.sources import relocate
+from linearize.checkpoint.reading import reading
+from linearize.checkpoint.sources import Located, relocate
 from linearize.errors import InputError
-from linearize.hub.names import is_repo_id
+from linearize.hub.names import is_repo_id, without_path
 from linearize.model.sizes import text_sizes
 from linearize.results.schema import COLUMNS
 from linearize.results.table import markdown_table
@@ -21,7 +24,13 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def write_card(
-    folder: Path, config: dict, adapter_of: str | None, repo: str | None, results: dict | None, recipe: str | None
+    folder: Path,
+    config: dict,
+    adapter_of: str | None,
+    repo: str | None,
+    results: dict | None,
+    recipe: str | None,
+    foreign: Sequence[str] = (),
 ) -> str:
     """The text of README.md for a folder; a README.md in it that somebody wrote by hand is returned unchanged.
 
@@ -32,6 +41,7 @@ def write_card(
         repo: the id to load from; None for the folder itself.
         results: the content of results.json; None if the model was not evaluated.
         recipe: the content of recipe.yaml, if there is one.
+        foreign: files of code in it that others wrote.
 
     Returns:
         Markdown with the Hub's metadata at its head.
@@ -41,7 +51,8 @@ def write_card(
         written = readme.read_text(encoding="utf-8")
         # peft leaves a template full of these; nobody wrote that.
         if MARK not in written and "[More Information Needed]" not in written:
-            return written
+            told = all(file in written for file in foreign)
+            return written if told else f"{written.rstrip()}\n\n{_warning(foreign)}\n"
     block = config.get("linearize", {})
     source, layers = block.get("source") or {}, list(block.get("layers", {}).values())
     base = adapter_of or source.get("id") or ""
@@ -66,18 +77,33 @@ def write_card(
         name=name,
         location=repo or str(folder),
         adapter=bool(adapter_of),
-        origin=f"[{base_id}](https://huggingface.co/{base_id})" if base_id else f"`{base or 'A local model'}`",
+        origin=f"[{base_id}](https://huggingface.co/{base_id})" if base_id else _quoted(base or "A local model"),
         mixers=mixers,
         layers=_grouped(layers),
         replaced=len(layers),
         total=None if adapter_of else text_sizes(open_config(folder)).layers,
         code="auto_map" in config,
-        licence=licence.get("license"),
+        foreign=_warning(foreign) if foreign else None,
+        licence=_quoted(licence["license"]) if "license" in licence else None,
         table=markdown_table(results) if results else None,
         columns=[(name, COLUMNS[name]) for name in (results or {}).get("columns", ())],
         recipe=recipe.strip() if recipe else None,
+        fence="`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe or ""))]),  # longer than any in it
     )
     return f"{str(card).rstrip()}\n"
+
+
+def _warning(foreign: Sequence[str]) -> str:
+    """What the card says of code that others wrote."""
+    return (
+        f"**Foreign code**: {', '.join(map(_quoted, foreign))} came with the tokenizer of the source.\n"
+        "Linearize neither wrote nor checked it; read it before you pass `trust_remote_code=True`."
+    )
+
+
+def _quoted(text: str) -> str:
+    """A text that others wrote, as code within a line of Markdown: a name and never a path."""
+    return f"`{' '.join(without_path(str(text)).replace('`', ' ').split())[:200]}`"
 
 
 def _grouped(layers: list[dict]) -> list[tuple[int, str, str]]:
@@ -92,22 +118,28 @@ def _grouped(layers: list[dict]) -> list[tuple[int, str, str]]:
 def _licence(source: dict) -> dict:
     """Licence and language of the source, as card metadata: from its own card or its GGUF file; empty if unknown."""
     try:
-        located = relocate(source)
-    except (InputError, KeyError):  # gone, out of reach, or never recorded
+        with reading("source", "is gone, out of reach, or was never recorded", "put it back"):
+            return _stated(relocate(source))
+    except InputError:
         return {}
+
+
+def _stated(located: Located) -> dict:
+    """Licence and language that a model states."""
     keys = ("license", "license_name", "license_link", "language")
     if located.gguf:
-        from gguf import GGUFReader
-
-        names = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
-        fields = GGUFReader(located.path / located.gguf).fields
-        held = {key: fields.get(f"general.{name}") for key, name in names.items()}
-        metadata = {key: field.contents() for key, field in held.items() if field}
+        values = gguf_header.settings(located.path / located.gguf)
+        metadata = {key: values.get(f"general.{key.replace('_', '.')}") for key in keys}
     elif (located.path / "README.md").is_file():
         metadata = ModelCard.load(located.path / "README.md", ignore_metadata_errors=True).data.to_dict()
     else:
         return {}
-    return {key: metadata[key] for key in keys if metadata.get(key)}
+    return {key: metadata[key] for key in keys if metadata.get(key) and _is_plain(metadata[key])}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value of metadata is a text, or a list of texts: anything else the Hub does not take."""
+    return isinstance(value, str) or isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _eval_results(results: dict | None) -> list[EvalResult]:

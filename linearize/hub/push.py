@@ -1,7 +1,8 @@
 """Publish a folder: check that it is complete, write its model card, upload it to the Hugging Face Hub.
 
 Nothing is written to the folder. What goes up is what ``plan`` lists and nothing else: checkpoints, TensorBoard logs,
-hidden and half-written files stay, and no file tells where something lies on this machine (see `names`).
+hidden and half-written files stay, no file tells where something lies on this machine (see `names`), and code that is
+not this package's goes up only with ``with_code``, named on the card.
 """
 
 import hashlib
@@ -16,31 +17,17 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from linearize.checkpoint import remote_code
+from linearize.checkpoint import adapters, fit, links, remote_code, shards, tokenizer_files
 from linearize.checkpoint.copying import sha256
 from linearize.checkpoint.manifest import MANIFEST
-from linearize.checkpoint.reading import reading
-from linearize.checkpoint.shards import read_header
+from linearize.checkpoint.open import open_config
+from linearize.checkpoint.reading import read_json, reading
 from linearize.errors import InputError
 from linearize.formats import format_bytes
 from linearize.hub import names
 from linearize.hub.card import write_card
 from linearize.results import file as results_file
 
-# Matched against every part of a path. Optimiser states, logs and what an interrupted write left are not the model; a
-# report names folders, and is made anew from results.json.
-NOT_UPLOADED = (
-    "*checkpoint*",
-    "tb",
-    "runs",
-    "report.html",
-    "__pycache__",
-    "*.tmp",
-    "*.partial",
-    "*.incomplete",
-    "*.lock",
-    ".*",
-)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # httpx's in huggingface_hub 1, httpx2's in 2: the root of what is raised when no answer comes back at all.
 TRANSPORT_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
@@ -48,12 +35,13 @@ TRANSPORT_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__mro__ 
 
 @dataclass(frozen=True)
 class Upload:
-    """What a push sends: path in the repository -> a file of the folder, or the bytes that take its place."""
+    """What a push sends: path in the repository -> a file of the folder, or the bytes in its place; `left` stay."""
 
     folder: Path
     files: dict[str, Path | bytes]
     card: str
     evaluated: bool
+    left: tuple[str, ...] = ()
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file, by its path in the repository."""
@@ -71,7 +59,8 @@ class Upload:
         sizes = self.sizes()
         lines = [f"{format_bytes(size):>12}  {path}" for path, size in sizes.items()]
         total = f"{format_bytes(sum(sizes.values())):>12}  in {len(sizes)} files; nothing was uploaded"
-        return "\n".join([*lines, total, "", "README.md:", "", self.card])
+        left = [f"not part of the model: {shards.names(self.left)}"] if self.left else []
+        return "\n".join([*lines, *left, total, "", "README.md:", "", self.card])
 
 
 def push(
@@ -95,7 +84,8 @@ def push(
         dry_run: upload and write nothing.
         token: of the Hub; None for the one that ``hf auth login`` or HF_TOKEN left.
         message: of the commit.
-        with_code: send the code along, so that ``trust_remote_code=True`` opens it where this package is missing.
+        with_code: send the code along, so that ``trust_remote_code=True`` opens it where this package is missing; also
+            code of others that the folder's tokenizer names, which the card then says.
 
     Returns:
         The address of the repository; with ``dry_run`` the files, their sizes and the card, as text.
@@ -138,21 +128,24 @@ def plan(folder: str | Path, repo: str | None = None, with_code: bool = False) -
     folder = Path(folder)
     with reading(folder, "a file of it is damaged, so it cannot be published", "write the folder again"):
         config, adapter_of = _checked(folder)
-        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        files = {name: path for name, path in files.items() if not _left_out(name)}
-        measured = _measured(folder)
-        if measured:
-            files["results.json"] = measured
-        results = results_file.read(measured) if measured else None
-        recipe = names.named("recipe.yaml", files["recipe.yaml"].read_bytes()) if "recipe.yaml" in files else b""
-        config = remote_code.auto_map(config) if with_code and config else config
-        card = write_card(folder, config, adapter_of, repo, results, recipe.decode())
-        changed = _changed(files)
-        if with_code:
-            changed |= _code(folder, config, changed.get("config.json"))
-        _keep_manifest(files, changed)
+        code = with_code or bool(config) and remote_code.asked(folder)
+        foreign = remote_code.foreign(folder) if with_code else []
+        files, left = _files(folder, "adapter_model.safetensors" if adapter_of else shards.SINGLE, foreign)
+        results = _measured(folder)
+        if results:
+            files["results.json"] = results
+        measured = names.values("results.json", results_file.read(results)) if results else None
+        changed = _changed(files, code, bool(foreign))
+        recipe = changed.get("recipe.yaml") or (files["recipe.yaml"].read_bytes() if "recipe.yaml" in files else b"")
+        config = {**config, "auto_map": remote_code.AUTO_MAP} if code else remote_code.without_foreign(config)
+        card = write_card(folder, config, adapter_of, repo, measured, recipe.decode(), foreign)
+        card = names.named("README.md", card.encode()).decode()
+        if code:
+            changed |= _code(folder, changed.get("config.json"), config)
+        left = [name for name in left if name not in changed]
+        _keep_manifest(files, changed, left)
         sent: dict[str, Path | bytes] = {**files, **changed, "README.md": card.encode()}
-        return Upload(folder, dict(sorted(sent.items())), card, bool(results))
+        return Upload(folder, dict(sorted(sent.items())), card, bool(results), tuple(left))
 
 
 def card(folder: str | Path, repo: str | None = None) -> str:
@@ -169,7 +162,7 @@ def _checked(folder: Path) -> tuple[dict, str | None]:
         raise InputError(f"{folder}: no such folder; expected one that `linearize convert`, `train` or `merge` wrote")
     adapter_of, config = None, {}
     if (folder / "adapter_config.json").is_file():
-        adapter_of = _json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+        adapter_of = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
         if Path(adapter_of).is_dir() or not names.is_repo_id(adapter_of):
             raise InputError(
                 f"{folder}/adapter_config.json: the adapter belongs to {adapter_of or 'no model'}, which others cannot "
@@ -177,35 +170,37 @@ def _checked(folder: Path) -> tuple[dict, str | None]:
                 "name its Hub id as base_model_name_or_path"
             )
     else:
-        config = _json(folder / "config.json")
+        config = read_json(folder / "config.json", "push a folder that linearize wrote")
         if config.get("model_type") != "linearized" or not isinstance(config.get("linearize"), dict):
             raise InputError(
                 f"{folder}/config.json: model_type is {config.get('model_type')!r}, but only linearized folders can be "
                 f"pushed; convert it first: linearize convert --model {folder} --out NEW"
             )
-    _check_weights(folder, "adapter_model" if adapter_of else "model")
+    if adapter_of:
+        adapters.check(folder)
+    else:
+        listed = shards.listed(folder, shards.SINGLE)
+        absent = sorted(name for name in listed if not (folder / name).is_file())
+        if absent and absent != [shards.SINGLE] or listed == set(absent):
+            raise InputError(f"{folder}: {shards.names(absent)} is missing, so it is not complete; write it again")
+        fit.check(folder, fit.empty(open_config(folder), folder), shards.read_folder(folder))
     if not (folder / "tokenizer_config.json").is_file():
         raise InputError(f"{folder}: has no tokenizer_config.json; copy the source's tokenizer files into it")
+    tokenizer_files.check(folder)
     return config, adapter_of
 
 
-def _check_weights(folder: Path, stem: str) -> None:
-    index = folder / f"{stem}.safetensors.index.json"
-    shards = set(_json(index).get("weight_map", {}).values()) if index.is_file() else {f"{stem}.safetensors"}
-    for shard in sorted(shards):
-        if not (folder / shard).is_file():
-            raise InputError(f"{folder}: {shard} is missing, so the folder is not complete; write it again")
-        read_header(folder / shard)
-
-
-def _json(path: Path) -> dict:
-    if not path.is_file():
-        raise InputError(f"{path.parent}: has no {path.name}; push a folder that linearize wrote")
-    with reading(path, "not valid JSON", "write the folder again"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected an object; write the folder again")
-    return content
+def _files(folder: Path, weights: str, foreign: list[str]) -> tuple[dict[str, Path], list[str]]:
+    """What goes up as it stands, by its path in the repository, and what stays here."""
+    every = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    held = shards.listed(folder, weights)
+    files = {
+        name: links.own(folder, path)
+        for name, path in every.items()
+        if name in foreign or names.is_published(name) and (path.suffix != ".safetensors" or name in held)
+    }
+    hidden = [name for name in every if name not in files and not any(part[0] == "." for part in name.split("/"))]
+    return files, hidden
 
 
 def _measured(folder: Path) -> Path | None:
@@ -228,37 +223,44 @@ def _measured(folder: Path) -> Path | None:
         return None
 
 
-def _changed(files: dict[str, Path]) -> dict[str, bytes]:
-    """What takes the place of files that name a path of this machine."""
-    before = {name: files[name].read_bytes() for name in names.PATHS if name in files}
-    after = {name: names.named(name, content) for name, content in before.items()}
-    return {name: content for name, content in after.items() if content != before[name]}
+def _changed(files: dict[str, Path], code: bool, foreign: bool) -> dict[str, bytes]:
+    """What takes the place of files that name a path of this machine, or code that does not go up."""
+    changed = {}
+    for name, path in files.items():
+        if path.suffix not in (".json", ".yaml", ".jsonl") or name.endswith(".index.json"):
+            continue
+        before = path.read_bytes()
+        after = names.named(name, before)
+        if name in remote_code.SETTINGS and not (foreign and name != "config.json"):
+            values = json.loads(after)
+            if (kept := remote_code.without_foreign(values)) != values:
+                after = (json.dumps(kept, indent=2) + "\n").encode()
+        if after != before:
+            changed[name] = after
+    return changed
 
 
-def _code(folder: Path, config: dict, changed: bytes | None) -> dict[str, bytes]:
+def _code(folder: Path, changed: bytes | None, config: dict) -> dict[str, bytes]:
     """The modeling file of a folder, and a config.json that names it."""
-    if not config:
+    if not (folder / "config.json").is_file():
         raise InputError(
             f"--with-code: {folder} holds an adapter, and code belongs to the model under it; merge the two (linearize "
             f"merge {folder} --out MERGED) and push that with its code"
         )
-    named = remote_code.auto_map(json.loads(changed) if changed else config)
+    named = {**(json.loads(changed) if changed else config), "auto_map": remote_code.AUTO_MAP}
     return {"config.json": (json.dumps(named, indent=2) + "\n").encode(), remote_code.FILE: remote_code.code().encode()}
 
 
-def _keep_manifest(files: dict[str, Path], changed: dict[str, bytes]) -> None:
-    """Let the manifest among the files fit what is sent in their place."""
-    if MANIFEST not in files or not changed:
+def _keep_manifest(files: dict[str, Path], changed: dict[str, bytes], left: list[str]) -> None:
+    """Let the manifest among the files fit what is sent in their place, and what is not sent."""
+    if MANIFEST not in files or not (changed or left):
         return
     manifest = json.loads(changed.get(MANIFEST) or files[MANIFEST].read_bytes())
     for name, content in changed.items():
         if name in manifest["files"] or name not in files:
             manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if name in files or name in changed}
     changed[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
-
-
-def _left_out(name: str) -> bool:
-    return any(fnmatch(part, pattern) for part in name.split("/") for pattern in NOT_UPLOADED)
 
 
 # -- the upload --------------------------------------------------------------------------------------------------------

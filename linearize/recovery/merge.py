@@ -7,6 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
+from linearize.checkpoint import remote_code, tokenizer_files
 from linearize.checkpoint.adapters import put_on
 from linearize.checkpoint.atomic import check_output, output_folder
 from linearize.checkpoint.companions import copy_companions
@@ -43,12 +44,15 @@ def merge(folder: str | Path, out: str | Path, overwrite: bool = False) -> Path:
         raise InputError(
             f"{adapter}: there are no adapters here (no adapter_config.json); give the folder of a LoRA stage"
         )
+    for each in (adapter, *bases(adapter)):
+        if (each / "tokenizer_config.json").is_file():
+            tokenizer_files.check(each)
     check_output(out, overwrite, [adapter, *bases(adapter)])
     with output_folder(out, overwrite) as work:
         fold(put_on(open_model(adapter), adapter)).save_pretrained(work)
         base, made = base_folder(adapter, weights=False), {"merged": adapter.resolve().name}
         for written in (base, adapter):  # what the adapters do not bring along is the base's
-            copy_companions(written, work)
+            copy_companions(written, work, code=remote_code.asked(base))
             if (written / MANIFEST).is_file():
                 facts = read_json(written / MANIFEST)
                 made |= {key: facts[key] for key in ("source", "training") if key in facts}

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from linearize.checkpoint import copying, shards
+from linearize.checkpoint import copying, remote_code, shards
 from linearize.checkpoint.describe import is_new, layer_of
 from linearize.checkpoint.open import open_config
+from linearize.checkpoint.reading import read_json
 from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.branches import branches
@@ -113,7 +114,7 @@ def write_without(folder: Path, work: Path, chosen: Collection[Part]) -> dict[st
     Returns:
         File name -> sha256, as for `write_manifest`.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = remote_code.without_foreign(read_json(folder / "config.json"))
     block, geometry = config["linearize"], architectures.geometry(open_config(folder))
     block["layers"] = _without(block["layers"], chosen, geometry.kv_heads)
     (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

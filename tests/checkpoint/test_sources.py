@@ -20,7 +20,7 @@ from helpers.gguf import write_gguf
 from helpers.tiny import CHAT_TEMPLATE, tiny_model
 from huggingface_hub import errors
 
-from linearize.checkpoint import sources
+from linearize.checkpoint import config, sources
 from linearize.checkpoint.sources import Located, load_source, locate, relocate
 from linearize.errors import InputError
 
@@ -255,6 +255,90 @@ def test_hub_model_brings_its_weights_only_when_they_are_needed(llama_folder: Pa
 def test_configuration_of_a_gguf_file_is_parsed_once(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     located = locate(str(gguf_file))
     sources.read_config(located).vocab_size = 1
-    misses = sources._read_config_once.cache_info().misses
+    misses = config._read.cache_info().misses
     assert sources.read_config(located).vocab_size == 384
-    assert sources._read_config_once.cache_info().misses == misses
+    assert config._read.cache_info().misses == misses
+
+
+@pytest.mark.parametrize("name", ["outer.inner", "outer.plain.inner", "outer.inner.none", "none.inner"])
+def test_a_package_in_a_package_is_looked_up_without_importing_either(
+    name: str, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("outer", "outer/inner", "outer/plain", "outer/plain/inner"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text(f"raise SystemExit({folder!r})")
+        if folder.endswith("inner"):
+            shutil.copy(gguf_file, tmp_path / folder)
+    monkeypatch.syspath_prepend(tmp_path)
+    if "none" in name:
+        with pytest.raises(InputError, match="is not installed"):
+            locate("acme/tiny", package=name)
+    else:
+        assert locate("acme/tiny", package=name).path == tmp_path.joinpath(*name.split("."))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "os;x", ".inner"])
+def test_what_is_no_name_of_a_package(name: str) -> None:
+    with pytest.raises(InputError, match="is no name of a package"):
+        locate("acme/tiny", package=name)
+
+
+@pytest.mark.parametrize("name", ["sys", "json", "os"])
+def test_a_module_without_a_model_is_no_source(name: str) -> None:
+    with pytest.raises(InputError, match="not installed|should hold one GGUF file"):
+        locate("acme/tiny", package=name)
+
+
+@pytest.mark.parametrize("name", ["Tiny.GGUF", "Tiny.Gguf"])
+def test_the_ending_of_a_gguf_file_in_capitals(name: str, gguf_file: Path, tmp_path: Path) -> None:
+    shutil.copy(gguf_file, tmp_path / name)
+    assert locate(str(tmp_path / name)) == locate(str(tmp_path)) == Located("Tiny", tmp_path, name)
+    with pytest.raises(InputError, match="unknown model"):
+        locate(f"acme/tiny/{name}")
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_adapters_as_a_source_are_told_what_to_do(config: bool, llama_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "acme/base"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    if config:
+        shutil.copy(llama_folder / "config.json", tmp_path)
+        shutil.copy(llama_folder / "tokenizer.json", tmp_path)
+    with pytest.raises(InputError, match="holds adapters, not a model; give their base, acme/base, or merge") as caught:
+        load_source(locate(str(tmp_path)))
+    assert "merge_and_unload" in str(caught.value) and "config.json from" not in str(caught.value)
+
+
+def test_no_message_recommends_an_option_that_no_verb_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Path(sources.__file__).parents[1]
+    assert not [path for path in package.rglob("*.py") if "--token " in path.read_text(encoding="utf-8")]
+    for error in (errors.GatedRepoError, errors.RepositoryNotFoundError):
+        answer(monkeypatch, error)
+        with pytest.raises(InputError, match="`hf auth login` or (set )?HF_TOKEN"):
+            locate("acme/tiny")
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"model.safetensors.index.json": ["consolidated-1.safetensors", "consolidated-2.safetensors"]},
+         {"consolidated-1.safetensors", "consolidated-2.safetensors"}),
+        ({"model.safetensors.index.json": ["part[1].safetensors"]}, {"part[1].safetensors"}),
+        ({"model.safetensors": []}, {"model.safetensors"}),
+        ({"pytorch_model.bin.index.json": ["weights-a.bin"]}, {"weights-a.bin"}),
+    ],
+)  # fmt: skip
+def test_weights_are_fetched_by_the_names_that_an_index_has(
+    files: dict[str, list[str]], wanted: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub has files of other names too, which are left there."""
+    there = {"stray.safetensors", "model.fp16.safetensors", "optimizer.bin", *wanted, *files}
+
+    def download(repo: str, allow_patterns: list[str], **options: Any) -> str:
+        for name in huggingface_hub.utils.filter_repo_objects(there, allow_patterns=allow_patterns):
+            (tmp_path / name).write_text(json.dumps({"weight_map": dict(enumerate(files.get(name, [])))}))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    fetched = sources.fetch(locate("acme/tiny"), allow_pickle=True)
+    assert {path.name for path in fetched.path.iterdir()} == wanted | set(files)

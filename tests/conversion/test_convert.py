@@ -200,6 +200,44 @@ def test_pickles_are_read_only_when_allowed(tmp_path: Path) -> None:
     assert torch.equal(model(TOKENS).logits, tiny_model("qwen3", tie_word_embeddings=True)(TOKENS).logits)
 
 
+@pytest.mark.parametrize("stray", ["training_state.safetensors", "adapter_model.safetensors", "model.fp16.safetensors"])
+def test_pickles_beside_a_stray_file_are_read(stray: str, tmp_path: Path) -> None:
+    source = pickled(tmp_path / "source")
+    save_file({"a": torch.zeros(1)}, source / stray)
+    out = convert(locate(str(source)), recipe_of(source), tmp_path / "out", allow_pickle=True)
+    assert AutoModelForCausalLM.from_pretrained(out)(TOKENS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "left"),
+    [
+        ("gpt2", ["transformer.h.0.attn.masked_bias", "transformer.h.1.attn.masked_bias"], 2),
+        ("gpt2", ["transformer.h.0.attn.bias"], 0),  # transformers itself leaves it out, and so may the bytes stay
+        ("llama", ["model.layers.0.self_attn.rotary_emb.cos_cached", "model.layers.0.self_attn.mask"], 2),
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"], 0),
+    ],
+)
+@pytest.mark.parametrize("link", [False, True])
+def test_stored_constants_are_counted_and_left_out(
+    kind: str, names: list[str], left: int, link: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    source = save_source(tmp_path / "source", kind, layers=2, **({"n_inner": 64} if kind == "gpt2" else {}))
+    tensors = load_file(source / "model.safetensors")
+    constants = {name: torch.ones(1, 1, 4, 4, dtype=torch.uint8) for name in names}
+    save_file(tensors | constants, source / "model.safetensors", metadata={"format": "pt"})
+    out = run(source, tmp_path / "out", mixer={"name": "gla", "window": 8, "sinks": 2}, link=link)
+    said = [str(warning.message) for warning in recwarn if "stored constants" in str(warning.message)]
+    assert len(said) == (left > 0)
+    assert all(f"{left} stored constants are left out: " in each and names[0] in each for each in said)
+    assert {name: tensor for name, tensor in load_file(out / "model.safetensors").items() if name in names}.keys() == (
+        set() if left else set(names)
+    )
+    assert AutoModelForCausalLM.from_pretrained(out)(TOKENS).logits.isfinite().all()
+    save_file(tensors | {"stray.weight": torch.ones(2)}, source / "model.safetensors")
+    with pytest.raises(InputError, match="unexpected: "):
+        run(source, tmp_path / "again")
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return exec, ("raise SystemExit('code ran')",)
@@ -267,7 +305,7 @@ def first_shard(content: bytes) -> Callable[[Path], Any]:
     [
         (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), "1 of the .* are missing: model-00002-of"),
         (lambda folder: (folder / INDEX).unlink(), "no model.safetensors.index.json that lists model-00001-of"),
-        (lambda folder: (folder / INDEX).write_text("[]"), "is not an index of shards"),
+        (lambda folder: (folder / INDEX).write_text("[]"), "is not an index of shards.*found a list"),
         (edit_index(lambda where: where.update(extra="../model.safetensors")), "is not an index of shards"),
         (edit_index(lambda where: where.update(extra=min(where.values()))), "names tensor extra in model-00001-of"),
         (

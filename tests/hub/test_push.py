@@ -329,9 +329,9 @@ def truncate(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove("config.json"), "has no config.json"),
-        (write("config.json", "{"), "config.json: not valid JSON"),
-        (write("config.json", "[]"), "holds a list"),
+        (remove("config.json"), "config.json: is missing or holds no JSON"),
+        (write("config.json", "{"), "config.json: is missing or holds no JSON"),
+        (write("config.json", "[]"), "found a list"),
         (write("config.json", '{"model_type": "llama"}'), "model_type is 'llama'.*linearize convert --model"),
         (write("config.json", '{"model_type": "linearized"}'), "only linearized folders"),
         (remove("model.safetensors"), "model.safetensors is missing"),
