@@ -1,6 +1,10 @@
 """Numbers and tables written for people. Standard library only."""
 
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from reprlib import Repr
+from typing import Any
 
 
 def aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
@@ -27,3 +31,52 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.2f} {unit}"
         count /= 1024
     return f"{count:.2f} TiB"
+
+
+_JOINERS = "\u200c\u200d"  # of scripts and emoji: harmless, and a name without them is another one
+
+
+def plain(text: object, lines: bool = False) -> str:
+    """Text of a stranger as a terminal, page or table can show it.
+
+    Args:
+        text: may hold what steers a terminal, turns the direction of writing, breaks a row, or is no character.
+        lines: it is a text of several lines; without, a line break is written as its escape too.
+
+    Returns:
+        The text with such characters written as their escapes: ``\\x1b``, ``\\u202e``.
+    """
+    kept = _JOINERS + "\n\t" * lines
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if char not in kept and unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else char
+        for char in str(text)
+    )
+
+
+def markdown(text: object) -> str:
+    """Text of a stranger as Markdown that shows it, also in a cell of a table: `plain`, with what is syntax escaped."""
+    return re.sub(r"[\\`*\[\]<>|~$&!#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", plain(text))
+
+
+_REPR = Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 60
+
+
+def quoted(value: object) -> str:
+    """A value of a stranger for an error, however large or deep it is: its repr, cut to some 200 characters."""
+    try:
+        text = plain(_REPR.repr(value))
+    except ValueError:  # a whole number with more digits than Python writes
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:196]} ..."
+
+
+def each_string(value: Any, change: Callable[[str], str]) -> Any:
+    """The same nested lists and mappings with every string in them, keys too, changed by a function."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {each_string(key, change): each_string(item, change) for key, item in value.items()}
+    return [each_string(item, change) for item in value] if isinstance(value, list) else value

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from linearize.formats import plain
+
 app = typer.Typer(
     help="Turn a pretrained language model into a linear-recurrent one, recover it, and measure what was lost.",
     no_args_is_help=True,
@@ -17,6 +19,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+DEBUG = "LINEARIZE_DEBUG"
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help=f"Show the traceback of an error; also by {DEBUG}=1.")] = False,
+) -> None:
+    """Options of all verbs; launched processes get them through the environment."""
+    if debug:
+        os.environ[DEBUG] = "1"
+
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that linearize wrote.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -41,7 +55,7 @@ def show(value: Any, as_json: bool, text: Any = "") -> None:
     if not is_main():
         return
     if as_json or isinstance(text, str):
-        print(json.dumps(value, indent=2, default=str) if as_json else text)
+        print(json.dumps(value, indent=2, default=str) if as_json else plain(text, lines=True))
         return
     from rich.console import Console
 
@@ -58,7 +72,7 @@ def is_main() -> bool:
 
 def note(text: str) -> None:
     """Print a line for people to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(plain(text, lines=True), file=sys.stderr, flush=True)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
@@ -69,5 +83,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
 
     grid = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        grid.add_row(*map(Text, row))
+        grid.add_row(*(Text(plain(cell)) for cell in row))
     return grid

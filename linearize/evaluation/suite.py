@@ -7,16 +7,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from linearize.errors import InputError, suggest
+from linearize.formats import quoted
 from linearize.recipe.resources import package_folder
+from linearize.recipe.schema import STRICT, FolderName
+from linearize.recipe.text import read_yaml
 from linearize.results.schema import COLUMNS
 
 DEFAULT_TEXT = "wikitext2_valid"
-STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -117,7 +118,7 @@ class Suite:
         limit: items per task; None means all.
     """
 
-    name: str
+    name: FolderName
     description: str = ""
     tasks: list[TaskSpec] = field(default_factory=list)
     perplexity: list[TextSpec] = field(default_factory=list)
@@ -154,17 +155,12 @@ def load(suite: str | Path | list[str] | Suite) -> Suite:
                 raise InputError(f"unknown suite {str(suite)!r}. {suggest(str(suite), names())}")
             return load([task.strip() for task in str(suite).split(",") if task.strip()])
         path = package_folder("eval") / "suites" / f"{suite}.yaml"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML ({error}); name an existing suite file") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no mapping; expected keys such as tasks and perplexity")
+    values = read_yaml(path)
     try:
         loaded = TypeAdapter(Suite).validate_python({"name": path.stem, **values})
     except ValidationError as error:
         problems = [
-            f"{path}: {'.'.join(map(str, problem['loc']))}: found {problem['input']!r}; {problem['msg']}"
+            f"{path}: {'.'.join(map(str, problem['loc']))}: found {quoted(problem['input'])}; {problem['msg']}"
             for problem in error.errors(include_url=False)
         ]
         raise InputError("\n".join(problems)) from error

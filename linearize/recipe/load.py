@@ -6,7 +6,8 @@ of a file are reported at once. Importing this module does not import torch; che
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
 
 from linearize.errors import InputError, suggest
+from linearize.formats import plain, quoted
 from linearize.recipe.resources import package_folder
 from linearize.recipe.schema import (
     DEFAULT_MIXER,
@@ -30,10 +32,12 @@ from linearize.recipe.schema import (
     Source,
     Stage,
 )
+from linearize.recipe.text import parse_yaml, read_yaml
 
 SUFFIXES = (".yaml", ".yml")
 NAME = "convert.mixer.name"
 """The key that, overridden, also drops what the new mixer does not know."""
+MIXER = ("convert", "mixer")
 DEFAULTS = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m",
     "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
@@ -77,17 +81,9 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | Iterable[str] 
     path, where = Path(name_or_path), str(name_or_path)
     if path.suffix not in SUFFIXES:
         path, where = path_of(where), f"recipes/{where}.yaml"
-    elif not path.is_file():
+    elif not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
         raise InputError(f"{where}: there is no such recipe file. Shipped recipes: {', '.join(names())}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise InputError(
-            f"{where}: found {type(raw).__name__}; a recipe is a mapping with at least source: {{id: ...}}"
-        )
-    return from_dict({"name": path.stem, **raw}, overrides, where)
+    return from_dict({"name": path.stem, **read_yaml(path, where)}, overrides, where)
 
 
 def default(source_id: str, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
@@ -132,7 +128,8 @@ def resolve(model: str, overrides: Mapping[str, Any] | Iterable[str] = (), recip
 
 def run_folder(recipe: Recipe) -> Path:
     """Where the stages of a recipe go when the user names no folder."""
-    return Path("runs") / (recipe.name or Path(recipe.source.id).stem)
+    name = recipe.name or Path(recipe.source.id).stem
+    return Path("runs") / (name if name not in ("", ".", "..") else Path(recipe.source.id).resolve().name or "model")
 
 
 def with_stage(recipe: Recipe, name: str) -> Recipe:
@@ -165,17 +162,29 @@ def from_dict(
     Raises:
         InputError: one line per problem.
     """
-    values = _override(values, overrides)
+    values, given = _override(values, overrides)
     try:
         recipe = TypeAdapter(Recipe).validate_python(values)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors(include_url=False)]
+        problems = [f"{_blamed(problem['loc'], given, where)}: {_explain(problem)}" for problem in _problems(error)]
         convert = values.get("convert")
         mixer = convert.get("mixer") if isinstance(convert, dict) else None
-        problems += _mixer_problems(mixer) if isinstance(mixer, dict) else []
-        raise InputError("\n".join(f"{where}: {problem}" for problem in problems)) from error
-    validate(recipe, where)
+        if isinstance(mixer, dict):
+            problems += [f"{_blamed(MIXER, given, where)}: {problem}" for problem in _mixer_problems(mixer)]
+        raise InputError("\n".join(problems)) from error
+    validate(recipe, _blamed(MIXER, given, where))
     return recipe
+
+
+def _problems(error: ValidationError) -> list[Any]:
+    return error.errors(include_url=False)
+
+
+def _blamed(location: Sequence[int | str], given: Mapping[tuple[int | str, ...], str], where: str) -> str:
+    """Where a problem comes from: the overrides that set it, a part of it or what it is a part of; else `where`."""
+    location = tuple(location)
+    those = [text for key, text in given.items() if location[: len(key)] == key or key[: len(location)] == location]
+    return f"{', '.join(those)} (on {where})" if those else where
 
 
 def validate(recipe: Recipe, where: str = "recipe") -> None:
@@ -223,15 +232,17 @@ def _explain(problem: Any) -> str:
     """A problem that pydantic reports, as ``key: found; allowed``."""
     location = [str(part) for part in problem["loc"]]
     key, value = ".".join(location), problem["input"]
-    message = problem["msg"].removeprefix("Value error, ").replace("a dictionary or an instance of", "a mapping, see")
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message.replace("a dictionary or an instance of", "a mapping, see").replace("a valid tuple", "a list")
     match problem["type"]:
         case "unexpected_keyword_argument":
             return f"{key}: unknown key. {suggest(location[-1], _fields(location[:-1]))}"
         case "missing":
             return f"{key}: missing; it has no default"
-        case "value_error" if isinstance(value, ArgsKwargs):  # a check of several keys, whose text says what was found
+        # A check of several keys, whose text says what was found.
+        case "value_error" if isinstance(value, ArgsKwargs) or isinstance(value, dict) and location[-1:] != ["layers"]:
             return f"{key}: {message}" if key else message
-    return f"{key}: found {value!r}; {message[0].lower()}{message[1:]}"
+    return f"{key}: found {quoted(value)}; {message[0].lower()}{message[1:]}"
 
 
 def _fields(location: list[str]) -> list[str]:
@@ -242,22 +253,26 @@ def _fields(location: list[str]) -> list[str]:
     return [field.name for field in fields(kinds[parts[-1]] if parts else Recipe)]
 
 
-def _override(values: Mapping[str, Any], overrides: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
-    if not isinstance(overrides, Mapping):
-        overrides = dict(_split(text) for text in overrides)
+def _override(
+    values: Mapping[str, Any], overrides: Mapping[str, Any] | Iterable[str]
+) -> tuple[dict[str, Any], dict[tuple[int | str, ...], str]]:
+    """The values with the overrides in them; and for those given as text, the location of each and how it was given."""
+    named = isinstance(overrides, Mapping)
+    pairs = list(overrides.items()) if isinstance(overrides, Mapping) else [_split(text) for text in overrides]
     result = copy.deepcopy(dict(values))
-    if overrides:  # a key may reach into a part that the file leaves to the defaults
+    if pairs:  # a key may reach into a part that the file leaves to the defaults
         result = {"data": [_plain(asdict(Data()))], "train": [_plain(asdict(Stage()))], "convert": {}, **result}
         if isinstance(result["convert"], dict):
             result["convert"].setdefault("mixer", dict(DEFAULT_MIXER))
-            if NAME in overrides and isinstance(result["convert"]["mixer"], dict):
-                result["convert"]["mixer"] = _switched(result["convert"]["mixer"], overrides[NAME])
-    for key, value in overrides.items():
-        try:
-            _set(result, key, yaml.safe_load(value) if isinstance(value, str) else value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {key}={value}: the value is not valid YAML; put it in quotes") from error
-    return result
+            if NAME in dict(pairs) and isinstance(result["convert"]["mixer"], dict):
+                result["convert"]["mixer"] = _switched(result["convert"]["mixer"], dict(pairs)[NAME])
+    given: dict[tuple[int | str, ...], str] = {}
+    for key, value in pairs:
+        location = _set(result, key, parse_yaml(value, f"--set {key}") if isinstance(value, str) else value)
+        text = f"--set {key}={plain(str(value))[:60]}"
+        if given.setdefault(location, text) != text:
+            raise InputError(f"{given[location]} and {text}: one key is given two values; keep one of them")
+    return result, {} if named else given
 
 
 def _switched(mixer: dict[str, Any], name: Any) -> dict[str, Any]:
@@ -280,9 +295,10 @@ def _split(text: str) -> tuple[str, str]:
     return key.strip(), value
 
 
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set one dotted key in place; an entry of a list is named by its number or its name (``train.distil.lr``)."""
-    names = key.split(".")
+def _set(values: dict[str, Any], key: str, value: Any) -> tuple[int | str, ...]:
+    """Set one dotted key in place, and return where; an entry of a list is named by its number or its name
+    (``train.distil.lr``)."""
+    names, location = key.split("."), []
     inner: Any = values
     for depth, name in enumerate(names):
         part: Any = name
@@ -295,12 +311,16 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
                 raise InputError(f"--set {key}: there is no entry {name!r}. {suggest(name, entries)}")
             part = entries[name]
         elif not isinstance(inner, dict):
-            raise InputError(f"--set {key}: {'.'.join(names[:depth])} holds {inner!r}, which has no keys below it")
+            raise InputError(
+                f"--set {key}: {'.'.join(names[:depth])} holds {quoted(inner)}, which has no keys below it"
+            )
         elif depth < len(names) - 1 and inner.get(name) is None:
             inner[name] = {}
+        location.append(part)
         if depth == len(names) - 1:
             inner[part] = value
         inner = inner[part]
+    return tuple(location)
 
 
 def recipe_of(folder: Path, name: str | None, overrides: Iterable[str] = ()) -> Recipe:

@@ -1,5 +1,6 @@
 """What a recipe may say: frozen dataclasses, with the defaults of all that a file leaves out. Imports no torch."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -7,8 +8,12 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.dataclasses import dataclass
 
 from linearize.errors import InputError, suggest
+from linearize.formats import plain
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+LARGEST = 10**15
+"""Of every whole number: more than any number of tokens, few enough digits to print."""
+MOST_LAYERS = 1000
 DEFAULT_MIXER = {"name": "gla", "combine": "memory", "window": 64, "sinks": 4}
 CRITERIA = ("uniform", "sensitivity", "greedy", "recall")
 PER = ("layers", "heads")
@@ -46,10 +51,15 @@ def parse_layers(value: Any) -> Any:
 def _numbers(value: Any) -> list[int]:
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     numbers: set[int] = set()
+    if len(parts) > MOST_LAYERS:
+        raise ValueError(f"found {len(parts)} entries; allowed: at most {MOST_LAYERS}")
     for part in parts:
-        first, dash, last = str(part).strip().partition("-")
-        if isinstance(part, bool) or not first.isdigit() or (dash and not last.isdigit()):
+        part = MOST_LAYERS if isinstance(part, int) and part > MOST_LAYERS else part  # too many digits to write
+        first, dash, last = str(part).strip().partition("-") if isinstance(part, int | str) else ("", "", "")
+        if isinstance(part, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError("allowed: full, all, a list of layer numbers, 0-11,20, or {keep: [numbers]}")
+        if max(len(first), len(last)) > 6 or not int(first) <= int(last or first) < MOST_LAYERS:
+            raise ValueError(f"layers are numbered from 0, below {MOST_LAYERS}, ranges from the lower to the higher")
         numbers.update(range(int(first), int(last or first) + 1))
     if not numbers:
         raise ValueError("the list of layers is empty; allowed: full, all, or at least one layer number")
@@ -65,7 +75,21 @@ def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
     return check
 
 
-Positive = Annotated[int, Field(gt=0)]
+def one_folder(name: str) -> str:
+    """A name that becomes that of a folder or file: one part of a path, never a way to another place.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if name in (".", "..") or re.search(r"[/\\:\x00]", name) or name != plain(name) or len(name.encode()) > 100:
+        raise ValueError(
+            "it becomes the name of a folder; allowed: up to 100 letters without /, \\, : and control characters"
+        )
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(one_folder)]
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -103,7 +127,7 @@ class Reading:
     """How much text a stage before training reads, ``seq_len`` tokens at a time."""
 
     tokens: Positive = 16_384
-    seq_len: Annotated[int, Field(ge=2)] = 1024
+    seq_len: Annotated[int, Field(ge=2, le=LARGEST)] = 1024
 
     @model_validator(mode="after")
     def _fills_a_block(self) -> "Reading":
@@ -123,7 +147,7 @@ class Select(Reading):
     `linearize.select`, on how much text."""
 
     tokens: Positive = 8192
-    keep: Annotated[int, Field(ge=0)] = 4
+    keep: Annotated[int, Field(ge=0, le=LARGEST)] = 4
     by: Annotated[str, AfterValidator(_one_of(CRITERIA))] = "sensitivity"
     per: Annotated[str, AfterValidator(_one_of(PER))] = "layers"
 
@@ -177,7 +201,7 @@ class Stage:
         betas: of AdamW, also where muon leaves a weight to it.
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = "distil"
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)] = "distil"
     lm: NotNegative = 0.0
     kl: NotNegative = 1.0
     transfer: NotNegative = 0.0
@@ -187,7 +211,7 @@ class Stage:
     top_k: Positive | None = None
     peft: Peft | None = Field(default_factory=Peft)
     tokens: Positive = 1_000_000
-    seq_len: Annotated[int, Field(ge=2)] = 1024
+    seq_len: Annotated[int, Field(ge=2, le=LARGEST)] = 1024
     batch: Positive = 8
     micro_batch: Positive = 1
     lr: Annotated[float, Field(gt=0)] = 5e-4
@@ -201,9 +225,9 @@ class Stage:
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     save_every: Positive = 100
-    watch: Annotated[int, Field(ge=0)] = 0
+    watch: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     keep: Literal["last", "memory", "loss"] = "last"
 
     @model_validator(mode="after")
@@ -243,7 +267,7 @@ class Recipe:
     """A whole recipe. ``name`` is the stem of its file, ``status`` says whether it has been run at full size."""
 
     source: Source
-    name: str = ""
+    name: FolderName = ""
     description: str = ""
     status: Literal["run", "not yet run at full size"] = "not yet run at full size"
     convert: Convert = Field(default_factory=Convert)

@@ -1,7 +1,9 @@
 """The mixers that a user can name, one file each."""
 
+import reprlib
 from dataclasses import MISSING, fields
 from importlib import import_module
+from math import isfinite
 from typing import Any
 
 from ...errors import InputError, suggest
@@ -14,6 +16,9 @@ NAMES = (
 )  # fmt: skip
 MIXERS: dict[str, type[Mixer]] = {name: import_module(f"{__name__}.{name}").Mixer for name in NAMES}
 
+LARGEST = 2**31 - 1
+"""Of every number in a configuration: larger ones are no sizes of anything."""
+
 __all__ = ["MIXERS", "Context", "Geometry", "Mixer", "MixerConfig", "build_config"]
 
 
@@ -24,23 +29,29 @@ def build_config(values: dict[str, Any]) -> MixerConfig:
         InputError: one paragraph that lists every problem: unknown name, unknown key, wrong type, value out of range.
     """
     name = values.get("name")
-    if name not in MIXERS:
-        raise InputError(f"mixer.name: unknown mixer {name!r}. {suggest(str(name), list(MIXERS))}")
+    if not isinstance(name, str) or name not in MIXERS:
+        raise InputError(
+            f"mixer.name: unknown mixer {_short(name)}. {suggest(name[:80] if isinstance(name, str) else '', MIXERS)}"
+        )
     cls = MIXERS[name].Config
     known = {f.name: f for f in fields(cls)}
-    problems = [f"mixer.{k}: unknown key. {suggest(k, list(known))}" for k in values if k not in known]
+    strangers = [k[:80] if isinstance(k, str) else _short(k) for k in values if k not in known]
+    problems = [f"mixer.{key}: unknown key. {suggest(key, known)}" for key in strangers]
     good = {}
     for key, value in values.items():
         if key not in known:
             continue
         expected = type(known[key].default) if known[key].default is not MISSING else str
+        if isinstance(value, int) and abs(value) > LARGEST or isinstance(value, float) and not isfinite(value):
+            problems.append(f"mixer.{key}: found {_short(value)}; expected a number between -{LARGEST} and {LARGEST}")
+            continue
         if expected is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if expected is tuple and isinstance(value, list) and all(type(x) is int for x in value):
             value = tuple(value)  # JSON has lists only
         what = "a list of whole numbers" if expected is tuple else expected.__name__
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-            problems.append(f"mixer.{key}: found {value!r}; expected {what}")
+            problems.append(f"mixer.{key}: found {_short(value)}; expected {what}")
         else:
             good[key] = value
     config = cls(**cls.preset(good.get("combine", cls.combine)) | good)
@@ -52,3 +63,11 @@ def build_config(values: dict[str, Any]) -> MixerConfig:
     if problems:
         raise InputError("; ".join(problems))
     return config
+
+
+def _short(value: Any) -> str:
+    """A repr of bearable length, of a configuration that somebody else wrote."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a whole number with more digits than Python writes
+        return f"a {type(value).__name__}"
