@@ -10,6 +10,7 @@ Example:
 """
 
 from importlib import import_module
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from linearize import autoload
@@ -71,7 +72,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'linearize' has no attribute {name!r}")
-    return getattr(import_module("linearize.verbs"), name)
+    value = getattr(import_module("linearize.verbs"), name)
+    return import_module("linearize.arguments").checked(value) if isinstance(value, FunctionType) else value
 
 
 def __dir__() -> list[str]:

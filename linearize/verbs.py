@@ -57,7 +57,7 @@ def convert(
     combine: str | None = None, layers: str | Sequence[int] | None = None, dtype: str | None = None,
     revision: str | None = None, link: bool = False, allow_pickle: bool = False, with_code: bool = False,
     set: Iterable[str] = (), dry_run: bool = False, overwrite: bool = False,
-    on_plan: "Callable[[Plan, Path], None] | None" = None,
+    on_plan: Callable[..., None] | None = None,
 ) -> "Path | Plan":  # fmt: skip
     """Convert a model: same weights, other attention.
 
@@ -92,12 +92,13 @@ def convert(
     """
     from linearize.recipe import load as recipes
 
-    wanted = recipes.resolve(str(model), [*([] if mixer is None else [f"{recipes.NAME}={mixer}"]), *set], recipe)
     layers = layers if layers is None or isinstance(layers, str) else list(layers)  # as YAML has it
     flags = {"mixer.window": window, "mixer.sinks": sinks, "mixer.combine": combine, "layers": layers, "dtype": dtype}
     given = {f"convert.{key}": value for key, value in flags.items()} | {"source.revision": revision}
     given = {key: value for key, value in given.items() if value is not None}
-    wanted = recipes.from_dict(recipes.to_dict(wanted), given, "command line")
+    named = {} if mixer is None else {recipes.NAME: mixer}
+    changes = [*(f"{key}={value}" for key, value in named.items()), *recipes.without(set, given | named)]
+    wanted = recipes.from_dict(recipes.to_dict(recipes.resolve(str(model), changes, recipe)), given, "command line")
 
     from linearize.checkpoint.sources import locate
     from linearize.conversion.convert import convert as run

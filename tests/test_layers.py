@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "linearize"
 ROWS = [
     {"errors", "formats", "progress", "version"},
     {"model"},
-    {"autoload", "__init__"},
+    {"arguments", "autoload", "__init__"},
     {"recipe", "launch"},
     {"checkpoint"},
     {"conversion", "recovery", "results"},

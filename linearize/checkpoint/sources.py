@@ -95,6 +95,8 @@ def relocate(source: dict[str, Any], token: str | None = None) -> Located:
         InputError: it is not where it was, and cannot be located anew.
     """
     path = source.get("path")
+    if not isinstance(path or source.get("id"), str):
+        raise InputError("the configuration of this model does not say what it was converted from; name it by --source")
     if path is None:
         return locate(source["id"], source.get("revision"), token, source.get("package"))
     whole = Path(path, source["gguf"]) if source.get("gguf") else Path(path)

@@ -146,6 +146,8 @@ def load(suite: str | Path | list[str] | Suite) -> Suite:
     if isinstance(suite, Suite):
         return suite
     if isinstance(suite, list):
+        if not suite:
+            raise InputError(f"suite: found no task; name a suite ({', '.join(names())}), a file, or tasks of lm-eval")
         return Suite(name="custom", tasks=[TaskSpec(task=task) for task in suite])
     path = Path(suite)
     if path.suffix not in (".yaml", ".yml"):

@@ -12,6 +12,7 @@ from linearize.checkpoint.open import open_config
 from linearize.checkpoint.reading import reading
 from linearize.checkpoint.sources import Located, relocate
 from linearize.errors import InputError
+from linearize.formats import markdown, plain
 from linearize.hub.names import is_repo_id, without_path
 from linearize.model.sizes import text_sizes
 from linearize.results.schema import COLUMNS
@@ -58,7 +59,8 @@ def write_card(
     base = adapter_of or source.get("id") or ""
     base_id = base if is_repo_id(base) else None
     licence = _licence(source)
-    mixers = sorted({mixer["name"] for mixer in layers})
+    mixers = sorted({str(mixer["name"]) for mixer in layers})
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe or ""))])
     name = (repo or folder.resolve().name).split("/")[-1]
     data = ModelCardData(
         base_model=base_id,
@@ -74,21 +76,21 @@ def write_card(
         data,
         template_path=str(TEMPLATE),
         mark=MARK,
-        name=name,
+        name=markdown(name),
         location=repo or str(folder),
         adapter=bool(adapter_of),
-        origin=f"[{base_id}](https://huggingface.co/{base_id})" if base_id else _quoted(base or "A local model"),
-        mixers=mixers,
+        origin=f"[{base_id}](https://huggingface.co/{base_id})" if base_id else markdown(base or "A local model"),
+        mixers=[*map(markdown, mixers)],
         layers=_grouped(layers),
         replaced=len(layers),
         total=None if adapter_of else text_sizes(open_config(folder)).layers,
         code="auto_map" in config,
         foreign=_warning(foreign) if foreign else None,
-        licence=_quoted(licence["license"]) if "license" in licence else None,
+        licence=plain(licence["license"]).replace("`", "'") if "license" in licence else None,
         table=markdown_table(results) if results else None,
         columns=[(name, COLUMNS[name]) for name in (results or {}).get("columns", ())],
-        recipe=recipe.strip() if recipe else None,
-        fence="`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe or ""))]),  # longer than any in it
+        recipe=plain(recipe.strip(), lines=True) if recipe else None,
+        fence=fence,  # longer than any in it
     )
     return f"{str(card).rstrip()}\n"
 
@@ -96,22 +98,18 @@ def write_card(
 def _warning(foreign: Sequence[str]) -> str:
     """What the card says of code that others wrote."""
     return (
-        f"**Foreign code**: {', '.join(map(_quoted, foreign))} came with the tokenizer of the source.\n"
+        f"**Foreign code**: {', '.join(map(markdown, foreign))} came with the tokenizer of the source.\n"
         "Linearize neither wrote nor checked it; read it before you pass `trust_remote_code=True`."
     )
-
-
-def _quoted(text: str) -> str:
-    """A text that others wrote, as code within a line of Markdown: a name and never a path."""
-    return f"`{' '.join(without_path(str(text)).replace('`', ' ').split())[:200]}`"
 
 
 def _grouped(layers: list[dict]) -> list[tuple[int, str, str]]:
     """Layers with the same mixer together: how many, its name, its settings."""
     counts: dict[tuple[str, str], int] = {}
     for mixer in layers:
-        settings = ", ".join(f"{key} {value}" for key, value in mixer.items() if key != "name")
-        counts[mixer["name"], settings] = counts.get((mixer["name"], settings), 0) + 1
+        settings = ", ".join(markdown(f"{key} {value}") for key, value in mixer.items() if key != "name")
+        key = markdown(mixer["name"]), settings
+        counts[key] = counts.get(key, 0) + 1
     return [(count, name, settings) for (name, settings), count in counts.items()]
 
 

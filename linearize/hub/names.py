@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from linearize.checkpoint import links
 from linearize.checkpoint.manifest import MANIFEST
 from linearize.checkpoint.reading import reading
+from linearize.recipe.text import parse_yaml
 
 PUBLISHED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "generation_config.json"),
@@ -103,7 +104,7 @@ def named(file: str, content: bytes) -> bytes:
         return content
     is_yaml = file.endswith(".yaml")
     with reading(file, "cannot be read", "write the folder again"):
-        before = yaml.safe_load(content) if is_yaml else json.loads(content)
+        before = parse_yaml(content, file) if is_yaml else json.loads(content)
         after = values(file, before)
     if after == before:
         return content

@@ -288,6 +288,23 @@ def _switched(mixer: dict[str, Any], name: Any) -> dict[str, Any]:
     return kept
 
 
+def without(overrides: Iterable[str], flags: Mapping[str, Any]) -> list[str]:
+    """The overrides without those that a flag gives too.
+
+    Raises:
+        InputError: a flag and an override give one key two values.
+    """
+    kept = []
+    for text in overrides:
+        key, value = _split(text)
+        if key not in flags:
+            kept.append(text)
+        elif parse_yaml(value, f"--set {key}") != flags[key]:
+            option = f"--{key.split('.')[-1].replace('name', 'mixer')} {flags[key]}"
+            raise InputError(f"{option} and --set {text}: one key is given two values; keep one of them")
+    return kept
+
+
 def _split(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():

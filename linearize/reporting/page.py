@@ -10,8 +10,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from linearize.checkpoint.atomic import write_text
+from linearize.formats import each_string, plain
 from linearize.reporting import sections, verdict
 from linearize.reporting.view import view
+from linearize.results.file import presenting
 
 SECTIONS = (
     sections.recovery,
@@ -52,6 +54,11 @@ def beside(results: Path) -> Path:
 
 def render(reports: list[dict[str, Any]]) -> str:
     """The page as text; arguments and errors as in `write`."""
+    with presenting(reports):
+        return _render([each_string(report, plain) for report in reports])
+
+
+def _render(reports: list[dict[str, Any]]) -> str:
     shown = view(reports)
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "undefined": StrictUndefined}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)

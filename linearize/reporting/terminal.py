@@ -6,8 +6,10 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from linearize.formats import format_bytes
+from linearize.formats import each_string, format_bytes, plain
+from linearize.results.file import presenting
 from linearize.results.numbers import fixed
 from linearize.results.table import Table as Content
 from linearize.results.table import lay_out, speed_cell, speed_left_out
@@ -21,7 +23,9 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
         console: where to; None means stdout, at least 100 characters wide where that is no terminal.
     """
     console = console or _stdout()
-    content = lay_out(results)
+    results = each_string(results, plain)
+    with presenting([results]):
+        content = lay_out(results)
     table = _comparison(results, content)
     if console.measure(table, options=console.options.update_width(1000)).maximum > console.width:
         tight = [[cell.replace(" ± ", "±").replace(" %", "%") for cell in row] for row in content.rows]
@@ -32,11 +36,11 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
 def _print(console: Console, table: Table, notes: list[str]) -> None:
     console.print(table)
     for note in notes:
-        console.print(f"• {note}", highlight=False)
+        console.print(Text(f"• {note}"))
 
 
 def _table(title: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=Text(title, "table.title"), title_justify="left")
     table.add_column("", no_wrap=True)
     return table
 
@@ -47,7 +51,7 @@ def _comparison(results: dict[str, Any], content: Content) -> Table:
     for name in content.header[1:]:
         # Two lines for the columns with one branch: six columns then fit on 100 characters.
         style = "bold" if name == "student" else None
-        table.add_column(name.replace("/", "\n/"), justify="right", style=style, overflow="fold")
+        table.add_column(Text(name.replace("/", "\n/")), justify="right", style=style, overflow="fold")
     summarised = False
     for label, *cells in content.rows:
         # A rule above each block: tasks, summary, perplexities, speed.
@@ -55,7 +59,7 @@ def _comparison(results: dict[str, Any], content: Content) -> Table:
         if starts or not summarised and label in ("average", "kept of the source"):
             summarised = True
             table.add_section()
-        table.add_row(label, *cells)
+        table.add_row(*map(Text, (label, *cells)))
     return table
 
 
@@ -66,6 +70,7 @@ def show_speed(results: dict[str, Any], console: Console | None = None) -> None:
         results: valid results.
         console: as for `show`.
     """
+    results = each_string(results, plain)
     columns = results["columns"]
     table = _table(f"{results['model']}: reading and decoding")
     for name in columns:

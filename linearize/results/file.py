@@ -1,7 +1,10 @@
 """results.json, read, checked and written: what a comparison leaves behind; table.py lays it out."""
 
+import contextlib
 import json
+import os
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,15 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from linearize.checkpoint.atomic import write_text
+from linearize.checkpoint.reading import reading, reason
 from linearize.errors import InputError
+from linearize.formats import quoted
 from linearize.results.schema import SCHEMA, Results
+
+LARGEST = 2**28
+"""Bytes of a file."""
+MOST = 1e100
+"""Of every number."""
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -20,14 +30,41 @@ def read(path: str | Path) -> dict[str, Any]:
         InputError: it is missing, no JSON, of a newer schema, or does not follow the schema.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; write it with `linearize eval DIR --out {path}`") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: is no readable JSON ({error}); run `linearize eval` again") from error
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file; write it with `linearize eval DIR --out {path}`")
+    with reading(path, "is no readable JSON", "run `linearize eval` again"):
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"{path.stat().st_size:,} bytes; results have some millions")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
     validate(content, str(path))
     return content
+
+
+def _number(text: str) -> int | float:
+    """A number of JSON that can be computed with: finite, and no longer than any measurement is."""
+    value = float(text)
+    if not abs(value) < MOST:  # NaN too
+        raise ValueError(f"found {text[:40]}; expected finite numbers, below {MOST:g}")
+    return int(text) if text.lstrip("-").isdigit() else value
+
+
+@contextlib.contextmanager
+def presenting(results: list[dict[str, Any]]) -> Iterator[None]:
+    """Lay out results that follow the schema and may still hold anything else.
+
+    Raises:
+        InputError: the block met numbers or values that cannot be shown together.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
+        names = ", ".join(quoted(each.get("model")) for each in results)
+        raise InputError(
+            f"{names}: these results hold values that do not go together ({reason(error)}); run `linearize eval` again"
+        ) from error
 
 
 def write(results: dict[str, Any], path: str | Path) -> Path:
@@ -54,8 +91,8 @@ def validate(results: Any, where: str = "results") -> None:
         raise InputError(f"{where}: is no results file (no `schema`); write one with `linearize eval`")
     if results["schema"] != SCHEMA:
         raise InputError(
-            f"{where}: schema is {results['schema']!r}; this version reads {SCHEMA}; install the linearize that wrote "
-            "it"
+            f"{where}: schema is {quoted(results['schema'])}; this version reads {SCHEMA}; install the linearize that "
+            "wrote it"
         )
     try:
         _adapter().validate_python(results)
@@ -90,4 +127,4 @@ def _explain(problem: Any) -> str:
             return f"{key}: missing"
         case "value_error":
             return f"{key}: {message}"
-    return f"{key}: found {repr(problem['input'])[:60]}; {message[0].lower()}{message[1:]}"
+    return f"{key}: found {quoted(problem['input'])}; {message[0].lower()}{message[1:]}"

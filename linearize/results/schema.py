@@ -20,6 +20,9 @@ COLUMNS = {
 }
 
 
+Above0 = Annotated[float, Field(gt=0)]
+
+
 class Choices(TypedDict):
     """How often each position was chosen and how often it was right, as counts."""
 
@@ -61,7 +64,7 @@ class Bucket(TypedDict):
 
     start: int
     end: int
-    ppl: float
+    ppl: Above0
     tokens: int
 
 
@@ -71,7 +74,7 @@ class Text(TypedDict):
     text: str
     length: int
     blocks: int
-    value: float
+    value: Above0
     tokens: int  # how many were predicted
     by_position: Annotated[list[Bucket], Field(min_length=1)]
     losses: NotRequired[list[list[float]]]  # [block][bucket]: mean loss
@@ -80,7 +83,7 @@ class Text(TypedDict):
 class Perplexity(TypedDict):
     """Of all texts."""
 
-    value: float  # of the suite's first text
+    value: Above0  # of the suite's first text
     tokens: int
     by_position: Annotated[list[Bucket], Field(min_length=1)]  # of the text with the longest blocks
     texts: Annotated[list[Text], Field(min_length=1)]
@@ -129,7 +132,7 @@ class Agreement(TypedDict):
 
     mean: float
     median: float
-    lengths: list[int]  # per prompt
+    lengths: list[Annotated[int, Field(ge=0, le=1_000_000)]]  # per prompt
 
 
 class Repetition(TypedDict):
@@ -171,10 +174,10 @@ class Behaviour(TypedDict):
 class Speed(TypedDict):
     """At one context, in tokens, and batch."""
 
-    context: int
-    batch: int
+    context: Annotated[int, Field(gt=0)]
+    batch: Annotated[int, Field(gt=0)]
     prefill_seconds: float
-    token_seconds: float  # median per decoded token, and its quartiles:
+    token_seconds: Above0  # median per decoded token, and its quartiles:
     low: float
     high: float
     peak_bytes: int | None  # while decoding; null where the system does not tell
@@ -286,7 +289,7 @@ def _known(column: str) -> str:
 class Results(TypedDict):
     """What a comparison leaves behind."""
 
-    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)  # type: ignore[misc]
 
     schema: Literal[1]
     complete: NotRequired[bool]  # false while columns are still missing: an interrupted run

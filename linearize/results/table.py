@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from linearize.formats import each_string, markdown
+from linearize.results.file import presenting
 from linearize.results.numbers import fixed, interval, off_perplexity, percent, perplexity, score, with_error
 from linearize.results.summary import recall_mean
 
@@ -45,7 +47,8 @@ def lay_out(results: dict[str, Any], columns: list[str] | None = None) -> Table:
 
 def markdown_table(results: dict[str, Any], columns: list[str] | None = None) -> str:
     """The same table in Markdown, with its notes as a list below it; arguments as of `lay_out`."""
-    content = lay_out(results, columns)
+    with presenting([results]):
+        content = lay_out(each_string(results, markdown), columns)
     lines = [content.header, ["---", *("---:" for _ in content.header[1:])], *content.rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([text, "", *(f"- {note}" for note in content.notes)]).rstrip() + "\n"

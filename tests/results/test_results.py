@@ -87,7 +87,7 @@ def test_a_refused_file_leaves_the_old_one(content: dict, tmp_path: Path) -> Non
         broken = copy.deepcopy(content)
         del broken["columns"]["student"]["seconds"]
         results_file.write(broken, path)
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(InputError, match="found nan; input should be a finite number"):
         results_file.write(content | {"columns": content["columns"] | {"student": column(float("nan"), 1.0)}}, path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
