@@ -59,6 +59,17 @@ def stoppable(main: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
+def check_flags(verb: str, flags: Sequence[str]) -> None:
+    """Refuse what stands where flags of ``accelerate launch`` do and is none.
+
+    Raises:
+        InputError: says where it belongs.
+    """
+    if flags and not flags[0].startswith("-"):
+        instead = "give each override its own --set" if "=" in flags[0] else "flags for `accelerate launch` go after --"
+        raise InputError(f"{verb}: found {flags[0]!r} after the folder; {instead}")
+
+
 def launch(
     verb: str, flags: Sequence[str], module: str, arguments: Sequence[str], *, stdout: int | None = None
 ) -> None:
@@ -74,9 +85,7 @@ def launch(
     Raises:
         InputError: the flags are none, or the launched processes failed (they have said why).
     """
-    if not flags[0].startswith("-"):
-        instead = "give each override its own --set" if "=" in flags[0] else "flags for `accelerate launch` go after --"
-        raise InputError(f"{verb}: found {flags[0]!r} after the folder; {instead}")
+    check_flags(verb, flags)
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", module, *arguments]
     # A session of its own: whatever stops this process is told to all that the launcher has started, once.
     process = subprocess.Popen(command, stdout=stdout, start_new_session=True)

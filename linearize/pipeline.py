@@ -19,7 +19,7 @@ from linearize.checkpoint import atomic
 from linearize.checkpoint.manifest import MANIFEST
 from linearize.checkpoint.reading import read_json
 from linearize.errors import InputError
-from linearize.launch import launch
+from linearize.launch import check_flags, launch
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import Recipe
 
@@ -55,6 +55,7 @@ def run(
     """
     from linearize.evaluation.evaluate import evaluate
 
+    check_flags("run", flags)
     with atomic.held(Path(out)):
         folder, resume = _folder(wanted, Path(out), overwrite, flags, note)
         results = Path(out) / "results.json"
@@ -70,6 +71,8 @@ def _folder(
     stages, read = _stages(wanted, out), _inputs(wanted)
     # All of them before any work, so that a changed recipe is not found out after an hour of training.
     finished = {folder for folder, after in stages.items() if _finished(folder, wanted, after, read, overwrite)}
+    if len(finished) < len(stages) and (wrong := problems(wanted, whole=True)):
+        raise InputError("\n".join(wrong))
     for folder in stages:
         if folder in finished:
             note(f"{folder}: finished earlier, kept")
@@ -102,6 +105,56 @@ def _record(folder: Path, after: str | int | None, read: dict[str, Any]) -> None
     read = read if after is not None else {"source": read["source"]}
     facts = read_json(folder / MANIFEST) | {"inputs": read}
     atomic.write_text(folder / MANIFEST, json.dumps(facts, indent=2) + "\n")
+
+
+def problems(wanted: Recipe, whole: bool = False) -> list[str]:
+    """What the stages of a recipe would refuse, as far as it can be known before any work.
+
+    Args:
+        wanted: the resolved recipe.
+        whole: look at everything: the source on the Hub, data sets, tasks of lm-eval. Without, only at what lies here.
+
+    Returns:
+        One line per problem.
+    """
+    from linearize.checkpoint.describe import check_positions, text_sizes
+    from linearize.checkpoint.sources import locate
+    from linearize.conversion.plan import build
+    from linearize.evaluation import suite as suites
+    from linearize.evaluation import tasks, work
+    from linearize.recovery import documents, teacher
+
+    lines: list[str] = []
+
+    def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except InputError as error:
+            lines.append(str(error))
+
+    name, source, model = wanted.eval.suite, wanted.source, None
+    if whole or Path(source.id).expanduser().exists():
+        model = attempt(lambda: build(locate(source.id, source.revision, package=source.package), wanted))
+    if model is not None:
+        blocks = {"calibrate": wanted.calibrate, "select": wanted.select}
+        blocks |= {f"train.{stage.name}": stage for stage in wanted.train}
+        for where, block in blocks.items():
+            if block is not None:
+                attempt(check_positions, model, block.seq_len, where)
+        for stage in wanted.train:
+            attempt(teacher.check_top_k, stage, model.config)
+    suite = attempt(suites.load, name)
+    if suite is not None and model is not None:
+        context = text_sizes(model.config).context
+        suite = work.fitted(suite, context)[0] if name in suites.names() else suite
+        attempt(work.check, suite, context)
+    for spec in suite.perplexity if suite is not None else ():
+        attempt(suites.read_text, spec.text)
+    if suite is not None and whole:
+        attempt(tasks.check, suite.tasks)
+    for part in wanted.data if wanted.train or wanted.calibrate or wanted.select else ():
+        attempt(documents.check, part, whole)
+    return lines
 
 
 def _stages(wanted: Recipe, out: Path) -> dict[Path, str | int | None]:

@@ -4,7 +4,9 @@ Each resolves what a user names (a recipe, a folder, a model of the Hub) and cal
 is heavy is imported inside, so that `import linearize` and `linearize --help` answer at once.
 """
 
+import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,13 +102,19 @@ def convert(
     changes = [*(f"{key}={value}" for key, value in named.items()), *recipes.without(set, given | named)]
     wanted = recipes.from_dict(recipes.to_dict(recipes.resolve(str(model), changes, recipe)), given, "command line")
 
-    from linearize.checkpoint.sources import locate
+    from linearize import pipeline
+    from linearize.checkpoint.atomic import check_output
+    from linearize.checkpoint.sources import check_tokenizer, locate
     from linearize.conversion.convert import convert as run
     from linearize.conversion.plan import plan
 
     located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
     planned = plan(located, wanted)
     target = Path(out) if out is not None else recipes.run_folder(wanted) / "0-converted"
+    if dry_run:  # what the real run would refuse before it writes, and what the stages after it would
+        check_output(target, overwrite, [located.path])
+        check_tokenizer(located)
+        planned = replace(planned, later=pipeline.problems(wanted))
     if on_plan is not None:
         on_plan(planned, target)
     if dry_run:
@@ -115,15 +123,10 @@ def convert(
 
 
 def calibrate(
-    folder: Name,
-    out: Name,
-    *,
-    recipe: Name | None = None,
-    tokens: int | None = None,
-    seq_len: int | None = None,
-    set: Iterable[str] = (),
-    overwrite: bool = False,
-) -> Path:
+    folder: Name, out: Name, *,
+    recipe: Name | None = None, tokens: int | None = None, seq_len: int | None = None,
+    set: Iterable[str] = (), overwrite: bool = False,
+) -> Path:  # fmt: skip
     """Fit how much each head trusts its memory, in closed form, without training.
 
     Args:
@@ -231,14 +234,9 @@ def train(
 
 
 def run(
-    model: Name,
-    out: Name | None = None,
-    *,
-    set: Iterable[str] = (),
-    overwrite: bool = False,
-    flags: Sequence[str] = (),
-    note: Callable[[str], None] = print,
-) -> dict[str, Any]:
+    model: Name, out: Name | None = None, *,
+    set: Iterable[str] = (), overwrite: bool = False, flags: Sequence[str] = (), note: Callable[[str], None] = print,
+) -> dict[str, Any]:  # fmt: skip
     """Run a whole recipe: convert, calibrate and select if it says so, train, merge, evaluate.
 
     Finished stages are kept: after an interruption the same call goes on where it stopped.
@@ -269,16 +267,10 @@ def run(
 
 
 def bench(
-    folder: Name,
-    *,
-    contexts: Sequence[int] = (1024, 8192, 32768),
-    batches: Sequence[int] = (1,),
-    steps: int = 12,
-    source: str | None = None,
-    out: Name | None = None,
-    dtype: str = "auto",
-    plot: Name | None = None,
-) -> dict[str, Any]:
+    folder: Name, *,
+    contexts: Sequence[int] = (1024, 8192, 32768), batches: Sequence[int] = (1,), steps: int = 12,
+    source: str | None = None, out: Name | None = None, dtype: str = "auto", plot: Name | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Measure speed and memory by context length, beside the source and the window control.
 
     Args:
@@ -377,16 +369,17 @@ def check(files: Name | Sequence[Name]) -> None:
     Example:
         >>> linearize.check(["recipes/smollm2-135m.yaml", "runs/demo/0-converted"])
     """
+    from linearize import pipeline
     from linearize.checkpoint.manifest import verify
     from linearize.recipe import load as recipes
 
     problems = []
     for file in [files] if isinstance(files, str | Path) else files:
         try:
-            if Path(file).is_dir():
+            if os.path.isdir(file):
                 problems += [f"{file}/{problem}; write the folder again" for problem in verify(file)]
             else:
-                recipes.load(file)
+                problems += [f"{file}: {problem}" for problem in pipeline.problems(recipes.load(file))]
         except InputError as error:
             problems.append(str(error))
     if problems:

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from linearize.checkpoint import fit, shards
 from linearize.checkpoint.reading import AGAIN, read_json
@@ -18,6 +19,34 @@ from linearize.model.sizes import state_bytes, text_sizes
 
 CONTEXTS = (1024, 4096, 8192, 32768, 131072)
 _COUNTS = ("parameters", "new_parameters")
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that fit a model whose positions are a learned table; None where they are computed."""
+    limit = text_sizes(model.config).context
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    # OPT's table has two rows more than it has positions.
+    learned = limit is not None and any(limit <= table.num_embeddings <= limit + 2 for table in tables)
+    return limit if learned else None
+
+
+def check_positions(model: PreTrainedModel, seq_len: int, where: str) -> None:
+    """Refuse blocks that are longer than a learned table of positions.
+
+    Args:
+        model: with or without values.
+        seq_len: tokens in a block.
+        where: of the recipe, for the error.
+
+    Raises:
+        InputError: says which length fits.
+    """
+    limit = learned_positions(model)
+    if limit is not None and seq_len > limit:
+        raise InputError(
+            f"{where}.seq_len: found {seq_len}; this model has learned positions for {limit} tokens and none beyond "
+            f"them; pass --set {where}.seq_len={limit}"
+        )
 
 
 def cache_sizes(config: PreTrainedConfig, dtype_bytes: int = 2) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a conversion will do, from the configuration alone."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Plan:
         new_parameters: that the mixers add.
         dtype: of the converted weights; ``auto`` means as stored.
         cache: bytes of cache of one row by context length, for the source and the converted model: see `cache_sizes`.
+        later: what training and evaluation by this recipe would refuse; looked for where the plan is all that is asked.
     """
 
     source: dict[str, Any]
@@ -42,6 +43,7 @@ class Plan:
     new_parameters: int
     dtype: str
     cache: dict[str, Any]
+    later: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form."""
@@ -63,7 +65,8 @@ class Plan:
             "cache at 32K": f"{format_bytes(at_32k['linearized'])} (source {format_bytes(at_32k['source_kv'])}), "
             f"{share:.1%}",
         }
-        return "\n".join(f"{name:<16} {value}" for name, value in rows.items())
+        lines = [*rows.items(), *(("refused later", problem) for problem in self.later)]
+        return "\n".join(f"{name:<16} {value}" for name, value in lines)
 
 
 def plan(located: Located, recipe: Recipe) -> Plan:

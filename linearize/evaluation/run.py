@@ -1,7 +1,7 @@
 """The run behind `evaluate`: columns one after the other, or shared by processes; every finished task on disk."""
 
 import contextlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from linearize.evaluation.environment import environment
 from linearize.evaluation.processes import Processes
 from linearize.evaluation.quiet import quiet
 from linearize.evaluation.saved import Saved
-from linearize.evaluation.work import Options, Work, check
+from linearize.evaluation.work import Options, Work, check, fitted
 from linearize.model.sizes import text_sizes
 from linearize.progress import Bar
 from linearize.results.schema import COLUMNS
@@ -41,7 +41,13 @@ def run(options: Options) -> dict[str, Any]:
         with processes.agreed():
             config = read_config(options.folder)
             names = _possible(options, config, bar)
-            check(options.suite, text_sizes(config).context)
+            context = text_sizes(config).context
+            if options.shorten:
+                suite, lines = fitted(options.suite, context)
+                options = replace(options, suite=suite)
+                for line in lines:
+                    bar.line(line)
+            check(options.suite, context)
             source = options.source
             located = sources.locate(source) if source else sources.relocate(config.linearize["source"])
             device = options.device or processes.device

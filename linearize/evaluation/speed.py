@@ -17,10 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from linearize.checkpoint.describe import learned_positions
 from linearize.checkpoint.sources import Located
 from linearize.errors import InputError
 from linearize.evaluation.caches import cache_bytes, stretch
@@ -119,15 +120,6 @@ def _allocated_peak(model: PreTrainedModel, cache: Cache, batch: int) -> int:
     others = torch.cuda.memory_allocated(device) - own
     decode(model, cache, torch.zeros(batch, 1, dtype=torch.int64, device=device), TURN)
     return torch.cuda.max_memory_allocated(device) - others
-
-
-def positions(model: PreTrainedModel) -> int | None:
-    """Tokens that fit a model whose positions are a learned table; None where they are computed."""
-    limit = text_sizes(model.config).context
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
-    # OPT's table has two rows more than it has positions.
-    learned = limit is not None and any(limit <= table.num_embeddings <= limit + 2 for table in tables)
-    return limit if learned else None
 
 
 def prompt(model: PreTrainedModel, context: int, seed: int) -> Tensor:
@@ -343,7 +335,7 @@ def _measure(
     reasons: dict[str, str] = {}
     peaks: dict[str, Cell] = {}
     for name, model in opened.items():
-        limit = positions(model)
+        limit = learned_positions(model)
         if limit is not None and length > limit:
             reasons[name] = f"the model has learned positions for {limit} tokens"
             continue

@@ -72,6 +72,26 @@ def load(specs: list[TaskSpec], include_path: str | Path | None = None, model: s
     """
     if not specs:
         return []
+    manager = _known(specs, include_path, model, seed)
+    loaded = [entry for spec in specs for entry in _load(manager, spec, seed)]
+    twice = {entry.name for entry in loaded if sum(other.name == entry.name for other in loaded) > 1}
+    if twice:
+        raise InputError(f"tasks: {', '.join(sorted(twice))} would run twice; name each task once")
+    return loaded
+
+
+def check(specs: list[TaskSpec]) -> None:
+    """Refuse names that lm-eval does not have, without loading items.
+
+    Raises:
+        InputError: names the nearest ones.
+    """
+    if specs:
+        _known(specs, None, "", 0)
+
+
+def _known(specs: list[TaskSpec], include_path: str | Path | None, model: str, seed: int) -> TaskManager:
+    """The index of tasks, which has all of these; arguments as of `load`."""
     folders: list[str | Path] = [package_folder("eval") / "tasks"]
     if include_path is not None:
         if not Path(include_path).is_dir():
@@ -91,11 +111,7 @@ def load(specs: list[TaskSpec], include_path: str | Path | None = None, model: s
             f"tasks: lm-eval has no {'; no '.join(near)}; `lm_eval ls tasks` lists its {len(manager.all_tasks)} names, "
             f"and --include-path adds a folder of your own. Suites: {', '.join(names())}"
         )
-    loaded = [entry for spec in specs for entry in _load(manager, spec, seed)]
-    twice = {entry.name for entry in loaded if sum(other.name == entry.name for other in loaded) > 1}
-    if twice:
-        raise InputError(f"tasks: {', '.join(sorted(twice))} would run twice; name each task once")
-    return loaded
+    return manager
 
 
 def _load(manager: TaskManager, spec: TaskSpec, seed: int) -> list[Loaded]:

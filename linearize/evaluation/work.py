@@ -1,14 +1,14 @@
 """What a comparison measures: tasks and texts, loaded once, and how one column runs all of them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
-from linearize.evaluation import behaviour, perplexity, recall, tasks
+from linearize.evaluation import behaviour, continuations, perplexity, recall, tasks
 from linearize.evaluation import suite as suites
 from linearize.evaluation.clock import stopwatch
 from linearize.evaluation.columns import Models, window_of
@@ -27,6 +27,7 @@ class Options:
 
     Attributes:
         target: the file to write; None writes none.
+        shorten: whether a suite that is longer than the model's context is made to fit, see `fitted`.
     """
 
     folder: str
@@ -43,6 +44,34 @@ class Options:
     include_path: str | Path | None = None
     resume: bool = False
     progress: bool = True
+    shorten: bool = False
+
+
+def fitted(suite: suites.Suite, context: int | None) -> tuple[suites.Suite, list[str]]:
+    """A suite of the package made to fit a model that reads fewer tokens than it asks for.
+
+    Args:
+        suite: what is to be measured.
+        context: most tokens that the model can read; None where it does not say.
+
+    Returns:
+        The suite, with as many tokens in shorter blocks, and a line about each change; what is recorded is what ran.
+    """
+    if context is None:
+        return suite, []
+    texts, lines = {}, []
+    for spec in suite.perplexity:
+        if spec.length > context:
+            blocks = -(-spec.blocks * spec.length // context)
+            lines.append(f"perplexity: blocks of {context} tokens, not {spec.length}: the model's context")
+            spec = replace(spec, length=context, blocks=blocks)
+        texts.setdefault((spec.text, spec.length), spec)
+    wanted = suite.behaviour
+    if wanted is not None and max(wanted.state, continuations.LONGEST + wanted.tokens) > context:
+        lines.append(f"behaviour: texts of up to {context} tokens: the model's context")
+        tokens = max(1, min(wanted.tokens, context - continuations.LONGEST))
+        wanted = replace(wanted, state=min(wanted.state, context), tokens=tokens)
+    return replace(suite, perplexity=list(texts.values()), behaviour=wanted), lines
 
 
 def check(suite: suites.Suite, context: int | None) -> None:
@@ -58,8 +87,8 @@ def check(suite: suites.Suite, context: int | None) -> None:
     for spec in suite.perplexity:
         if context is not None and spec.length > context:
             raise InputError(
-                f"perplexity: blocks of {spec.length} tokens do not fit the model's context of {context}; use shorter "
-                "blocks"
+                f"perplexity: blocks of {spec.length} tokens do not fit the model's context of {context}; write a "
+                f"suite with length: {context}, or take one of the package, which is shortened: --suite smoke"
             )
     if suite.recall is not None:
         recall.check(suite.recall)

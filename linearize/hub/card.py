@@ -13,7 +13,7 @@ from linearize.checkpoint.reading import reading
 from linearize.checkpoint.sources import Located, relocate
 from linearize.errors import InputError
 from linearize.formats import markdown, plain
-from linearize.hub.names import is_repo_id, without_path
+from linearize.hub.names import is_repo_id
 from linearize.model.sizes import text_sizes
 from linearize.results.schema import COLUMNS
 from linearize.results.table import markdown_table

@@ -78,6 +78,22 @@ def documents(source: Data) -> Documents:
     return _by_datasets(source, None)
 
 
+def check(source: Data, whole: bool = True) -> None:
+    """Refuse a data set that cannot be read, before work that needs it.
+
+    Args:
+        source: part of a recipe's data.
+        whole: open it, from the Hub too; without, only see whether local files are there.
+
+    Raises:
+        InputError: as `documents`.
+    """
+    if whole:
+        documents(source)
+    else:
+        _files(source.path)
+
+
 @contextmanager
 def _plain_name(folder: str) -> Iterator[tuple[str, str]]:
     """A folder under a name that ``datasets`` takes for no pattern, with links to its files, and one to write to."""

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 
 from linearize.checkpoint import adapters
+from linearize.checkpoint.describe import check_positions
 from linearize.checkpoint.open import is_adapter, open_model
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
@@ -82,6 +83,7 @@ class Loop:
         self.divided = accelerator.distributed_type in DIVIDED
         set_seed(stage.seed)
         self.plain = open_student(folder, stage)
+        check_positions(self.plain, stage.seq_len, f"train.{stage.name}")
         self.teacher = Teacher(
             self.plain, stage, folder, accelerator.device, self.autocast, data.distinct(),
             lambda mine: bool(self._sum([mine])[0]) if self.divided else mine, accelerator.is_main_process,

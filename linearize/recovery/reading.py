@@ -7,6 +7,7 @@ from torch import Tensor
 
 from linearize.checkpoint import manifest
 from linearize.checkpoint.companions import copy_companions
+from linearize.checkpoint.describe import check_positions
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
 from linearize.checkpoint.open import is_adapter, open_model, open_tokenizer, pick_device
 from linearize.checkpoint.reading import read_json
@@ -58,6 +59,7 @@ def read(folder: Path, wanted: recipes.Recipe, settings: Reading) -> tuple[Any, 
         raise InputError(f"{folder}: these are adapters; fold them in first: linearize merge {folder} --out DIR")
     check_memory(8 * settings.tokens, f"tokens: {settings.tokens:,} of them in one piece", "read fewer")
     model: Any = open_model(folder).eval()
+    check_positions(model, settings.seq_len, type(settings).__name__.lower())
     ids = blocks(wanted.data, open_tokenizer(folder), settings.seq_len, settings.tokens // settings.seq_len)
     return model.to(pick_device()), ids[:]
 

@@ -36,6 +36,18 @@ OTHER = {"linearize", "_name_or_path", "transformers_version", "auto_map", "arch
 """Keys of a configuration that do not change what the source computes."""
 
 
+def check_top_k(stage: Stage, config: Any) -> None:
+    """Refuse to keep more tokens of a distribution than it has.
+
+    Raises:
+        InputError: says how many there are.
+    """
+    if stage.top_k and stage.top_k > (size := config.get_text_config().vocab_size):
+        raise InputError(
+            f"train.{stage.name}.top_k: found {stage.top_k}; expected at most the vocabulary, {size} tokens"
+        )
+
+
 class Teacher:
     """The source, for one stage of training.
 
@@ -65,8 +77,7 @@ class Teacher:
         self.device, self.autocast = device, autocast
         self.known, self.about = None, ""
         if k := stage.top_k:
-            if k > (size := student.config.get_text_config().vocab_size):
-                raise InputError(f"train.{stage.name}.top_k: found {k}; expected at most the vocabulary, {size} tokens")
+            check_top_k(stage, student.config)
             # The same name in all processes; only one of them reads all weights for it.
             name = [source_hash(folder, student.config, k, stage.temperature, stage.dtype) if is_main else None]
             if distributed.is_available() and distributed.is_initialized():

@@ -151,7 +151,7 @@ def svg(plot: Callable[[Any], None], label: str, height: float = 3.0) -> str:
     # The same file from the same numbers; charts of one page share no names.
     with rc_context({**STYLE, "svg.hashsalt": label}), warnings.catch_warnings():
         # Letters that matplotlib's own font lacks: the browser, which draws the text, has others.
-        warnings.filterwarnings("ignore", message="Glyph")
+        warnings.filterwarnings("ignore", message="Glyph|constrained_layout")  # or a name too long for the picture
         figure = Figure(figsize=(5, height), layout="constrained")
         plot(figure.subplots())
         written = io.StringIO()

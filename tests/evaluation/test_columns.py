@@ -89,7 +89,7 @@ def test_a_model_with_a_vision_tower_is_compared(gemma: Path, tmp_path: Path) ->
     assert answer["columns"]["student"]["recall"][-1]["skipped"] == "the model's context is 512"
     models = opener(gemma)
     with models.column("student") as model:
-        assert int(speed.prompt(model, 2000, seed=0).max()) == 383 and speed.positions(model) is None
+        assert int(speed.prompt(model, 2000, seed=0).max()) == 383 and speed.learned_positions(model) is None
     # Of an architecture that names its sizes in another way.
     other = student_of(save_source(tmp_path / "gpt2", "gpt2", vocab_size=400), tmp_path / "wide")
     with pytest.raises(InputError, match="has 400 tokens and the student 384.* --against"):

@@ -114,10 +114,10 @@ def test_a_stretched_cache_is_as_large_as_one_that_has_read_everything() -> None
 
 
 def test_learned_positions_are_found_and_what_lies_beyond_them_is_left_out(tmp_path: Path, asked: list) -> None:
-    assert speed.positions(tiny_model("gpt2", max_position_embeddings=64)) == 64
+    assert speed.learned_positions(tiny_model("gpt2", max_position_embeddings=64)) == 64
     opt = tiny_model("opt", ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=48)
-    assert speed.positions(opt) == 64
-    assert speed.positions(tiny_model("llama", vocab_size=1024)) is None
+    assert speed.learned_positions(opt) == 64
+    assert speed.learned_positions(tiny_model("llama", vocab_size=1024)) is None
     source = save_source(tmp_path / "gpt2", "gpt2", max_position_embeddings=64)
     folder = converted(source, tmp_path / "student")
     answer = bench(folder, contexts=[32, 64], steps=3, progress=False)
