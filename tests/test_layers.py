@@ -21,7 +21,7 @@ ROWS = [
     {"checkpoint"},
     {"conversion", "recovery", "results"},
     {"evaluation", "reporting", "hub", "generation"},
-    {"pipeline"},
+    {"doctor", "pipeline"},
     {"verbs"},
     {"cli"},
     {"train"},

@@ -32,6 +32,27 @@ def inspect(
 
 
 @app.command()
+def doctor(
+    folder: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Model folder, GGUF file or Hub id.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what this machine and a model can do, and why not more; exits with 2 if something cannot be opened.
+
+    \b
+    Example:
+      linearize doctor runs/demo/merged
+    """
+    from linearize.doctor import text
+
+    report = verbs.doctor(folder)
+    show(report, as_json, text(report))
+    if not report["ok"]:
+        raise typer.Exit(2)
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.", show_default=False)] = None,
     as_json: Json = False,

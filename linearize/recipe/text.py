@@ -38,7 +38,7 @@ def read_yaml(path: Path, where: object = None) -> dict[str, Any]:
     values = parse_yaml(content, where)
     if not isinstance(values, dict):
         held = "nothing" if values is None else f"{type(values).__name__}"
-        raise InputError(f"{where}: found {held}; expected a mapping, with a key and a value on each line")
+        raise InputError(f"{where}: holds no mapping; found {held}; expected keys, each with a value")
     return values
 
 
@@ -65,9 +65,13 @@ def parse_yaml(text: str | bytes, where: object) -> Any:
         if isinstance(error, InputError):
             raise
         reason = shorten(" ".join(str(error).split("; use sys.")[0].split()), 200, placeholder=" ...")
-        raise InputError(f"{where}: not valid YAML ({reason}); a value with special characters needs quotes") from error
+        raise InputError(
+            f"{where}: cannot be read as YAML (not valid YAML: {reason}); a value with special characters needs quotes"
+        ) from error
     except RecursionError as error:
-        raise InputError(f"{where}: not valid YAML (nested too deep); a recipe or suite has five levels") from error
+        raise InputError(
+            f"{where}: cannot be read as YAML (nested too deep); a recipe or suite has five levels"
+        ) from error
 
 
 def _size(node: yaml.Node, where: object, known: dict[int, int]) -> int:
