@@ -13,7 +13,7 @@ import traceback
 import warnings
 
 from linearize.cli import conversion, evaluation, listings, recovery, use
-from linearize.cli.app import DEBUG, app, is_main
+from linearize.cli.app import DEBUG, HandedOn, app, is_main
 from linearize.errors import InputError
 from linearize.formats import plain
 from linearize.launch import stoppable
@@ -36,7 +36,17 @@ def main() -> None:
     # A dependency that warns of changes to come in another dependency tells the user nothing; the tests catch them.
     warnings.simplefilter("ignore", FutureWarning)
     try:
-        _run()
+        try:
+            app()
+        except HandedOn as error:
+            raise error.__cause__ or error from None
+        except SystemExit as ended:
+            if isinstance(ended.__context__, BrokenPipeError):  # so does rich
+                raise ended.__context__ from None
+            if isinstance(ended.code, str):  # a library gave up
+                raise RuntimeError(ended.code) from ended
+            sys.stdout.flush()
+            raise
     except BrokenPipeError:  # what reads stdout has seen enough: `| head`
         with contextlib.suppress(OSError):  # the interpreter flushes it once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,22 +63,6 @@ def main() -> None:
             traceback.print_exc()
         print(plain(f"Error: {error if expected else _fault(error)}", lines=True), file=sys.stderr)
         raise SystemExit(2 if expected else 70) from None
-
-
-def _run() -> None:
-    """Run the application. Of what ends it, typer turns a broken pipe and the end of a file into exit code 1."""
-    try:
-        app()
-    except SystemExit as ended:
-        cause = ended.__context__
-        if isinstance(cause, BrokenPipeError):
-            raise cause from None
-        if ended.code == 1 and cause is not None and isinstance(cause.__cause__, EOFError):
-            raise cause.__cause__ from None
-        if isinstance(ended.code, str):
-            raise RuntimeError(ended.code) from ended
-        sys.stdout.flush()
-        raise
 
 
 def _fault(error: Exception) -> str:

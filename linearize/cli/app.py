@@ -1,17 +1,43 @@
 """The application that all verbs belong to, the options that several of them take, and how they print."""
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from linearize.formats import plain
 
+
+class HandedOn(Exception):
+    """Carries, as its cause, an exception that typer would turn into exit code 1, which is an answer of ours."""
+
+
+class _Group(TyperGroup):
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _handing_on():  # help is printed here
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _handing_on():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _handing_on() -> Iterator[None]:
+    try:
+        yield
+    except (BrokenPipeError, EOFError) as error:
+        raise HandedOn from error
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Turn a pretrained language model into a linear-recurrent one, recover it, and measure what was lost.",
     no_args_is_help=True,
     add_completion=False,

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from linearize.errors import InputError
-from linearize.formats import format_bytes
+from linearize.formats import format_bytes, plain
 
 Points = list[tuple[int, float, int]]
 """Of one model: context, seconds per token and bytes of the cache."""
@@ -46,7 +46,8 @@ def draw(model: dict[str, Any], target: Path) -> Path:
     """
     figure = _figure(target, 11, 4.5)
     origin = model["source"]
-    figure.suptitle(Path(model["path"]).name + (f", from {origin['id']}" if origin else ""))
+    title = plain(Path(model["path"]).name + (f", from {origin['id']}" if origin else ""))
+    figure.suptitle(title, parse_math=False)
     layers, cache = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_layers(layers, model["layers"])
     _draw_cache(cache, model["cache"]["contexts"])
