@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from html import escape
 from reprlib import Repr
 from typing import Any
 
@@ -57,7 +58,7 @@ def plain(text: object, lines: bool = False) -> str:
 
 def markdown(text: object) -> str:
     """Text of a stranger as Markdown that shows it, also in a cell of a table: `plain`, with what is syntax escaped."""
-    return re.sub(r"[\\`*\[\]<>|~$&!#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", plain(text))
+    return re.sub(r"[\\`*\[\]|~$!#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", escape(plain(text), quote=False))
 
 
 _REPR = Repr()

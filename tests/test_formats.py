@@ -26,7 +26,7 @@ def test_plain(text: str, shown: str) -> None:
     ("text", "shown"),
     [
         ("a | b\n| c", r"a \| b\\n\| c"),
-        ("<script>", r"\<script\>"),
+        ("<script> &lt;", "&lt;script&gt; &amp;lt;"),
         ("[x](http://y) `z` *b*", r"\[x\](http://y) \`z\` \*b\*"),
         ("embedded_arc_easy (acc)", "embedded_arc_easy (acc)"),
         ("_a_ $b$ ~~c~~", r"\_a\_ \$b\$ \~\~c\~\~"),

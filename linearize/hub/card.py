@@ -12,7 +12,7 @@ from linearize.checkpoint.open import open_config
 from linearize.checkpoint.reading import reading
 from linearize.checkpoint.sources import Located, relocate
 from linearize.errors import InputError
-from linearize.formats import markdown, plain
+from linearize.formats import each_string, markdown, plain
 from linearize.hub.names import is_repo_id
 from linearize.model.sizes import text_sizes
 from linearize.results.schema import COLUMNS
@@ -58,7 +58,7 @@ def write_card(
     source, layers = block.get("source") or {}, list(block.get("layers", {}).values())
     base = adapter_of or source.get("id") or ""
     base_id = base if is_repo_id(base) else None
-    licence = _licence(source)
+    licence, results = each_string(_licence(source), plain), each_string(results, plain)
     mixers = sorted({str(mixer["name"]) for mixer in layers})
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe or ""))])
     name = (repo or folder.resolve().name).split("/")[-1]
