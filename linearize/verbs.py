@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from linearize.checkpoint.open import load as load
     from linearize.conversion.export import export as export
     from linearize.conversion.plan import Plan
-    from linearize.doctor import doctor as doctor
+    from linearize.diagnosis import doctor as doctor
     from linearize.evaluation.evaluate import evaluate as evaluate
     from linearize.generation import generate as generate
     from linearize.hub.push import push as push
@@ -38,7 +38,7 @@ _HOMES = {
     **dict.fromkeys(("MIXERS", "build_config"), "model.mixers"),
     "InputError": "errors",
     "branches": "model.branches",
-    "doctor": "doctor",
+    "doctor": "diagnosis",
     "evaluate": "evaluation.evaluate",
     "export": "conversion.export",
     "generate": "generation",

@@ -44,7 +44,7 @@ def doctor(
     Example:
       linearize doctor runs/demo/merged
     """
-    from linearize.doctor import text
+    from linearize.diagnosis import text
 
     report = verbs.doctor(folder)
     show(report, as_json, text(report))

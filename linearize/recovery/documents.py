@@ -83,13 +83,13 @@ def check(source: Data, whole: bool = True) -> None:
 
     Args:
         source: part of a recipe's data.
-        whole: open it, from the Hub too; without, only see whether local files are there.
+        whole: read its first document, from the Hub too; without, only see whether local files are there.
 
     Raises:
         InputError: as `documents`.
     """
     if whole:
-        documents(source)
+        next(documents(source).read(_ignore), None)
     else:
         _files(source.path)
 
