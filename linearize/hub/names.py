@@ -104,7 +104,7 @@ def named(file: str, content: bytes) -> bytes:
         return content
     is_yaml = file.endswith(".yaml")
     with reading(file, "cannot be read", "write the folder again"):
-        before = parse_yaml(content, file) if is_yaml else json.loads(content)
+        before = parse_yaml(content, file, "write the folder again") if is_yaml else json.loads(content)
         after = values(file, before)
     if after == before:
         return content

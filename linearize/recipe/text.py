@@ -42,12 +42,13 @@ def read_yaml(path: Path, where: object = None) -> dict[str, Any]:
     return values
 
 
-def parse_yaml(text: str | bytes, where: object) -> Any:
+def parse_yaml(text: str | bytes, where: object, advice: str = "a value with special characters needs quotes") -> Any:
     """What YAML text stands for.
 
     Args:
         text: a whole file or one value.
         where: it was given, for errors.
+        advice: what to do where it is no YAML.
 
     Raises:
         InputError: it is no valid YAML, too large, or grows too large with its aliases written out; a key is given
@@ -65,9 +66,7 @@ def parse_yaml(text: str | bytes, where: object) -> Any:
         if isinstance(error, InputError):
             raise
         reason = shorten(" ".join(str(error).split("; use sys.")[0].split()), 200, placeholder=" ...")
-        raise InputError(
-            f"{where}: cannot be read as YAML (not valid YAML: {reason}); a value with special characters needs quotes"
-        ) from error
+        raise InputError(f"{where}: cannot be read as YAML (not valid YAML: {reason}); {advice}") from error
     except RecursionError as error:
         raise InputError(
             f"{where}: cannot be read as YAML (nested too deep); a recipe or suite has five levels"
