@@ -53,8 +53,8 @@ def _spoil_json(name: str, **changes: Any) -> Callable[[Path], None]:
     return spoil
 
 
-def _template(template: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / "chat_template.jinja").write_text(template) and None
+def _template(template: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "chat_template.jinja").write_text(template)
 
 
 def _another_token(folder: Path) -> None:

@@ -49,7 +49,7 @@ def test_check_and_dry_run_say_the_same(learned: Path, tmp_path: Path) -> None:
 
 
 def test_train_itself_refuses_what_nobody_looked_for(learned: Path, tmp_path: Path) -> None:
-    model = linearize.convert(learned, tmp_path / "0", window=16)
+    model = Path(str(linearize.convert(learned, tmp_path / "0", window=16)))
     for stage in (linearize.train, linearize.calibrate):
         with pytest.raises(InputError, match=r"seq_len: found 1024; .* learned positions for 256"):
             stage(model, tmp_path / "1")
@@ -82,6 +82,6 @@ def test_a_suite_of_the_package_is_shortened_to_the_context() -> None:
 
 @pytest.mark.slow
 def test_the_default_suite_on_a_short_context(learned: Path, tmp_path: Path) -> None:
-    model = linearize.convert(learned, tmp_path / "0", window=16)
+    model = Path(str(linearize.convert(learned, tmp_path / "0", window=16)))
     results = linearize.evaluate(model, limit=2, columns=["source", "student"], progress=False)
     assert results["settings"]["suite"]["perplexity"] == [{"text": "wikitext2_valid", "length": 256, "blocks": 16}]

@@ -132,7 +132,9 @@ class Reading:
     @model_validator(mode="after")
     def _fills_a_block(self) -> "Reading":
         if self.tokens < self.seq_len:
-            raise ValueError(f"{self.tokens} tokens do not fill one block of {self.seq_len} (seq_len)")
+            raise ValueError(
+                f"found too little text: {self.tokens} tokens do not fill one block of {self.seq_len} (seq_len)"
+            )
         return self
 
 
