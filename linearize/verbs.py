@@ -105,8 +105,9 @@ def convert(
     wanted = recipes.from_dict(recipes.to_dict(recipes.resolve(str(model), changes, recipe)), given, "command line")
 
     from linearize import pipeline
+    from linearize.checkpoint import tokenizer_files
     from linearize.checkpoint.atomic import check_output
-    from linearize.checkpoint.sources import check_tokenizer, locate
+    from linearize.checkpoint.sources import locate
     from linearize.conversion.convert import convert as run
     from linearize.conversion.plan import plan
 
@@ -115,7 +116,8 @@ def convert(
     target = Path(out) if out is not None else recipes.run_folder(wanted) / "0-converted"
     if dry_run:  # what the real run would refuse before it writes, and what the stages after it would
         check_output(target, overwrite, [located.path])
-        check_tokenizer(located)
+        if located.gguf is None:
+            tokenizer_files.check(located.path)
         planned = replace(planned, later=pipeline.problems(wanted))
     if on_plan is not None:
         on_plan(planned, target)
