@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
@@ -17,6 +16,7 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 
 from linearize.checkpoint import remote_code, shards
+from linearize.checkpoint import text as agreed
 from linearize.checkpoint.describe import cache_sizes, is_new, text_sizes
 from linearize.checkpoint.open import bases, is_adapter, open_config, open_tokenizer
 from linearize.checkpoint.reading import read_json, reason
@@ -37,7 +37,6 @@ VARIABLES = (
     *("OMP_NUM_THREADS", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION"),
 )
 OK, WARNING, BROKEN = "ok", "warning", "broken"
-SECONDS = 10.0
 """For a chat template, which somebody else wrote: one with nested loops takes for ever."""
 Row = dict[str, str]
 
@@ -267,12 +266,9 @@ def _tokenizer(path: Path, config: Any, tensors: dict[str, shards.Tensor] | None
     named = r"embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight"
     held = [each.shape[0] for name, each in (tensors or {}).items() if name.endswith(named) and ".mixer." not in name]
     rows = min([rows, *held])
-    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    beyond = agreed.beyond(tokenizer.get_vocab(), rows)
     if beyond:
-        those = ", ".join(f"{token!r} ({index})" for index, token in beyond[:5]) + " ..." * (len(beyond) > 5)
-        advice = "call model.resize_token_embeddings(len(tokenizer)) and save both"
-        text = f"{len(beyond)} of its tokens lie beyond the {rows:,} rows of the embedding: {those}; {advice}"
-        yield _row("tokenizer", text, WARNING)
+        yield _row("tokenizer", agreed.beyond_said(beyond, rows), WARNING)
     else:
         yield _row("tokenizer", f"{len(tokenizer):,} tokens, {rows:,} rows of the embedding")
     yield _template(tokenizer)
@@ -282,26 +278,16 @@ def _tokenizer(path: Path, config: Any, tensors: dict[str, shards.Tensor] | None
 def _template(tokenizer: Any) -> Row:
     if not tokenizer.chat_template:
         return _row("chat template", "none: prompts are continued as they are")
-    answers: dict[str, str] = {}
-
-    def render() -> None:
-        for name, roles in {"user": ["user"], "system": ["system", "user"]}.items():
+    refused = {}
+    for roles in (["user"], ["system", "user"]):
+        try:
             messages = [{"role": role, "content": "Hello"} for role in roles]
-            try:
-                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                answers[name] = ""
-            except Exception as error:  # whatever its author wrote
-                answers[name] = reason(error)
-
-    thread = threading.Thread(target=render, daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    if thread.is_alive():
-        return _row("chat template", f"does not come to an end within {SECONDS:.0f} s", WARNING)
-    if answers["user"]:
-        return _row("chat template", f"raises ({answers['user']}); generate --raw goes without it", WARNING)
-    refused = f", refuses a system message ({answers['system']})" if answers["system"] else ""
-    return _row("chat template", f"renders{refused}")
+            agreed.render(tokenizer, messages, add_generation_prompt=True)
+        except InputError as error:
+            refused[roles[0]] = str(error)
+    if "user" in refused:
+        return _row("chat template", refused["user"].removeprefix("chat template: "), WARNING)
+    return _row("chat template", "renders" + ", but takes no system message" * bool(refused))
 
 
 def _ends(path: Path, config: Any, tokenizer: Any) -> Row:

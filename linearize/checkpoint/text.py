@@ -25,14 +25,25 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return embedding.weight.shape[0]
 
 
-def beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:
+def beyond(vocabulary: dict[str, int], rows: int) -> dict[str, int]:
     """The tokens for which an embedding has no row, by their text.
 
     Args:
-        tokenizer: any.
+        vocabulary: of a tokenizer.
         rows: of the embedding.
     """
-    return {token: number for token, number in sorted(tokenizer.get_vocab().items()) if number >= rows}
+    return {token: number for token, number in sorted(vocabulary.items()) if number >= rows}
+
+
+def beyond_said(tokens: dict[str, int], rows: int) -> str:
+    """A sentence about what `beyond` found."""
+    named = ", ".join(f"{token!r} ({number})" for token, number in list(tokens.items())[:5])
+    named += " ..." * (len(tokens) > 5)
+    return (
+        f"{len(tokens)} of its tokens lie beyond the {rows:,} rows of the embedding: {named}; "
+        "a text with one of them is refused; call model.resize_token_embeddings(len(tokenizer)) on the source and save "
+        "both to have rows for them"
+    )
 
 
 def fit_padding(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

@@ -14,8 +14,11 @@ WAYS += ("sentencepiece.bpe.model", "tekken.json")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
 
-def check(folder: Path) -> None:
+def check(folder: Path) -> dict[str, int]:
     """Check that a folder holds a tokenizer, that its files are whole, and that they are the folder's own.
+
+    Returns:
+        Its tokens and their ids, as far as tokenizer.json has them.
 
     Raises:
         InputError: no known tokenizer file is in the folder, or one is damaged or a link that leaves it.
@@ -32,4 +35,5 @@ def check(folder: Path) -> None:
     file = folder / "tokenizer.json"
     if file.is_file():
         with reading(file, "the tokenizer cannot be read", "copy its files from the model's page"):
-            Tokenizer.from_file(str(file))
+            return Tokenizer.from_file(str(file)).get_vocab()
+    return {}

@@ -1,8 +1,9 @@
 """The command line: each verb reads its arguments, calls one function and prints what it returns.
 
 Results go to stdout, as text or with ``--json`` as JSON; plans, progress and errors go to stderr. Exit codes: 0 done,
-1 a comparison fell short, 2 bad input, 70 a fault of this package, 130 interrupted, 141 nobody reads stdout any more.
-Everything heavy is imported inside the verbs, so that ``--help`` answers at once.
+1 a comparison fell short, 2 bad input, 70 a fault of this package, 129, 130 and 143 stopped by SIGHUP, SIGINT and
+SIGTERM, 141 nobody reads stdout any more. Everything heavy is imported inside the verbs, so that ``--help`` answers at
+once.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import warnings
 
 from linearize.cli import conversion, evaluation, listings, recovery, use
 from linearize.cli.app import DEBUG, HandedOn, app, is_main
-from linearize.errors import InputError
+from linearize.errors import InputError, disk_error
 from linearize.formats import plain
 from linearize.launch import stoppable
 
@@ -35,6 +36,7 @@ def main() -> None:
     """Run the command line; bad input ends in one paragraph on stderr and exit code 2, a fault of ours in 70."""
     # A dependency that warns of changes to come in another dependency tells the user nothing; the tests catch them.
     warnings.simplefilter("ignore", FutureWarning)
+    warnings.formatwarning = lambda message, *_: f"Warning: {message}\n"
     try:
         try:
             app()
@@ -56,6 +58,9 @@ def main() -> None:
             print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
+        said = disk_error(error)
+        if said is not None:  # where nobody has said more
+            error = InputError(f"{said}; free some space, or name a folder that can be read and written")
         expected = isinstance(error, InputError)
         if not is_main():  # the main process mostly says the same, and its launcher ends this one meanwhile
             time.sleep(SECONDS_TO_SAY_IT)

@@ -19,11 +19,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from linearize import progress
-from linearize.checkpoint import atomic, copying, fit, manifest, remote_code, shards, tokenizer_files
+from linearize.checkpoint import atomic, copying, fit, manifest, remote_code, shards, text, tokenizer_files
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.shards import Tensor
 from linearize.checkpoint.sources import Located, fetch, materialise
 from linearize.conversion.plan import build, build_source, new_tensors
+from linearize.model.sizes import text_sizes
 from linearize.recipe.load import to_yaml
 from linearize.recipe.schema import Recipe
 from linearize.version import __version__
@@ -65,8 +66,10 @@ def convert(
     out = Path(out)
     atomic.check_output(out, overwrite, [located.path])
     model = build(located, recipe)
-    if located.gguf is None:
-        tokenizer_files.check(located.path)
+    vocabulary = tokenizer_files.check(located.path) if located.gguf is None else {}
+    rows = text_sizes(model.config).vocabulary
+    if beyond := text.beyond(vocabulary, rows):
+        warnings.warn(f"{located.path}: tokenizer: {text.beyond_said(beyond, rows)}", stacklevel=2)
     located = fetch(located, allow_pickle)
     dtype = None if recipe.convert.dtype == "auto" else getattr(torch, recipe.convert.dtype)
     pickles = shards.pickles(located.path) if allow_pickle and not located.gguf else []

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from linearize.checkpoint.atomic import sweep, whole_file
+from linearize.checkpoint.text import check_ids
 from linearize.errors import InputError, disk_error
 from linearize.progress import byte_progress
 from linearize.recipe.schema import Data
@@ -100,7 +101,13 @@ class Blocks(Sequence):
 
 
 def blocks(
-    sources: Sequence[Data], tokenizer: Any, seq_len: int, count: int, seed: int = 0, hold: bool = False
+    sources: Sequence[Data],
+    tokenizer: Any,
+    seq_len: int,
+    count: int,
+    seed: int = 0,
+    hold: bool = False,
+    vocabulary: int | None = None,
 ) -> Blocks:
     """Tokenise a mixture of data sets and lay out the blocks of a run.
 
@@ -111,6 +118,7 @@ def blocks(
         count: blocks in the run.
         seed: of the order.
         hold: as in :class:`Blocks`.
+        vocabulary: rows of the model's embedding, which every token must have one of; None does not look.
 
     Returns:
         The blocks, in the order of the run.
@@ -123,6 +131,8 @@ def blocks(
     rows = []
     for source in sources:
         row = tokens(source, tokenizer)
+        if vocabulary is not None:
+            check_ids(torch.from_numpy(row.max(keepdims=True).astype(np.int64)), vocabulary, tokenizer, source.path)
         needed = seq_len * (1 + hold)
         if len(row) < needed:
             each = f"one block needs {seq_len}" + f", one more is held back, so {needed} are needed" * hold

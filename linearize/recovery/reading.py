@@ -12,6 +12,7 @@ from linearize.checkpoint.manifest import MANIFEST, write_manifest
 from linearize.checkpoint.open import is_adapter, open_model, open_tokenizer, pick_device
 from linearize.checkpoint.reading import read_json
 from linearize.errors import InputError
+from linearize.model.sizes import text_sizes
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import Reading
 from linearize.recovery.data import blocks
@@ -60,7 +61,8 @@ def read(folder: Path, wanted: recipes.Recipe, settings: Reading) -> tuple[Any, 
     check_memory(8 * settings.tokens, f"tokens: {settings.tokens:,} of them in one piece", "read fewer")
     model: Any = open_model(folder).eval()
     check_positions(model, settings.seq_len, type(settings).__name__.lower())
-    ids = blocks(wanted.data, open_tokenizer(folder), settings.seq_len, settings.tokens // settings.seq_len)
+    count, vocabulary = settings.tokens // settings.seq_len, text_sizes(model.config).vocabulary
+    ids = blocks(wanted.data, open_tokenizer(folder), settings.seq_len, count, vocabulary=vocabulary)
     return model.to(pick_device()), ids[:]
 
 

@@ -33,6 +33,7 @@ from linearize.checkpoint.manifest import MANIFEST, write_manifest
 from linearize.checkpoint.open import bases, is_adapter, open_config, open_tokenizer
 from linearize.checkpoint.reading import read_json
 from linearize.errors import InputError
+from linearize.model.sizes import text_sizes
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import OPTIMIZERS, Recipe, Stage
 from linearize.recovery.data import blocks
@@ -112,7 +113,8 @@ def _train(
     tokenizer = open_tokenizer(folder)
     _check_memory(chosen, folder, accelerator.device)
     with accelerator.local_main_process_first():  # one process tokenises, the others find it done
-        data = blocks(wanted.data, tokenizer, chosen.seq_len, steps * chosen.batch, chosen.seed, hold=chosen.watch > 0)
+        count, rows = steps * chosen.batch, text_sizes(open_config(folder)).vocabulary
+        data = blocks(wanted.data, tokenizer, chosen.seq_len, count, chosen.seed, chosen.watch > 0, rows)
     loop = Loop(accelerator, chosen, folder, data, steps)
     checkpoints = Checkpoints(loop, work)
     check_space(work, checkpoints.bytes())

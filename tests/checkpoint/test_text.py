@@ -47,7 +47,7 @@ def test_padding_that_has_no_row(model, tokenizer, tmp_path: Path):
     expected = answer(model, tiny_tokenizer(), ["Hello", "The river rose"]).texts
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id == ROWS
-    assert text.beyond(tokenizer, ROWS) == {"[PAD]": ROWS}
+    assert text.beyond(tokenizer.get_vocab(), ROWS) == {"[PAD]": ROWS}
     folder = written(model, tokenizer, tmp_path / "model")
     assert generate(folder, ["Hello", "The river rose"], max_new_tokens=6, temperature=0).texts == expected
     assert load(folder)[1].pad_token_id < ROWS  # what the evaluation pads with
