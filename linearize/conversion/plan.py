@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from linearize.checkpoint import fit, shards
 from linearize.checkpoint.describe import cache_sizes
+from linearize.checkpoint.room import check_memory
 from linearize.checkpoint.sources import Located, read_config
 from linearize.conversion import probe
 from linearize.formats import format_bytes
@@ -16,6 +17,7 @@ from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.mixers import build_config
 from linearize.model.modeling import linearize_
+from linearize.model.sizes import state_bytes, text_sizes
 from linearize.recipe.schema import Recipe
 
 
@@ -119,7 +121,19 @@ def build(located: Located, recipe: Recipe) -> PreTrainedModel:
         kept = architectures.check_layers(paths, layers["keep"], model.config)
         layers = [layer for layer in architectures.full_layers(paths, model.config) if layer not in kept]
     chosen = {"full": None, "all": list(paths)}.get(layers, layers) if isinstance(layers, str) else layers
-    return linearize_(model, recipe.convert.mixer, chosen, source=located.to_dict())
+    linearize_(model, recipe.convert.mixer, chosen, source=located.to_dict())
+    _check_window(model, recipe.convert.mixer)
+    return model
+
+
+def _check_window(model: PreTrainedModel, mixer: dict[str, Any]) -> None:
+    """Refuse a window that no machine holds the cache of; one that is wider than the text can be is waste enough."""
+    window, context = build_config(mixer).window, text_sizes(model.config).context
+    if context is not None and window > context:
+        where = (
+            f"convert.mixer.window: {window:,} tokens, where the model's context is {context:,}; the cache of one row"
+        )
+        check_memory(state_bytes(model.config, 1)["linearized"], where, f"a window of {context:,} sees everything")
 
 
 def new_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

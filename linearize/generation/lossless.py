@@ -9,6 +9,7 @@ student alone.
 How many tokens are drafted is decided anew in every round, from measured times and from how many were accepted.
 """
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from linearize.checkpoint.adapters import Switch
@@ -114,6 +115,7 @@ class Lossless:
     counts: Counts = field(default_factory=Counts)
     pace: Pace = field(default_factory=Pace)
     _cache: Any = None
+    _streamer: Any = None
     _read: list[int] = field(default_factory=list)  # by the student
 
     def __post_init__(self) -> None:
@@ -146,14 +148,30 @@ class Lossless:
         located = locate(source, recipes=False) if source else relocate(model.config.linearize["source"])
         return cls(model, load_source(located, model.dtype)[0].to(model.device))
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the source, drafted; arguments of transformers' own."""
+    def generate(self, inputs: Tensor, streamer: Any = None, tokenizer: Any = None, **kwargs: Any) -> Any:
+        """`generate` of the source, drafted.
+
+        Args:
+            inputs: int64 [1, tokens].
+            streamer: takes the prompt and then the new tokens.
+            tokenizer: finds the `stop_strings` of the generation_config.
+            **kwargs: of transformers' own.
+        """
+        # transformers keeps these two from a custom way of decoding.
+        config = kwargs.get("generation_config")
+        if tokenizer is not None and config is not None and config.stop_strings:
+            kwargs["generation_config"] = config = copy.copy(config)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer, config.stop_strings)])
+            config.stop_strings = None
+        if streamer is not None:
+            streamer.put(inputs.cpu())
+        self._streamer = streamer
         with torch.no_grad(), self._as(student=False):
-            return (self.source or self.model).generate(*args, custom_generate=self, **kwargs)
+            return (self.source or self.model).generate(inputs, custom_generate=self, **kwargs)
 
     def __call__(
         self, model: Any, input_ids: Tensor, *, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
-        streamer: Any = None, **kwargs: Any,
+        **kwargs: Any,
     ) -> GenerateDecoderOnlyOutput:  # fmt: skip
         """Write tokens until one of the criteria stops it.
 
@@ -163,7 +181,6 @@ class Lossless:
             logits_processor: of transformers.
             stopping_criteria: of transformers.
             generation_config: whether tokens are drawn, and how many at most.
-            streamer: takes them one by one.
             **kwargs: `past_key_values`, the source's cache.
 
         Raises:
@@ -183,8 +200,8 @@ class Lossless:
             for index in range(drafts.shape[1] + 1):
                 token = self._pick(logits_processor(ids, logits[:, index].float()), generation_config.do_sample)
                 ids = torch.cat([ids, token[:, None]], 1)
-                if streamer is not None:
-                    streamer.put(token.cpu())
+                if self._streamer is not None:
+                    self._streamer.put(token.cpu())
                 stopped = bool(stopping_criteria(ids, None).all())
                 if stopped or index == drafts.shape[1] or int(token) != int(drafts[0, index]):
                     break
@@ -202,8 +219,8 @@ class Lossless:
             start_time = time.perf_counter()
             logits = self._pass(model, torch.cat([ids[:, -1:], drafts], 1), cache, number + 1)
             self.pace.saw_pass(number + 1, time.perf_counter() - start_time)
-        if streamer is not None:
-            streamer.end()
+        if self._streamer is not None:
+            self._streamer.end()
         return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)  # type: ignore[arg-type]
 
     # --- the source

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from linearize.checkpoint.atomic import sweep, whole_file
+from linearize.checkpoint.room import check_memory
 from linearize.checkpoint.text import check_ids
 from linearize.errors import InputError, disk_error
 from linearize.progress import byte_progress
 from linearize.recipe.schema import Data
 from linearize.recovery.documents import PIECE, Documents, Text, documents, is_local
-from linearize.recovery.room import check_memory
 
 DOCUMENTS_AT_ONCE = 256
 TAIL = 1 << 12

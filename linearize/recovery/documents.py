@@ -24,10 +24,10 @@ from pyarrow import parquet
 
 from linearize.checkpoint.copying import sha256
 from linearize.checkpoint.reading import reading
+from linearize.checkpoint.room import check_memory
 from linearize.errors import InputError, suggest
 from linearize.recipe.resources import package_folder
 from linearize.recipe.schema import Data
-from linearize.recovery.room import check_memory
 
 READERS = (".txt", ".jsonl", ".json", ".parquet")
 AT_ONCE = 256

@@ -11,12 +11,12 @@ from linearize.checkpoint.describe import check_positions
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
 from linearize.checkpoint.open import is_adapter, open_model, open_tokenizer, pick_device
 from linearize.checkpoint.reading import read_json
+from linearize.checkpoint.room import check_memory
 from linearize.errors import InputError
 from linearize.model.sizes import text_sizes
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import Reading
 from linearize.recovery.data import blocks
-from linearize.recovery.room import check_memory
 
 KEPT = ("source", "training", "merged", "calibration", "selection")
 """Facts of a manifest that a folder made from another one keeps."""

@@ -32,6 +32,7 @@ from linearize.checkpoint.atomic import (
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
 from linearize.checkpoint.open import bases, is_adapter, open_config, open_tokenizer
 from linearize.checkpoint.reading import read_json
+from linearize.checkpoint.room import check_memory
 from linearize.errors import InputError
 from linearize.model.sizes import text_sizes
 from linearize.recipe import load as recipes
@@ -41,7 +42,6 @@ from linearize.recovery.loop import DIVIDED, Loop
 from linearize.recovery.memory import Watch
 from linearize.recovery.monitor import BOARD, LOG, Monitor
 from linearize.recovery.resume import Checkpoints, content, differences, interrupted, made_with
-from linearize.recovery.room import check_memory
 
 DECIDED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
