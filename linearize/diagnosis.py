@@ -332,7 +332,7 @@ def _engines(located: Located, config: Any, tensors: dict[str, shards.Tensor] | 
         return
     ways = ["transformers with linearize installed"]
     if getattr(config, "auto_map", None) and (located.path / remote_code.FILE).is_file():
-        ways.append("transformers alone with trust_remote_code=True")
+        ways.append("transformers alone, by the code that it brings along")
     new = [name for name in tensors or {} if is_new(name)]
     if tensors is not None and not new:
         ways.append("vLLM, llama.cpp and others, with softmax attention, after linearize export --to source")

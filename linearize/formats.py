@@ -81,3 +81,8 @@ def each_string(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {each_string(key, change): each_string(item, change) for key, item in value.items()}
     return [each_string(item, change) for item in value] if isinstance(value, list) else value
+
+
+def code(text: object) -> str:
+    """Text of strangers as code within a line of Markdown."""
+    return f"`{plain(str(text)).replace('`', chr(39))}`"

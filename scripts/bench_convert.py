@@ -20,6 +20,7 @@ import torch
 from bench_common import Cell
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize.checkpoint.atomic import check_space
@@ -53,7 +54,7 @@ def write_source(folder: Path, shape: str, shard_bytes: int) -> int:
     check_space(folder, 3 * size)
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")  # looked for, never read
+    Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))  # looked at, and copied
     for file, names in split.filename_to_tensors.items():
         shard = {name: torch.empty(tensors[name].shape, dtype=torch.bfloat16).normal_(std=0.02) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})

@@ -44,7 +44,7 @@ def reading(where: object, problem: str, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, NameError):  # the latter is a fault of ours
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

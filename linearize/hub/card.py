@@ -12,7 +12,7 @@ from linearize.checkpoint.open import open_config
 from linearize.checkpoint.reading import reading
 from linearize.checkpoint.sources import Located, relocate
 from linearize.errors import InputError
-from linearize.formats import each_string, markdown, plain
+from linearize.formats import code, each_string, markdown, plain
 from linearize.hub.names import is_repo_id
 from linearize.model.sizes import text_sizes
 from linearize.results.schema import COLUMNS
@@ -86,7 +86,7 @@ def write_card(
         total=None if adapter_of else text_sizes(open_config(folder)).layers,
         code="auto_map" in config,
         foreign=_warning(foreign) if foreign else None,
-        licence=plain(licence["license"]).replace("`", "'") if "license" in licence else None,
+        licence=code(licence["license"]) if "license" in licence else None,
         table=markdown_table(results) if results else None,
         columns=[(name, COLUMNS[name]) for name in (results or {}).get("columns", ())],
         recipe=plain(recipe.strip(), lines=True) if recipe else None,
@@ -98,7 +98,7 @@ def write_card(
 def _warning(foreign: Sequence[str]) -> str:
     """What the card says of code that others wrote."""
     return (
-        f"**Foreign code**: {', '.join(map(markdown, foreign))} came with the tokenizer of the source.\n"
+        f"**Foreign code**: {', '.join(map(code, foreign))} came with the tokenizer of the source.\n"
         "Linearize neither wrote nor checked it; read it before you pass `trust_remote_code=True`."
     )
 

@@ -42,7 +42,7 @@ def written(model, ids: Tensor, tokens: int = 40, **how) -> list[int]:
     return output.sequences[0].tolist()
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(length=st.integers(1, 4 * W), seed=st.integers(0, 99), always=st.sampled_from([None, 1, 2, 5, 12]))
 @pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_it_writes_what_the_source_writes(model, how: dict, length: int, seed: int, always: int | None) -> None:

@@ -288,6 +288,6 @@ def test_what_no_memory_holds_is_refused_before_the_work(model, text, tmp_path, 
 
 @pytest.mark.parametrize("verb", [calibrate, select])
 def test_text_that_no_memory_holds_is_refused_before_the_work(model, text, tmp_path, verb):
-    with pytest.raises(InputError, match=r"tokens: 1,000,.* of them in one piece needs .* memory, and this machine"):
-        verb(model, recipe_for(text), tmp_path / "out", tokens=10**15, seq_len=32)
+    with pytest.raises(InputError, match=r"tokens: 100,000,.* of them in one piece needs .* memory, and this machine"):
+        verb(model, recipe_for(text), tmp_path / "out", tokens=10**14, seq_len=32)
     assert not list(tmp_path.glob("*out*"))
