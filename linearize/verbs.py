@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from linearize.checkpoint.open import load as load
     from linearize.conversion.export import export as export
     from linearize.conversion.plan import Plan
-    from linearize.diagnosis import doctor as doctor
+    from linearize.evaluation.diagnosis import doctor as doctor
     from linearize.evaluation.evaluate import evaluate as evaluate
+    from linearize.generation import Chat as Chat
+    from linearize.generation import Lossless as Lossless
+    from linearize.generation import chat as chat
     from linearize.generation import generate as generate
     from linearize.hub.push import push as push
     from linearize.model.branches import branches as branches
@@ -36,22 +39,24 @@ Name = str | Path
 _HOMES = {
     **dict.fromkeys(("LinearizedConfig", "LinearizedForCausalLM", "linearize_"), "model.modeling"),
     **dict.fromkeys(("MIXERS", "build_config"), "model.mixers"),
+    **dict.fromkeys(("Chat", "Lossless", "chat", "generate"), "generation"),
     "InputError": "errors",
     "branches": "model.branches",
-    "doctor": "diagnosis",
+    "doctor": "evaluation.diagnosis",
     "evaluate": "evaluation.evaluate",
     "export": "conversion.export",
-    "generate": "generation",
     "load": "checkpoint.open",
     "merge": "recovery.merge",
     "push": "hub.push",
+    "push_plan": "hub.push:plan",
 }
-"""Public names that live where their work is done, and are imported at the first use."""
+"""Names that live where their work is done, and are imported at the first use."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(f"linearize.{_HOMES[name]}"), name)
+        home, _, inside = _HOMES[name].partition(":")
+        return getattr(import_module(f"linearize.{home}"), inside or name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,7 +1,6 @@
 """What a model folder is made of, read from its configuration and the headers of its weights."""
 
 import copy
-import json
 import math
 import re
 from pathlib import Path
@@ -14,11 +13,9 @@ from linearize.checkpoint import fit, shards
 from linearize.checkpoint.reading import AGAIN, read_json
 from linearize.checkpoint.sources import Located, fetch, locate, read_config
 from linearize.errors import InputError
-from linearize.formats import aligned, format_bytes, ranges
 from linearize.model.sizes import state_bytes, text_sizes
 
 CONTEXTS = (1024, 4096, 8192, 32768, 131072)
-_COUNTS = ("parameters", "new_parameters")
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
@@ -136,51 +133,6 @@ def inspect(model: str | Path | Located) -> dict[str, Any]:
         "layers": _layers(_with_block(config), tensors),
         "cache": cache_sizes(config),
     }
-
-
-def text(description: dict[str, Any]) -> str:
-    """What `inspect` returned, for a terminal: one fact per line, then the layers as a table, equal ones together."""
-    parameters = (
-        ""
-        if description["parameters"] is None
-        else f"{description['parameters']:,}, {description['new_parameters']:,} new; "
-    )
-    origin = description["source"]
-    rows = [
-        ("folder", description["path"]),
-        ("type", description["model_type"] + (f", from {origin['id']} ({origin['model_type']})" if origin else "")),
-        ("parameters", f"{parameters}{format_bytes(description['bytes'])} {' '.join(description['dtypes'])}".rstrip()),
-        *(
-            (
-                f"cache at {row['context'] // 1024}K",
-                f"{format_bytes(row['linearized'])} (source {format_bytes(row['source_kv'])})",
-            )
-            for row in description["cache"]["contexts"]
-        ),
-    ]
-    if "adapter" in description:
-        adapter = description["adapter"]
-        rows.insert(1, ("adapter", f"{adapter['peft_type']}, r {adapter['r']}, {adapter['parameters']:,} parameters"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", *_table(description["layers"])])
-
-
-def _table(layers: list[dict[str, Any]]) -> list[str]:
-    """Lines of a table; layers that differ in nothing but their number share a row."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in layers:
-        groups.setdefault(json.dumps({key: value for key, value in row.items() if key != "layer"}), []).append(row)
-    own = ("layer", "mixer", "window", "sinks", "bytes", "cache_32k", *_COUNTS)
-    table: list[tuple[str, ...]] = [
-        ("layers", "mixer", "window", "sinks", "parameters", "new", "bytes", "cache at 32K", "settings")
-    ]
-    for rows in groups.values():
-        row = rows[0]
-        settings = "" if row["mixer"] == "softmax" else ", ".join(f"{k} {v}" for k, v in row.items() if k not in own)
-        reach = [str(row.get(key, "-")) if row["mixer"] != "softmax" else "-" for key in ("window", "sinks")]
-        counts = [f"{row[key]:,}" for key in _COUNTS] + [format_bytes(row[key]) for key in ("bytes", "cache_32k")]
-        table.append((ranges([each["layer"] for each in rows]), row["mixer"], *reach, *counts, settings))
-    return aligned(table)
 
 
 def _inspect_adapter(file: Path) -> dict[str, Any]:

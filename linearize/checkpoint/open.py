@@ -86,7 +86,8 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     folder = _folder(name, weights=False)
     links.check(folder)
     with reading(name, "has no usable tokenizer", "copy the source's tokenizer files into it"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        opened = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = text.check_tokenizer(opened)
     text.fit_padding(tokenizer, text_sizes(open_config(name)).vocabulary)
     return tokenizer
 

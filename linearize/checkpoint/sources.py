@@ -9,6 +9,7 @@ from linearize.checkpoint import packages, tokenizer_files
 from linearize.checkpoint.atomic import put_back
 from linearize.checkpoint.links import hub_id, own
 from linearize.checkpoint.reading import AGAIN, read_json, reading
+from linearize.checkpoint.text import check_tokenizer
 from linearize.errors import InputError, suggest
 
 if TYPE_CHECKING:
@@ -274,6 +275,7 @@ def load_tokenizer(located: Located) -> "PreTrainedTokenizerBase":
             trust_remote_code=False,
             **({"gguf_file": located.gguf} if located.gguf else {}),
         )
+        check_tokenizer(tokenizer)
     if located.gguf:
         config = read_config(located)
         # The header states no length for the tokenizer, and transformers then takes 10^30. Special tokens it states by

@@ -19,6 +19,12 @@ TEMPLATE_SECONDS = 5.0
 """Until a chat template that has not ended is taken for one that never will."""
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Let a tokenizer that was just opened write and read a word: bad settings of its own show only then."""
+    tokenizer.decode(tokenizer("a b")["input_ids"], skip_special_tokens=True)
+    return tokenizer
+
+
 def embedding_rows(model: PreTrainedModel) -> int:
     """How many token ids a model can embed."""
     embedding: Any = model.get_input_embeddings()

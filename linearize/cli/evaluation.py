@@ -74,11 +74,10 @@ def _launched(
     as_json: bool,
     target: Path | None,
     read: bool,
-) -> dict[str, Any]:
-    """Run `eval` under `accelerate launch`; returns its results if they are to be `read` again."""
+) -> dict[str, Any] | Path:
+    """Run `eval` under `accelerate launch`; returns the file of its results if they are to be `read` again."""
     from linearize.evaluation import suite as suites
     from linearize.launch import launch
-    from linearize.results import file as results_file
 
     if read and target is None:
         raise InputError("--fail-under: with several processes it reads the results file; name one by --out")
@@ -86,7 +85,7 @@ def _launched(
     suites.check_columns(columns.split(",") if columns else suites.load(options["suite"]).columns, "columns")
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
     launch("eval", flags, "linearize.cli", ["eval", str(folder), *given, *["--resume"] * resume, *["--json"] * as_json])
-    return results_file.read(target) if target is not None and read else {}
+    return target if target is not None and read else {}
 
 
 @app.command()

@@ -23,12 +23,12 @@ def inspect(
     Example:
       linearize inspect runs/demo/merged --json
     """
-    from linearize.checkpoint.describe import text
+    from linearize.reporting.terminal import inspection
 
     description = verbs.inspect(folder, plot)
     if plot is not None:
         note(f"picture: {plot}")
-    show(description, as_json, text(description))
+    show(description, as_json, inspection(description))
 
 
 @app.command()
@@ -44,7 +44,7 @@ def doctor(
     Example:
       linearize doctor runs/demo/merged
     """
-    from linearize.diagnosis import text
+    from linearize.evaluation.diagnosis import text
 
     report = verbs.doctor(folder)
     show(report, as_json, text(report))
@@ -135,9 +135,9 @@ def archs(
       linearize archs --probe my-org/my-model --tiny
     """
     if probe is None:
-        from linearize.model.architectures import record
+        from linearize.conversion.probe import architectures
 
-        known = record()
+        known = architectures.record()
         return show(known, as_json, None if as_json else _architectures(known))
     from linearize.conversion import probe as probing
     from linearize.recipe import load

@@ -37,11 +37,9 @@ def generate(
     if prompt is None:
         if as_json:
             raise InputError("generate --json: needs --prompt; a chat on the terminal is not one result")
-        from linearize.generation import Chat, Lossless, chat
-
         model, tokenizer = verbs.load(folder)
-        drafting = Lossless.of(folder, model) if lossless else None
-        chat(Chat(model, tokenizer, system=system, drafting=drafting, **settings), sys.stdin, sys.stdout)
+        drafting = verbs.Lossless.of(folder, model) if lossless else None
+        verbs.chat(verbs.Chat(model, tokenizer, system=system, drafting=drafting, **settings), sys.stdin, sys.stdout)
         return
     stream = None if as_json else sys.stdout
     answer = verbs.generate(folder, prompt, system=system, raw=raw, lossless=lossless, stream=stream, **settings)
@@ -71,8 +69,6 @@ def push(
       linearize push runs/demo/merged --repo my-org/smollm2-135m-gla --dry-run
     """
     if dry_run and as_json:
-        from linearize.hub.push import plan
-
-        return show(plan(folder, repo, with_code).to_dict(), as_json)
+        return show(verbs.push_plan(folder, repo, with_code).to_dict(), as_json)
     answer = verbs.push(folder, repo, private=private, dry_run=dry_run, message=message, with_code=with_code)
     show({"url": answer}, as_json, answer)

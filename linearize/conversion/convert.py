@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
-from transformers import __version__ as transformers_version
 
 from linearize import progress
 from linearize.checkpoint import atomic, copying, fit, manifest, remote_code, shards, text, tokenizer_files
@@ -27,7 +26,6 @@ from linearize.conversion.plan import build, build_source, new_tensors
 from linearize.model.sizes import text_sizes
 from linearize.recipe.load import to_yaml
 from linearize.recipe.schema import Recipe
-from linearize.version import __version__
 
 _STAGE = ".source"  # inside the unfinished folder: weights of a source that is no safetensors folder
 
@@ -112,7 +110,7 @@ def _files(tensors: Mapping[str, Tensor]) -> list[Path]:
 def _key(read: list[Path], recipe: Recipe, link: bool) -> str:
     """What decides names and bytes of the shards: those of a killed run are used again if all of it is the same."""
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
-    return json.dumps([stamps, asdict(recipe.convert), link, __version__])
+    return json.dumps([stamps, asdict(recipe.convert), link, manifest.versions()["linearize"]])
 
 
 def _cast(model: PreTrainedModel, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -214,5 +212,5 @@ def _facts(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     return {
         "source": model.config.linearize["source"],
         "recipe_sha256": copying.sha256(folder / "recipe.yaml"),
-        "versions": {"linearize": __version__, "torch": torch.__version__, "transformers": transformers_version},
+        "versions": manifest.versions(),
     }

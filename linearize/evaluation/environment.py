@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-import linearize.version
 from linearize.recipe.resources import package_folder
 
 PACKAGES = ("linearize", "torch", "transformers", "tokenizers", "peft", "lm_eval", "datasets", "numpy")
@@ -49,7 +48,7 @@ def embedded_sha256(names: list[str]) -> dict[str, str]:
 
 def commit() -> str | None:
     """Commit of this package's checkout, with `+changes` if files differ from it; None when installed from a wheel."""
-    root = Path(linearize.version.__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "-uno"])

@@ -1,5 +1,6 @@
 """The comparison, and its speed alone, as tables on the terminal."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -8,11 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from linearize.formats import each_string, format_bytes, plain
+from linearize.formats import aligned, each_string, format_bytes, plain, ranges
 from linearize.results.file import presenting
 from linearize.results.numbers import fixed
 from linearize.results.table import Table as Content
 from linearize.results.table import lay_out, speed_cell, speed_left_out
+
+_COUNTS = ("parameters", "new_parameters")
 
 
 def show(results: dict[str, Any], console: Console | None = None) -> None:
@@ -129,3 +132,48 @@ def _stdout() -> Console:
     console = Console()
     console.width = console.width if console.is_terminal else max(console.width, 100)
     return console
+
+
+def inspection(description: dict[str, Any]) -> str:
+    """What `inspect` returned, for a terminal: one fact per line, then the layers as a table, equal ones together."""
+    parameters = (
+        ""
+        if description["parameters"] is None
+        else f"{description['parameters']:,}, {description['new_parameters']:,} new; "
+    )
+    origin = description["source"]
+    rows = [
+        ("folder", description["path"]),
+        ("type", description["model_type"] + (f", from {origin['id']} ({origin['model_type']})" if origin else "")),
+        ("parameters", f"{parameters}{format_bytes(description['bytes'])} {' '.join(description['dtypes'])}".rstrip()),
+        *(
+            (
+                f"cache at {row['context'] // 1024}K",
+                f"{format_bytes(row['linearized'])} (source {format_bytes(row['source_kv'])})",
+            )
+            for row in description["cache"]["contexts"]
+        ),
+    ]
+    if "adapter" in description:
+        adapter = description["adapter"]
+        rows.insert(1, ("adapter", f"{adapter['peft_type']}, r {adapter['r']}, {adapter['parameters']:,} parameters"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", *_layers(description["layers"])])
+
+
+def _layers(layers: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table; layers that differ in nothing but their number share a row."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in layers:
+        groups.setdefault(json.dumps({key: value for key, value in row.items() if key != "layer"}), []).append(row)
+    own = ("layer", "mixer", "window", "sinks", "bytes", "cache_32k", *_COUNTS)
+    table: list[tuple[str, ...]] = [
+        ("layers", "mixer", "window", "sinks", "parameters", "new", "bytes", "cache at 32K", "settings")
+    ]
+    for rows in groups.values():
+        row = rows[0]
+        settings = "" if row["mixer"] == "softmax" else ", ".join(f"{k} {v}" for k, v in row.items() if k not in own)
+        reach = [str(row.get(key, "-")) if row["mixer"] != "softmax" else "-" for key in ("window", "sinks")]
+        counts = [f"{row[key]:,}" for key in _COUNTS] + [format_bytes(row[key]) for key in ("bytes", "cache_32k")]
+        table.append((ranges([each["layer"] for each in rows]), row["mixer"], *reach, *counts, settings))
+    return aligned(table)

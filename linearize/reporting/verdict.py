@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from linearize.errors import InputError, suggest
 from linearize.formats import format_bytes
+from linearize.results.file import read
 from linearize.results.numbers import interval, off_perplexity, percent
 from linearize.results.summary import recall_mean
 
@@ -97,13 +99,14 @@ def parse_limits(texts: list[str]) -> dict[str, float]:
     return limits
 
 
-def shortfalls(results: dict[str, Any], limits: dict[str, float]) -> list[str]:
+def shortfalls(results: dict[str, Any] | Path, limits: dict[str, float]) -> list[str]:
     """One line for every limit that the student does not keep, or of which nothing was measured.
 
     Args:
-        results: complete results.
+        results: complete results, or their file.
         limits: metric -> limit, see `parse_limits`.
     """
+    results = read(results) if isinstance(results, Path) else results
     lines = []
     for name, limit in limits.items():
         metric, bound = METRICS[name], "at least" if METRICS[name].higher_is_better else "at most"

@@ -16,6 +16,7 @@ from linearize.checkpoint import describe
 from linearize.checkpoint.describe import inspect
 from linearize.errors import InputError
 from linearize.reporting.plot import draw
+from linearize.reporting.terminal import inspection
 
 
 def test_inspect_reads_headers_only(qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +33,7 @@ def test_inspect_reads_headers_only(qwen3_folder: Path, tmp_path: Path, monkeypa
     assert described["source"]["id"] == "tiny-qwen3"
     growth = described["cache"]["bytes_per_token"]
     assert growth["linearized"] * 6 == growth["source_kv"] * 5
-    shown = describe.text(described)
+    shown = inspection(described)
     rows = {line.split("  ")[0]: line.split() for line in shown.splitlines()}
     assert rows["0-2, 4-5"][2:5] == ["softmax", "-", "-"]
     assert rows["3"][1:4] == ["gla", "32", "4"]
@@ -41,7 +42,7 @@ def test_inspect_reads_headers_only(qwen3_folder: Path, tmp_path: Path, monkeypa
     assert sum(layer["cache_32k"] for layer in described["layers"]) == at_32k["linearized"]
     assert "from tiny-qwen3 (qwen3)" in shown
     plain = inspect(qwen3_folder)
-    assert "linearize" not in describe.text(plain).replace(plain["path"], "")
+    assert "linearize" not in inspection(plain).replace(plain["path"], "")
     assert plain["source"] is None
     assert plain["parameters"] == described["parameters"]
     assert {row["linearized"] - row["source_kv"] for row in plain["cache"]["contexts"]} == {0}
@@ -60,11 +61,11 @@ def test_inspect_adapter_and_gguf(llama_folder: Path, tmp_path: Path) -> None:
     described = inspect(adapter)
     assert described["adapter"]["parameters"] == 8 * 48
     assert described["model_type"] == "linearized"
-    assert "LORA, r 8, 384 parameters" in describe.text(described)
+    assert "LORA, r 8, 384 parameters" in inspection(described)
     source = write_gguf(tmp_path / "tiny.gguf", tiny_model())
     described = inspect(source)
     assert described["bytes"] == source.stat().st_size
-    assert formats.format_bytes(described["bytes"]) in describe.text(described)
+    assert formats.format_bytes(described["bytes"]) in inspection(described)
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,8 @@ def jsonl(data: st.DataObject, made: Path, folder: Path) -> tuple[list[str], Che
             data.draw(st.sampled_from(["", "{", "[]", "7", "null", '{"text": 7}', '{"other": 1}'])),
         )
     replace(file, "\n".join(lines).encode("utf-8", "surrogatepass"))
-    read = lambda: [json.loads(line).get("text") for line in file.read_text().splitlines() if line.strip()]  # noqa: E731
+    rows_in = lambda line: row if isinstance(row := json.loads(line), list) else [row]  # noqa: E731
+    read = lambda: [row.get("text") for line in file.read_text().splitlines() if line.strip() for row in rows_in(line)]  # noqa: E731
     return ["calibrate", str(made / "convert"), "--set", f"data.0.path={file}", "--out", "OUT"], _same_tokens(
         file, made, read
     )

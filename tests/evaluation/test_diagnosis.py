@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 import linearize
 from linearize.cli import app
-from linearize.diagnosis import fla_backend, text
 from linearize.errors import InputError
+from linearize.evaluation.diagnosis import fla_backend, text
 
 
 def rows(report: dict[str, Any], part: str = "model") -> dict[str, dict[str, str]]:

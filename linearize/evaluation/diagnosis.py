@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from packaging.requirements import Requirement
 
-from linearize.checkpoint import remote_code, shards
+from linearize.checkpoint import manifest, remote_code, shards
 from linearize.checkpoint import text as agreed
 from linearize.checkpoint.describe import cache_sizes, is_new, text_sizes
 from linearize.checkpoint.open import bases, is_adapter, open_config, open_tokenizer
@@ -26,7 +26,6 @@ from linearize.formats import aligned, format_bytes, ranges
 from linearize.model import architectures
 from linearize.model.ops import BACKENDS, fla_backend
 from linearize.recovery.data import cache_folder
-from linearize.version import __version__
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "peft", "accelerate", "datasets"),
@@ -63,7 +62,7 @@ def doctor(folder: str | Path | None = None) -> dict[str, Any]:
     machine = [*_installed(versions), *_devices(), _kernels(), *_caches(), _autoload(), _variables()]
     model = [] if folder is None else _model(folder)
     return {
-        "linearize": __version__,
+        "linearize": manifest.versions()["linearize"],
         "versions": {"python": platform.python_version(), **versions},
         "machine": machine,
         "model": model,
