@@ -46,6 +46,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "export": "conversion.export",
     "load": "checkpoint.open",
+    "lossless_line": "generation.speed:line",
     "merge": "recovery.merge",
     "push": "hub.push",
     "push_plan": "hub.push:plan",
@@ -279,6 +280,7 @@ def bench(
     folder: Name, *,
     contexts: Sequence[int] = (1024, 8192, 32768), batches: Sequence[int] = (1,), steps: int = 12,
     source: str | None = None, out: Name | None = None, dtype: str = "auto", plot: Name | None = None,
+    lossless: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure speed and memory by context length, beside the source and the window control.
 
@@ -291,9 +293,10 @@ def bench(
         out: results file; None writes none.
         dtype: float32, bfloat16, float16, or auto: as in `folder`.
         plot: also draw it: FILE.png, .svg or .pdf.
+        lossless: measure lossless mode instead, on real text: `steps` tokens, batch 1, no picture.
 
     Returns:
-        Results, see `linearize.results.schema`; their columns hold `speed`.
+        Results, see `linearize.results.schema`; their columns hold `speed`. With `lossless`, see `generation.speed`.
 
     Raises:
         InputError: bad input.
@@ -301,6 +304,15 @@ def bench(
     Example:
         >>> linearize.bench("runs/demo/merged", contexts=[1024])["columns"]["student"]["speed"][0]["token_seconds"]
     """
+    if lossless:
+        from linearize.generation.speed import bench_lossless
+
+        if plot is not None or list(batches) != [1] or source is not None:
+            raise InputError(
+                "bench: lossless writes one text at a time, from the recorded source, and draws nothing; leave out "
+                "batches, source and plot"
+            )
+        return bench_lossless(folder, contexts, steps, dtype, out)
     from linearize.evaluation.evaluate import bench as run
     from linearize.reporting import terminal
     from linearize.reporting.plot import check_target, draw_speed

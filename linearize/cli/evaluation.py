@@ -98,6 +98,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Results file to write.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as in DIR.")] = "auto",
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: FILE.png, .svg or .pdf.")] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Measure lossless mode, on real text, instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure speed and memory by context length, beside the source and the window control.
@@ -108,12 +109,14 @@ def bench(
     """
     results = verbs.bench(
         folder, contexts=_numbers("--contexts", contexts), batches=_numbers("--batches", batches), steps=steps,
-        source=source, out=out, dtype=dtype, plot=plot,
+        source=source, out=out, dtype=dtype, plot=plot, lossless=lossless,
     )  # fmt: skip
     if plot is not None:
         note(f"picture: {plot}")
     if as_json:
         show(results, as_json)
+    elif lossless:
+        print("\n".join(verbs.lossless_line(row) for row in results["rows"]))
     else:
         from linearize.reporting import terminal
 

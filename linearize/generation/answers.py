@@ -213,7 +213,7 @@ def chat(chat: Chat, lines: Iterator[str], out: TextIO = sys.stdout) -> list[Mes
 # --- one call of transformers' generate
 
 
-class _Clock(BaseStreamer):
+class Clock(BaseStreamer):
     """Notes when tokens arrive, and passes them to a text streamer if there is one. Takes batches, unlike that."""
 
     def __init__(self, text: TextStreamer | None):
@@ -286,7 +286,7 @@ class _Decoder:
 
     def __call__(
         self, ids: list[torch.Tensor], seed: int | None, stream: TextIO | None, cache: Cache | None = None
-    ) -> tuple[list[torch.Tensor], _Clock, Cache]:
+    ) -> tuple[list[torch.Tensor], Clock, Cache]:
         """Generate for prompts of different lengths.
 
         Args:
@@ -303,7 +303,7 @@ class _Decoder:
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
         if seed is not None:
             torch.manual_seed(seed)
-        clock = _Clock(_FileStreamer(self.tokenizer, stream) if stream else None)
+        clock = Clock(_FileStreamer(self.tokenizer, stream) if stream else None)
         said = ", ".join(
             f"{key} {value!r:.60}" for key, value in self.settings.to_diff_dict().items() if key in FOLLOWED
         )

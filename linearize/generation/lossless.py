@@ -82,12 +82,21 @@ class Pace:
 
 @dataclass
 class Counts:
-    """What happened: passes of the source behind the prompt, tokens drafted, kept, and written."""
+    """What happened.
+
+    Attributes:
+        passes: of the source, over the prompt and behind it.
+        drafted: tokens.
+        kept: of these.
+        written: tokens.
+        reading: seconds in which the student read text that it did not write.
+    """
 
     passes: int = 0
     drafted: int = 0
     kept: int = 0
     written: int = 0
+    reading: float = 0.0
 
     @property
     def per_pass(self) -> float:
@@ -286,8 +295,11 @@ class Lossless:
                 logits = self._pass(self.model, new, self._cache, 1)
                 if index == 0 and not self.is_recording:
                     self._cache.activate_past_recording()
+                seconds = time.perf_counter() - start
                 if new.shape[1] == 1:
-                    self.pace.saw_draft(1, time.perf_counter() - start)
+                    self.pace.saw_draft(1, seconds)
+                elif new.shape[1] > MOST + 1:
+                    self.counts.reading += seconds
                 self._read = written[0].tolist()
                 token = logits_processor(written, logits[:, -1].float()).argmax(-1)
                 written = torch.cat([written, token[:, None]], 1)

@@ -150,3 +150,14 @@ def test_mixers_whose_drafts_cannot_be_taken_back() -> None:
         Lossless(liger)
     with pytest.raises(InputError, match="lossless: llama is no linearized model"):
         Lossless(tiny_model(layers=1))
+
+
+def test_it_is_measured(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    results = linearize.bench(folders["adapters"], lossless=True, contexts=[40, 200], steps=12, out=tmp_path / "r.json")
+    assert [row["context"] for row in results["rows"]] == [40, 200]
+    for row in results["rows"]:
+        assert row["same"] and row["tie"] is None
+        assert row["ratio"]["lossless"] > 0 and 1 <= row["per_pass"] and 0 <= row["kept"] <= 1
+    assert (tmp_path / "r.json").exists()
+    with pytest.raises(InputError, match="lossless writes one text at a time"):
+        linearize.bench(folders["adapters"], lossless=True, batches=[2])
