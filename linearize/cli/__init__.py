@@ -59,7 +59,8 @@ def main() -> None:
         raise SystemExit(130) from None
     except Exception as error:
         said = disk_error(error)
-        if said is not None:  # where nobody has said more
+        own = FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError  # rather a fault of ours
+        if said is not None and not isinstance(error, own):  # where nobody has said more
             error = InputError(f"{said}; free some space, or name a folder that can be read and written")
         expected = isinstance(error, InputError)
         if not is_main():  # the main process mostly says the same, and its launcher ends this one meanwhile

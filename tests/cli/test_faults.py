@@ -26,7 +26,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, error: BaseException, *before: str) -
 @pytest.mark.parametrize(
     "error",
     [KeyError("x"), RuntimeError("a\nb\x1b[31m"), AssertionError(), EOFError("short"), RecursionError("deep"),
-     OSError(28, "No space left"), SystemExit("library gave up"), ExceptionGroup("several", [ValueError("x")])],
+     OSError(2, "No such file"), SystemExit("library gave up"), ExceptionGroup("several", [ValueError("x")])],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
 def test_a_fault_is_one_line_and_says_what_to_report(error: BaseException, monkeypatch, capsys) -> None:
@@ -35,6 +35,12 @@ def test_a_fault_is_one_line_and_says_what_to_report(error: BaseException, monke
     text = capsys.readouterr()
     assert not text.out and text.err.count("\n") == 1 and "\x1b" not in text.err and "Traceback" not in text.err
     assert "linearize doctor" in text.err and "linearize --debug" in text.err
+
+
+@pytest.mark.parametrize("number", [28, 13, 30, 5])
+def test_what_the_file_system_refuses_is_no_fault(number: int, monkeypatch, capsys) -> None:
+    assert ended(monkeypatch, OSError(number, "told", "/somewhere")) == 2
+    assert "/somewhere; free some space, or name a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", ["option", "variable"])

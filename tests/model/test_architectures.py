@@ -162,6 +162,7 @@ def test_layers_that_slide_a_window_stay_unless_asked(tmp_path: Path) -> None:
     assert len(linearize_(model_of("mistral"), mixer).config.linearize["layers"]) == 6
 
 
+@pytest.mark.filterwarnings("ignore:.*of its tokens lie beyond")
 def test_a_vision_tower_is_kept_and_the_text_part_converts(tmp_path: Path) -> None:
     small = probe.shrink(CONFIG_MAPPING["gemma3"]())
     small.text_config.sliding_window, small.image_token_index, small.mm_tokens_per_image = 16, 7, 4

@@ -14,9 +14,10 @@ from helpers.tiny import TEXT, tiny_tokenizer
 from pyarrow import parquet
 from tokenizers import normalizers, pre_tokenizers, processors
 
+from linearize.checkpoint import room
 from linearize.errors import InputError
 from linearize.recipe.schema import Data
-from linearize.recovery import data, documents, room
+from linearize.recovery import data, documents
 from linearize.recovery.data import blocks, tokens
 
 
