@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from linearize.conversion.plan import Plan
     from linearize.evaluation.diagnosis import doctor as doctor
     from linearize.evaluation.evaluate import evaluate as evaluate
-    from linearize.generation import Chat as Chat
-    from linearize.generation import Lossless as Lossless
-    from linearize.generation import chat as chat
     from linearize.generation import generate as generate
     from linearize.hub.push import push as push
     from linearize.model.branches import branches as branches
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
     from linearize.model.modeling import linearize_ as linearize_
     from linearize.recipe.schema import Recipe
     from linearize.recovery.merge import merge as merge
+    from linearize.reporting.page import report as report
 
 Name = str | Path
 """A folder, a file, a recipe or a Hub id."""
@@ -50,6 +48,7 @@ _HOMES = {
     "merge": "recovery.merge",
     "push": "hub.push",
     "push_plan": "hub.push:plan",
+    "report": "reporting.page",
 }
 """Names that live where their work is done, and are imported at the first use."""
 
@@ -323,32 +322,6 @@ def bench(
     if plot is not None:
         draw_speed(terminal.speed_panels(results), Path(plot))
     return results
-
-
-def report(files: Name | Sequence[Name], out: Name | None = None) -> Path:
-    """Write results as one HTML page, or compare several models of the same source.
-
-    Args:
-        files: one results file, or several.
-        out: page to write; None: report.html beside a single file.
-
-    Returns:
-        The page.
-
-    Raises:
-        InputError: a file cannot be read, they cannot be compared, or several are given without `out`.
-
-    Example:
-        >>> linearize.report(["runs/a/results.json", "runs/b/results.json"], out="compared.html")
-    """
-    from linearize.reporting import page
-    from linearize.results import file as results_file
-
-    paths = [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
-    if out is None and len(paths) > 1:
-        raise InputError(f"report: {len(paths)} files make one page; say by --out where to write it")
-    target = Path(out) if out is not None else page.beside(paths[0])
-    return page.write([results_file.read(file) for file in paths], target)
 
 
 def inspect(folder: Name, plot: Name | None = None) -> dict[str, Any]:

@@ -4,15 +4,18 @@ Nothing is loaded from elsewhere and nothing needs JavaScript. `page.html.jinja`
 (names of models, tasks, machines) is escaped there. What was not measured is left out.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from linearize.checkpoint.atomic import write_text
+from linearize.errors import InputError
 from linearize.formats import each_string, plain
 from linearize.reporting import sections, verdict
 from linearize.reporting.view import view
+from linearize.results import file as results_file
 from linearize.results.file import presenting
 
 SECTIONS = (
@@ -68,3 +71,26 @@ def _render(reports: list[dict[str, Any]]) -> str:
     ]
     content = {make.__name__: make(shown) for make in SECTIONS}
     return environment.get_template("page.html.jinja").render(view=shown, verdicts=verdicts, **content).lstrip()
+
+
+def report(files: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write results as one HTML page, or compare several models of the same source.
+
+    Args:
+        files: one results file, or several.
+        out: page to write; None: report.html beside a single file.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: a file cannot be read, they cannot be compared, or several are given without `out`.
+
+    Example:
+        >>> linearize.report(["runs/a/results.json", "runs/b/results.json"], out="compared.html")
+    """
+    paths = [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
+    if out is None and len(paths) > 1:
+        raise InputError(f"report: {len(paths)} files make one page; say by --out where to write it")
+    target = Path(out) if out is not None else beside(paths[0])
+    return write([results_file.read(file) for file in paths], target)

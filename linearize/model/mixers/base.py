@@ -11,103 +11,20 @@ closed. liger: 0.5·window + 0.5·recurrence over all tokens (arXiv 2503.01496).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache
 
 from ..cache import LinearizedCacheLayer, Stack, cache_layer
 from ..decoding import Step
-from ..ops.rows import Rows
 from ..ops.window import slot_attention, window_attention
+from ..passes import Branch, Context, Pass
 from ..tokens import Geometry, Tokens
 from .config import MixerConfig
-
-
-@dataclass
-class Context:
-    """What the surroundings know about one call.
-
-    Attributes:
-        layer_idx: the layer's index in the cache.
-        scaling: the source's, of scores q·k.
-        softcap: the source's, or None.
-        extra: the source's logits without a value [H], or None.
-        unrotate: queries or keys -> the same before RoPE, fp32.
-        rows: left-aligned view of a padded or packed batch, or None.
-        cache: the Cache to continue and update, or None.
-        branch: all | window (without the memory) | memory (without the window).
-        attend: the source's own attention over (q, k, v), for the control; y [B, H, T, V].
-        steps: layer index -> the decoding step it shares with other layers, and its index among them.
-    """
-
-    layer_idx: int
-    scaling: float
-    softcap: float | None
-    extra: Tensor | None
-    unrotate: Callable[[Tensor], Tensor]
-    rows: Rows | None
-    cache: Cache | None
-    branch: str
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    steps: dict[int, tuple[Step, int]] = field(default_factory=dict)
-
-
-class Branch(NamedTuple):
-    """What the window or the recurrence alone gives.
-
-    Attributes:
-        y: [B, H, T, V].
-        log_weight: [B, H, T] fp32, the log of the sum of its weights, by which it shares one softmax with the other
-            branch: the window's log-sum-exp; None where it shares none.
-    """
-
-    y: Tensor
-    log_weight: Tensor | None
-
-
-class _Pass(NamedTuple):
-    """The tokens of one forward pass, as rows that start at their first real token.
-
-    Attributes:
-        q: [B, H, T, K].
-        query: of `Mixer.query`, [B, H, T, ·].
-        x: of `Tokens`, [B, G, T, ·].
-        real: [B, T] bool, or None where all are.
-        lengths: int64 [B], real tokens.
-    """
-
-    q: Tensor
-    query: Tensor
-    x: Tensor
-    real: Tensor | None
-    lengths: Tensor
-
-    def parted(self, last: int) -> "tuple[_Pass, _Pass, Callable[[Tensor, Tensor], Tensor]]":
-        """All but the last so many tokens of each row, those, and what puts their outputs together again."""
-        first = (self.lengths - last).clamp(min=0)
-        n = int(first.max())
-        index = first[:, None] + torch.arange(last, device=first.device)
-
-        def take(x: Tensor) -> Tensor:
-            return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-        before, behind = None, None
-        if self.real is not None:
-            before = torch.arange(n, device=first.device) < first[:, None]
-            behind = self.real.gather(1, index)
-
-        def put_together(y: Tensor, z: Tensor) -> Tensor:
-            whole = F.pad(y, (0, 0, 0, self.q.shape[2] - n))
-            return whole.scatter(2, index[:, None, :, None].expand(-1, z.shape[1], -1, z.shape[3]), z)
-
-        head = _Pass(self.q[:, :, :n], self.query[:, :, :n], self.x[:, :, :n], before, first)
-        rest = _Pass(take(self.q), take(self.query), take(self.x), behind, self.lengths - first)
-        return head, rest, put_together
 
 
 class Mixer(nn.Module):
@@ -296,7 +213,7 @@ class Mixer(nn.Module):
         if rows is not None:
             q, query, tokens.x = (rows.gather(x) for x in (q, query, tokens.x))
             real, lengths = rows.valid, rows.valid.sum(1)
-        block = _Pass(q, query, tokens.x, real, lengths)
+        block = Pass(q, query, tokens.x, real, lengths)
         if layer is None:
             y = self._join(*self._block(block, context, None)[:2], q, context)
         elif layer.rollback and block.q.shape[2] > layer.rollback:
@@ -310,7 +227,7 @@ class Mixer(nn.Module):
                 layer.batch_select_indices(rows.last)
         return y if rows is None else rows.scatter(y)
 
-    def _cached(self, block: "_Pass", context: Context, layer: LinearizedCacheLayer, certain: bool) -> Tensor:
+    def _cached(self, block: "Pass", context: Context, layer: LinearizedCacheLayer, certain: bool) -> Tensor:
         """A block of tokens behind those in the cache, which then holds them too; y [B, H, T, V].
 
         Args:
@@ -340,7 +257,7 @@ class Mixer(nn.Module):
         """Window and recurrence as they are before they are joined, for rows that start here and have no padding;
         None for one that is off or has seen no token. Arguments as of `forward`."""
         query, tokens = self._prepare(q, k, v, context)
-        return self._block(_Pass(q, query, tokens.x, None, q.new_empty(0)), context, None)[:2]
+        return self._block(Pass(q, query, tokens.x, None, q.new_empty(0)), context, None)[:2]
 
     def _prepare(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tokens]:
         query = self.query(q, context) if self.recurrent else q
@@ -348,7 +265,7 @@ class Mixer(nn.Module):
         return query, Tokens.join(k, v, kept, k.new_ones(*k.shape[:3], 1), self.geometry)
 
     def _block(
-        self, block: "_Pass", context: Context, past: LinearizedCacheLayer | None
+        self, block: "Pass", context: Context, past: LinearizedCacheLayer | None
     ) -> tuple[Branch | None, Branch | None, tuple[Tensor, ...]]:
         """Several tokens at once: both branches, and the state after the last real token of each row."""
         W, s = self.window, self.sinks
