@@ -62,8 +62,8 @@ def main() -> None:
     head += ("student reads, s", "same text")
     accepted = max(row["pace"]["accepted"] for each in measured.values() for row in each["rows"] if row["drafted"])
     lines = [
-        f"{given.tokens} greedy tokens behind WikiText-2 validation, batch 1, {torch.get_num_threads()} threads; tokens",
-        "per second of writing, what the student reads before it drafts within them, best of two turns.",
+        f"{given.tokens} greedy tokens behind WikiText-2 validation, batch 1, {torch.get_num_threads()} threads;",
+        "tokens per second of writing, what the student reads before it drafts within them, best of two turns.",
         *common.table(head, table),
         "",
         "Computed, not measured: where the bytes of weights (bf16) and cache are all that a step costs, with the "
