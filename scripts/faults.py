@@ -236,11 +236,11 @@ class Campaign:
             self.count(row, "tracebacks", run, f"{note} exit code {run.code}")
         return False
 
-    def again(self, row: str, verb: str, out: Path, first: int | None) -> None:
+    def again(self, row: str, verb: str, out: Path) -> None:
         """The same command once more: it has to end with what the undisturbed run wrote."""
         run = Run(self.words(verb, out), out.parent)
         code = run.wait()
-        there = code == 0 or first == 0 and code == 2 and "exists" in run.said
+        there = code == 0 or code == 2 and "exists" in run.said  # it had ended before it was killed
         written = self.written(verb, out) if there else {}
         if not there:
             self.count(row, "hung" if code is None else "lost", run, f"second run ended with {code}")
@@ -271,7 +271,7 @@ def kills(campaign: Campaign, tries: int) -> None:
         run.wait()
         row = f"{sent.name} {verb}"
         if campaign.judge(row, run, (-sent, 128 + sent), f"after {moment:.3f} s"):
-            campaign.again(row, verb, out, run.code)
+            campaign.again(row, verb, out)
 
 
 @contextlib.contextmanager
@@ -309,7 +309,7 @@ def disk(campaign: Campaign, tries: int) -> None:
             if campaign.judge(f"{kind} disk, {verb}", run, (), f"{size} KiB"):
                 if kind != "full cache":
                     subprocess.run(["mount", "-o", "remount,rw,size=512m", out.parent], check=True)
-                campaign.again(f"{kind} disk, {verb}", verb, target, run.code)
+                campaign.again(f"{kind} disk, {verb}", verb, target)
 
 
 def two(campaign: Campaign, tries: int) -> None:
@@ -329,7 +329,7 @@ def two(campaign: Campaign, tries: int) -> None:
         if fine and 0 not in codes:
             campaign.count(row, "lost", second, "neither finished")
         elif fine:
-            campaign.again(row, verb, out, 0)
+            campaign.again(row, verb, out)
 
 
 def clock(campaign: Campaign, tries: int) -> None:
@@ -350,7 +350,7 @@ def clock(campaign: Campaign, tries: int) -> None:
         run = Run(campaign.words(verb, out), out.parent, jumping)
         run.wait()
         if campaign.judge(f"clock jumps, {verb}", run, ()):
-            campaign.again(f"clock jumps, {verb}", verb, out, run.code)
+            campaign.again(f"clock jumps, {verb}", verb, out)
 
 
 def inputs(campaign: Campaign, tries: int, kinds: list[str]) -> None:
