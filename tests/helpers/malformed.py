@@ -377,7 +377,7 @@ def draw(
     """Draw inputs of every kind in turn, a few of each at a time, and hand them to `attempt`."""
     each = max(1, tries // len(kinds))
     batch = min(each, 12)  # hypothesis begins each with what is simplest
-    for _ in range(each // batch):
+    for _ in range(-(-each // batch)):
         for kind in kinds:
             if not over():
                 _draw(folder / "bad", rng.getrandbits(32), batch, kind, folder / "made", attempt)
