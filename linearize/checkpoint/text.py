@@ -15,6 +15,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from linearize.checkpoint.reading import reason
 from linearize.errors import InputError
 
+MARK = "20375"
+"""An answer that a template leaves as it is: digits have no case."""
+NEAR = 32
+"""Characters behind an answer in which the token that ends it is looked for."""
 TEMPLATE_SECONDS = 5.0
 """Until a chat template that has not ended is taken for one that never will."""
 
@@ -93,8 +97,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, special: bo
         tokenizer: of the model.
         text: what the model reads.
         rows: of its embedding.
-        special: let the tokenizer put its start of text in front. An end of text that it puts behind is left out: the
-            model would take what it writes for a new text.
+        special: let the tokenizer put its start of text in front. What it puts behind is left out: the model
+            would take what it writes for a new text.
 
     Returns:
         int64 [tokens].
@@ -103,10 +107,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, special: bo
         InputError: there is nothing in it for the tokenizer, or a token that the model cannot embed.
     """
     ids = list(tokenizer(text, add_special_tokens=special).input_ids)
-    if special:
-        plain = list(tokenizer(text, add_special_tokens=False).input_ids)
-        ends = len(plain) > 0 and ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]
-        ids = ids[:-1] if ends else ids
+    if special and (plain := list(tokenizer(text, add_special_tokens=False).input_ids)):
+        starts = (start for start in range(len(ids) - len(plain) + 1) if ids[start : start + len(plain)] == plain)
+        ids = ids[: next(starts, len(ids)) + len(plain)]
     if not ids:
         raise InputError(f"prompt {text[:40]!r}: the tokenizer finds no token in it; give a text with other characters")
     check_ids(torch.tensor(ids), rows, tokenizer, "prompt")
@@ -154,12 +157,11 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     ends = {number for each in stated for number in _numbers(getattr(each, "eos_token_id", None))}
     if tokenizer.chat_template:
         with suppress(InputError):
-            text = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}])
-            behind = text.rpartition("bcd")[2].lstrip()
-            tokens = {
-                token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-            }
-            ends |= {number for token, number in tokens.items() if behind.startswith(token)}
+            text = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}])
+            behind = text.rpartition(MARK)[2][:NEAR] if MARK in text else ""
+            tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+            there = {token: behind.find(token) for token in tokens if token.strip() and token in behind}
+            ends |= {tokens[token] for token, where in there.items() if where == min(there.values())}
     return sorted(ends)
 
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from linearize import progress
-from linearize.checkpoint import atomic, copying, fit, manifest, remote_code, shards, text, tokenizer_files
+from linearize.checkpoint import atomic, copying, fit, manifest, remote_code, shards, text
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.shards import Tensor
-from linearize.checkpoint.sources import Located, fetch, materialise
+from linearize.checkpoint.sources import Located, fetch, load_tokenizer, materialise
 from linearize.conversion.plan import build, build_source, new_tensors
 from linearize.model.sizes import text_sizes
 from linearize.recipe.load import to_yaml
@@ -64,7 +64,8 @@ def convert(
     out = Path(out)
     atomic.check_output(out, overwrite, [located.path])
     model = build(located, recipe)
-    vocabulary = tokenizer_files.check(located.path) if located.gguf is None else {}
+    # Opened, and not looked at alone: what cannot be opened would be noticed after hours of training.
+    vocabulary = load_tokenizer(located).get_vocab() if located.gguf is None else {}
     rows = text_sizes(model.config).vocabulary
     if beyond := text.beyond(vocabulary, rows):
         warnings.warn(f"{located.path}: tokenizer: {text.beyond_said(beyond, rows)}", stacklevel=2)
@@ -109,7 +110,9 @@ def _files(tensors: Mapping[str, Tensor]) -> list[Path]:
 
 def _key(read: list[Path], recipe: Recipe, link: bool) -> str:
     """What decides names and bytes of the shards: those of a killed run are used again if all of it is the same."""
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+    # Content that was replaced under the same size and time has another inode, or was changed later.
+    stats = {str(path): path.stat() for path in read}
+    stamps = [(path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats.items()]
     return json.dumps([stamps, asdict(recipe.convert), link, manifest.versions()["linearize"]])
 
 

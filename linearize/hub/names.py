@@ -59,6 +59,10 @@ _ROOTS = {"home", "Users", "root", "mnt", "media", "tmp", "var", "srv", "data", 
 _ROOTS |= {"private", "Volumes", "content", "kaggle", "project", "projects", "storage", "nfs", "lustre", "gpfs", "fsx"}
 
 
+LOCAL = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".gguf")
+"""Endings of what is a file here, however much its name looks like one of the Hub."""
+
+
 def is_published(name: str) -> bool:
     """Whether a file goes up, by its path in the folder, with slashes between the parts."""
     # The star of fnmatch goes over slashes; only pictures may lie anywhere.
@@ -78,7 +82,7 @@ def is_repo_id(name: str) -> bool:
 
 def without_path(name: str) -> str:
     """The last part of a path of this machine; the id of something on the Hub, or a plain name, as it is."""
-    if is_repo_id(name) and not Path(name).exists():
+    if is_repo_id(name) and not Path(name).exists() and not name.lower().endswith(LOCAL):
         return name
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..", "~")]
     return parts[-1] if parts else name

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, Cache, PreTrainedConfig
 
 from ..errors import InputError
@@ -206,13 +207,14 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     if isinstance(mask, dict):  # one for each type of layer
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        mask = mask[:, -T:]
+        mask = F.pad(mask[:, -T:], (0, max(T - mask.shape[1], 0)))  # shorter: transformers leaves out what is not in it
         if not (compiling and T == 1 or bool(mask.all())):
             rows = Rows.from_padding(mask)
     elif isinstance(mask, Tensor) and mask.ndim == 4:
         rows = _rows_of(mask, past) if _mixes(decoder) and not compiling else None
     elif mask is None and positions is not None and T > 1 and not compiling:
-        rows = Rows.from_positions(positions.expand(tokens.shape[0], -1))
+        cached = past is not None or (decoder.config.use_cache if (use := kwargs.get("use_cache")) is None else use)
+        rows = Rows.from_positions(positions.expand(tokens.shape[0], -1), restarts_only=bool(cached))
     elif mask is not None:
         raise InputError(
             f"attention_mask: found {type(mask).__name__}{list(getattr(mask, 'shape', []))}; expected [batch, tokens], "

@@ -52,10 +52,21 @@ class Rows:
         return cls(order + offset, valid, back, real, torch.arange(B, device=real.device), False)
 
     @classmethod
-    def from_positions(cls, position_ids: Tensor) -> "Rows | None":
-        """From position ids [B, T] that restart at every document; None when none restarts."""
+    def from_positions(cls, position_ids: Tensor, restarts_only: bool = False) -> "Rows | None":
+        """From position ids that restart at every document.
+
+        Args:
+            position_ids: [B, T].
+            restarts_only: whether any other jump than to 0 is none. transformers takes each for a new document, but
+                only where there is no cache.
+
+        Returns:
+            None where there is one document in each row.
+        """
         starts = torch.ones_like(position_ids, dtype=torch.bool)
         starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if restarts_only:
+            starts[:, 1:] &= position_ids[:, 1:] == 0
         return None if int(starts.sum()) == len(starts) else cls._from_starts(starts, torch.ones_like(starts))
 
     @classmethod
