@@ -221,6 +221,8 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
             "0 for padding, or [batch, 1, tokens, tokens]"
         )
     _check_arguments(decoder, kwargs, rows)
+    if getattr(past, "uneven", False) and not compiling:
+        _check_rows(past, mask, positions, T)
     kwargs["linearize_rows"] = rows
     if isinstance(past, Cache) and not compiling:
         settle({m.layer_idx: m.mixer for m in decoder.linearized if m.branch != "source"}, past.layers, T)
@@ -271,6 +273,19 @@ def _check_arguments(decoder: Any, kwargs: dict[str, Any], rows: Rows | None) ->
         raise InputError(
             f"cu_seq_lens_q: names {len(documents) - 1} packed documents, and position_ids do not restart at each; "
             "give position_ids that do, and no attention_mask"
+        )
+
+
+def _check_rows(past: Any, mask: Any, positions: Any, new: int) -> None:
+    """Refuse to go on from rows of different length as if they were of one, with an InputError."""
+    counts = [layer.tensors["count"] for layer in past.layers if isinstance(layer, LinearizedCacheLayer)]
+    folded = isinstance(mask, Tensor) and mask.ndim != 2  # compared in `_rows_of`
+    fits = isinstance(mask, Tensor) and (folded or torch.equal(mask[:, :-new].sum(1).to(counts[0]), counts[0]))
+    if positions is None or not fits:
+        raise InputError(
+            f"attention_mask: the rows of this cache have {counts[0].tolist()} tokens; give a mask [batch, tokens so "
+            "far and new ones] with that many ones behind the padding of each row, and position_ids that count each "
+            "row's own tokens (`generate` makes them of the mask)"
         )
 
 

@@ -14,8 +14,18 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-# A cache layer has to be one of these, so that every kind of Cache takes it; a static one is told by its class.
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer  # noqa: F401
+# A cache layer has to be one of these, so that every kind of Cache takes it; a static one is told by its class. Layers
+# of hybrids are copied and saved by what they hold.
+from transformers.cache_utils import (
+    CacheLayerMixin,  # noqa: F401
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,  # noqa: F401
+    LinearAttentionLayer,
+    StaticLayer,  # noqa: F401
+)
 
 # Rules by which tensors of a checkpoint are renamed and joined when it is read, and back when it is written.
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -31,6 +41,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  # noqa: F401
 
 _RULES = threading.RLock()
+
+DYNAMIC_LAYERS = (
+    *(DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer),
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+"""Kinds of layers of a dynamic cache that hold keys and values, or states, and nothing else."""
 
 
 def set_attention(config: PreTrainedConfig, implementation: str) -> None:
