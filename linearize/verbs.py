@@ -15,10 +15,14 @@ from linearize.errors import InputError
 
 if TYPE_CHECKING:
     from linearize.checkpoint.open import load as load
+    from linearize.checkpoint.states import load_state as load_state
+    from linearize.checkpoint.states import save_state as save_state
     from linearize.conversion.export import export as export
     from linearize.conversion.plan import Plan
     from linearize.evaluation.diagnosis import doctor as doctor
     from linearize.evaluation.evaluate import evaluate as evaluate
+    from linearize.generation import Chat as Chat
+    from linearize.generation import StateStore as StateStore
     from linearize.generation import generate as generate
     from linearize.hub.push import push as push
     from linearize.model.branches import branches as branches
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
     from linearize.model.modeling import LinearizedConfig as LinearizedConfig
     from linearize.model.modeling import LinearizedForCausalLM as LinearizedForCausalLM
     from linearize.model.modeling import linearize_ as linearize_
+    from linearize.model.states import split_states as split_states
+    from linearize.model.states import stack_states as stack_states
     from linearize.recipe.schema import Recipe
     from linearize.recovery.merge import merge as merge
     from linearize.reporting.page import report as report
@@ -37,7 +43,9 @@ Name = str | Path
 _HOMES = {
     **dict.fromkeys(("LinearizedConfig", "LinearizedForCausalLM", "linearize_"), "model.modeling"),
     **dict.fromkeys(("MIXERS", "build_config"), "model.mixers"),
-    **dict.fromkeys(("Chat", "Lossless", "chat", "generate"), "generation"),
+    **dict.fromkeys(("Chat", "Lossless", "StateStore", "chat", "generate"), "generation"),
+    **dict.fromkeys(("load_state", "save_state"), "checkpoint.states"),
+    **dict.fromkeys(("split_states", "stack_states"), "model.states"),
     "InputError": "errors",
     "branches": "model.branches",
     "doctor": "evaluation.diagnosis",

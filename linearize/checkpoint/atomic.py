@@ -347,6 +347,21 @@ def sweep(folder: Path) -> None:
             unfinished.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file that appears complete, in a folder that is made if needed; several processes may write the same.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another file or folder") from error
+    return path
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write a file of text, UTF-8, that appears complete, by one rename, in a folder that is made if needed.
 

@@ -1,6 +1,7 @@
 """The verbs that use a finished model: generate and push."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,9 +24,13 @@ def generate(
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Write exactly what the source writes, drafted by the student.")
     ] = False,
+    state: Annotated[Path | None, typer.Option(metavar="FILE", help="Go on from a saved state.")] = None,
+    save_state: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the state behind the answer.")] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, or chat.
+
+    A saved state is what was read and written so far, in a file of constant size: of it only what is new is read.
 
     \b
     Example:
@@ -39,10 +44,13 @@ def generate(
             raise InputError("generate --json: needs --prompt; a chat on the terminal is not one result")
         model, tokenizer = verbs.load(folder)
         drafting = verbs.Lossless.of(folder, model) if lossless else None
-        verbs.chat(verbs.Chat(model, tokenizer, system=system, drafting=drafting, **settings), sys.stdin, sys.stdout)
+        talk = verbs.Chat(model, tokenizer, system=system, drafting=drafting, **settings)
+        if state is not None:
+            talk.resume(state)
+        verbs.chat(talk, sys.stdin, sys.stdout, save_state)
         return
-    stream = None if as_json else sys.stdout
-    answer = verbs.generate(folder, prompt, system=system, raw=raw, lossless=lossless, stream=stream, **settings)
+    settings |= {"system": system, "raw": raw, "lossless": lossless, "state": state, "save_state": save_state}
+    answer = verbs.generate(folder, prompt, stream=None if as_json else sys.stdout, **settings)
     if as_json:
         show(answer.to_dict(), as_json)
     else:

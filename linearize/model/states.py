@@ -1,4 +1,4 @@
-"""What a cache holds, taken out of it as tensors and facts and put back: to copy, to save, and to join texts in a batch.
+"""What a cache holds, taken out as tensors and facts and put back: to copy it, to save it, to join texts in a batch.
 
 Layers of all kinds that a linearized model's dynamic cache has: linearized ones and, in hybrids, transformers' own.
 """
