@@ -5,7 +5,6 @@ A safetensors file: the tensors of the cache, the tokens of the text, and in the
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from linearize.checkpoint.atomic import write_bytes
+from linearize.checkpoint.atomic import locked, write_bytes
 from linearize.checkpoint.reading import reading
 from linearize.checkpoint.shards import read_header
 from linearize.errors import InputError
@@ -161,10 +160,10 @@ def check_target(file: str | Path, model: PreTrainedModel) -> None:
     """
     fingerprint(model)
     path = Path(file).absolute()
-    parent = next(each for each in path.parents if each.exists())
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        reason = "is a folder" if path.is_dir() else f"cannot be written to {parent}"
-        raise InputError(f"{path}: {reason}; name another file for the state")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file for the state")
+    with locked(path):
+        pass
 
 
 def save_state(

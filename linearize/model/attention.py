@@ -206,6 +206,7 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     positions, rows = kwargs.get("position_ids"), None
     if isinstance(mask, dict):  # one for each type of layer
         mask = mask.get("full_attention", next(iter(mask.values()), None))
+    whole = mask
     if isinstance(mask, Tensor) and mask.ndim == 2:
         mask = F.pad(mask[:, -T:], (0, max(T - mask.shape[1], 0)))  # shorter: transformers leaves out what is not in it
         if not (compiling and T == 1 or bool(mask.all())):
@@ -222,7 +223,7 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
         )
     _check_arguments(decoder, kwargs, rows)
     if getattr(past, "uneven", False) and not compiling:
-        _check_rows(past, mask, positions, T)
+        _check_rows(past, whole, positions, T)
     kwargs["linearize_rows"] = rows
     if isinstance(past, Cache) and not compiling:
         settle({m.layer_idx: m.mixer for m in decoder.linearized if m.branch != "source"}, past.layers, T)
