@@ -164,10 +164,16 @@ def check(cache: Cache, model: nn.Module) -> None:
             raise ValueError(f"layer {index} has {count} tokens in {layer.get_seq_length()} positions")
         if bool(module.softmax_heads) != (grown is not None) or grown is not None and grown.shape[2] < count:
             raise ValueError(f"layer {index} lacks tokens of heads that stay softmax")
+    length = int(cache.get_seq_length())
     for index, layer in enumerate(cache.layers):
         keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
-        if isinstance(keys, Tensor) and (not isinstance(values, Tensor) or keys.shape[:3] != values.shape[:3]):
-            raise ValueError(f"layer {index} has keys and values of different shapes")
+        if isinstance(layer, LinearizedCacheLayer) or not getattr(layer, "is_initialized", False):
+            continue
+        if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.shape[:3] != values.shape[:3]:
+            raise ValueError(f"layer {index} lacks keys and values of one shape")
+        most = getattr(layer, "sliding_window", length + 1) - 1
+        if layer.get_seq_length() != length or keys.shape[0] != 1 or keys.shape[2] < min(length, most):
+            raise ValueError(f"layer {index} has keys of {keys.shape[2]} tokens, of {length}")
 
 
 def stack_states(caches: Sequence[Cache]) -> DynamicCache:

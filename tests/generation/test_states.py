@@ -126,7 +126,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no json": (lambda f: save_file({"x": torch.ones(2)}, f, {"linearize_state": "{"}), "holds no state"),
     "a list": (lambda f: save_file({"x": torch.ones(2)}, f, {"linearize_state": "[]"}), "holds no state"),
     "no tokens": (lambda f: written_anew(f, without(f, "tokens")), "holds no state"),
-    "no keys": (lambda f: written_anew(f, without(f, "1.keys")), "keys and values"),
+    "no keys": (lambda f: written_anew(f, without(f, "1.keys")), "lacks keys and values"),
+    "fewer keys": (
+        lambda f: written_anew(f, load_file(f) | {f"1.{n}": torch.ones(1, 2, 9, 16) for n in ("keys", "values")}),
+        "layer 1 has keys of 9 tokens, of 45",
+    ),
     "no state": (lambda f: written_anew(f, without(f, "0.tensors.state_0")), "holds no state|tensors of other shapes"),
     "other shapes": (
         lambda f: written_anew(f, load_file(f) | {"0.tensors.state_0": torch.ones(1, 2, 3)}), "other shapes"
@@ -136,7 +140,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a foreign kind": (lambda f: written_anew(f, cache=layers_of(f, kind="Popen")), "holds no state"),
     "a method": (lambda f: written_anew(f, cache=layers_of(f, crop=1)), "has no crop"),
     "a window": (lambda f: written_anew(f, cache=layers_of(f, window=4)), "has window 4"),
-    "layers": (lambda f: written_anew(f, cache=layers_of(f) * 9), "54 layers"),
+    "layers": (lambda f: written_anew(f, cache=layers_of(f) * 9), "holds no state"),
     "a text": (lambda f: written_anew(f, cache=layers_of(f, _length="45")), "holds no state|not what the model"),
 }  # fmt: skip
 
@@ -243,7 +247,7 @@ def test_what_cannot_be_saved(gla: Any, tmp_path: Path) -> None:
     for target in (tmp_path, tmp_path / "file" / "state"):
         with pytest.raises(InputError, match="cannot be written"):
             linearize.save_state(cache, tokens, gla, target)
-        with pytest.raises(InputError, match="is a folder|cannot be written"):
+        with pytest.raises(InputError, match="is a folder|cannot be"):
             files.check_target(target, gla)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
@@ -325,7 +329,7 @@ from helpers.states import model_of, text
 from linearize.generation import StateStore
 model, store = model_of("gla"), StateStore(int(sys.argv[2]), sys.argv[1])
 with torch.no_grad():
-    for round_ in range(25):
+    for round_ in range(6):
         for seed in range(4):
             cache, known = store.longest(text(30, seed)[0], model)
             assert known in (0, 20)
@@ -361,7 +365,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def loaded(folder: Path) -> tuple[PreTrainedModel, Any]:
+def loaded(folder: Path) -> tuple[Any, Any]:
     return load(folder)
 
 
@@ -379,7 +383,7 @@ class Counted:
 def conversation(loaded, store: StateStore | None) -> tuple[int, list[str]]:
     """Twenty turns, each second of which is edited; tokens that were read again, and all answers."""
     model, tokenizer = loaded
-    counted, talk = Counted(model), Chat(model, tokenizer, max_new_tokens=24, temperature=0, store=store)
+    counted, talk = Counted(model), Chat(model, tokenizer, max_new_tokens=12, temperature=0, store=store)
     answers, again, seen = [], 0, []
 
     def after(answer: Any) -> None:
@@ -405,7 +409,7 @@ def test_an_edited_turn_reads_only_what_is_new(kept: str, loaded, tmp_path: Path
     again, answers = conversation(
         load(loaded[0].name_or_path), StateStore(1 << 30, tmp_path if kept == "folder" else None)
     )
-    assert without > 5000 and again <= 0.05 * without, (again, without)
+    assert without > 4000 and again <= 0.05 * without, (again, without)
     assert answers == plain
 
 
@@ -430,7 +434,8 @@ def test_an_answer_is_written_again(loaded) -> None:
 def test_an_interrupted_answer_leaves_a_conversation_that_goes_on(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = loaded
     talk, expected = (Chat(model, tokenizer, max_new_tokens=8, temperature=0) for _ in range(2))
-    talk.say("One"), expected.say("One")
+    for each in (talk, expected):
+        each.say("One")
 
     class Broken(io.StringIO):
         def write(self, text: str) -> int:
@@ -512,7 +517,7 @@ def test_a_raw_text_goes_on_from_a_file(folder: Path, tmp_path: Path, monkeypatc
 CLI = [
     (("--state", "absent"), "there is no such file"),
     (("--save-state", "."), "is a folder"),
-    (("--save-state", "/proc/no/state"), "cannot be"),
+    (("--save-state", "/proc/no/state"), "/proc/no"),
     (("--lossless", "--save-state", "state"), "goes on from the source's cache"),
     (("--lossless", "--state", "state"), "goes on from the source's cache"),
 ]

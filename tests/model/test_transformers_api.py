@@ -162,3 +162,13 @@ def test_saved_code_is_registered_by_auto_class() -> None:
     assert config._auto_class is None and LlamaForCausalLM._auto_class is None
     saves = source_of(PreTrainedModel.save_pretrained) + source_of(type(config).save_pretrained)
     assert "custom_object_save" in saves, "code beside a folder is written in another way"
+
+
+def test_layers_of_dynamic_caches_hold_what_states_know_of() -> None:
+    """What linearize/model/states.py copies and saves; a new attribute has to be looked at there."""
+    known = {"keys", "values", "is_initialized", "sliding_window", "cumulative_length", "_sliding_window_tensor"}
+    known |= {"record_past", "number_of_states", "conv_states", "recurrent_states", "has_previous_state"}
+    known |= {"conv_kernel_size", "is_conv_states_initialized", "is_recurrent_states_initialized", "device", "dtype"}
+    for kind in api.DYNAMIC_LAYERS:
+        taken = {"sliding_window": 8} if "sliding_window" in inspect.signature(kind.__init__).parameters else {}
+        assert vars(kind(**taken)).keys() <= known, kind
