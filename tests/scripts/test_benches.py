@@ -46,6 +46,16 @@ def test_the_decoding_benchmark(recipe: Path, tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
 
 
+def test_the_benchmark_of_states(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runner("bench_states", tmp_path, monkeypatch)
+    results = run("--recipe", recipe, "--tokens", "300", "--turns", "4", "--answer", "4", "--repeats", "1")
+    read = {cell["store"]: cell["again"] for cell in results["cells"] if cell["part"] == "chat"}
+    assert read["memory"] == read["folder"] < read["none"] / 4
+    assert {cell["kind"] for cell in results["cells"] if cell["part"] == "resume"} == {"read", "save", "load"}
+    assert [claim["limit"] for claim in results["claims"]] == ["≤ 0.05", "≤ 0.05", "≤ 0.02"]
+    assert "| folder |" in (tmp_path / "tiny.md").read_text()
+
+
 @linux
 def test_the_benchmark_of_recurrences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = runner("bench_ops", tmp_path, monkeypatch)
