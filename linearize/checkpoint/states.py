@@ -5,13 +5,14 @@ A safetensors file: the tensors of the cache, the tokens of the text, and in the
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
@@ -57,7 +58,7 @@ class Fingerprint:
     @property
     def digest(self) -> str:
         """All of it in 16 characters."""
-        return _digest(vars(self))[:16]
+        return _digest({"format": FORMAT, **vars(self)})[:16]
 
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
@@ -159,11 +160,27 @@ def check_target(file: str | Path, model: PreTrainedModel) -> None:
         InputError: it is a folder, lies where nothing can be written, or the model is not linearized.
     """
     fingerprint(model)
-    path = Path(file).absolute()
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file for the state")
-    with locked(path):
+    with locked(_target(file)):
         pass
+
+
+def _target(file: str | Path) -> Path:
+    """Where a state is written, behind links; an InputError where something else would be lost."""
+    path = Path(os.path.realpath(file))
+    if path.is_dir() or path.exists() and not path.is_file():
+        raise InputError(f"{file}: is {'a folder' if path.is_dir() else 'a device'}; name a file for the state")
+    if path.is_file() and path.stat().st_size and _said(path) is None:
+        raise InputError(f"{file}: is there and is no saved state, so it is not replaced; name another file")
+    return path
+
+
+def _said(path: Path) -> str | None:
+    """What the header of a file says as a saved state; None where it is none."""
+    try:
+        with safe_open(path, "pt") as opened:
+            return (opened.metadata() or {}).get(_HEADER)
+    except (OSError, SafetensorError):
+        return None
 
 
 def save_state(
@@ -175,7 +192,7 @@ def save_state(
         cache: of one text, as `generate` returns it (`past_key_values`).
         tokens: int64 [tokens] of the text that the cache holds; one more where the last was written and not read yet.
         model: linearized, that has filled it.
-        file: to be written; one that is there is replaced when the new one is complete.
+        file: to be written; a saved state that is there is replaced when the new one is complete.
         notes: JSON-safe, kept beside it.
 
     Returns:
@@ -193,7 +210,8 @@ def save_state(
     tensors = {name: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for name, x in tensors.items()}
     said = {"format": FORMAT, **vars(fingerprint(model)), "cache": packed.layers, "notes": notes or {}}
     header = {"format": "pt", _HEADER: json.dumps(said | {"sha256": _checksum(tensors)})}
-    return write_bytes(Path(file), save(tensors, header))
+    write_bytes(_target(file), save(tensors, header))
+    return Path(file)
 
 
 def load_state(file: str | Path, model: PreTrainedModel) -> tuple[Cache, Tensor]:
@@ -225,19 +243,17 @@ def read_state(file: str | Path, model: PreTrainedModel) -> tuple[Cache, Tensor,
         )
     read_header(path)
     problem, advice = "holds no state that can be read", f"save it anew by `linearize generate DIR --save-state {path}`"
-    with reading(path, problem, advice), safe_open(path, "pt") as opened:
-        header = (opened.metadata() or {}).get(_HEADER)
-        if header is None:
-            raise InputError(
-                f"{path}: is a safetensors file, but no saved state; give one of save_state or --save-state"
-            )
+    header = _said(path)
+    if header is None:
+        raise InputError(f"{path}: is a safetensors file, but no saved state; give one of save_state or --save-state")
+    with reading(path, problem, advice):
         said = json.loads(header)
         if said["format"] > FORMAT:
             raise InputError(
                 f"{path}: is of format {said['format']}; this version reads up to {FORMAT}; upgrade linearize"
             )
         _check_model(path, said, fingerprint(model))
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = load_file(path)
         if _checksum(tensors) != said["sha256"]:
             raise ValueError("its tensors are not those that were saved: sha256 differs")
         ids, notes = tensors.pop(_TOKENS), dict(said["notes"])

@@ -25,7 +25,7 @@ def generate(
         bool, typer.Option("--lossless", help="Write exactly what the source writes, drafted by the student.")
     ] = False,
     state: Annotated[Path | None, typer.Option(metavar="FILE", help="Go on from a saved state.")] = None,
-    save_state: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the state behind the answer.")] = None,
+    save_state: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the state behind each answer.")] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, or chat.

@@ -73,11 +73,6 @@ class Chat:
         """That answers."""
         return self._decoder.model
 
-    @property
-    def has_state(self) -> bool:
-        """Whether there is something to `save`."""
-        return self._cache is not None
-
     def say(self, content: str, stream: TextIO | None = None) -> Generation:
         """Send one message.
 
@@ -196,8 +191,7 @@ def chat(chat: Chat, lines: Iterator[str], out: TextIO = sys.stdout, save_state:
         chat: the conversation.
         lines: what the user types, for example ``sys.stdin``; empty lines are passed over.
         out: where prompts and answers are written.
-        save_state: file to save the conversation in at the end, if anything was said; also where it is interrupted
-            between two answers.
+        save_state: file to save the conversation in after each answer.
 
     Returns:
         The messages of the whole conversation.
@@ -206,14 +200,12 @@ def chat(chat: Chat, lines: Iterator[str], out: TextIO = sys.stdout, save_state:
         chat.check_target(save_state)
     out.write("> ")
     out.flush()
-    try:
-        for line in lines:
-            if line.strip():
-                chat.say(line.strip(), stream=out)
-            out.write("> ")
-            out.flush()
-        out.write("\n")
-    finally:
-        if save_state is not None and chat.has_state:
-            chat.save(save_state)
+    for line in lines:
+        if line.strip():
+            chat.say(line.strip(), stream=out)
+            if save_state is not None:
+                chat.save(save_state)
+        out.write("> ")
+        out.flush()
+    out.write("\n")
     return chat.messages

@@ -55,8 +55,13 @@ class StateStore:
 
         Returns:
             A copy of the cache, and how many tokens it holds; None and 0 where nothing fits.
+
+        Raises:
+            InputError: several texts, or a model that is not linearized.
         """
-        ids, digest, names = tokens.detach().cpu().to(torch.int64).flatten(), fingerprint(model).digest, self._names()
+        if tokens.numel() != tokens.shape[-1]:
+            raise InputError(f"store: tokens are {list(tokens.shape)}; one text at a time is looked up")
+        ids, digest, names = tokens.detach().to("cpu", torch.int64).flatten(), fingerprint(model).digest, self._names()
         own = [name for name in names if name.startswith(f"{digest}-")]
         hashed, done, fitting = hashlib.sha256(), 0, []
         for length in sorted({int(name.split("-")[1]) for name in own}):

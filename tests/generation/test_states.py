@@ -245,11 +245,21 @@ def test_what_cannot_be_saved(gla: Any, tmp_path: Path) -> None:
     cache, tokens = read(gla)
     (tmp_path / "file").write_text("")
     for target in (tmp_path, tmp_path / "file" / "state"):
-        with pytest.raises(InputError, match="cannot be written"):
+        with pytest.raises(InputError, match="is a folder|cannot be"):
             linearize.save_state(cache, tokens, gla, target)
         with pytest.raises(InputError, match="is a folder|cannot be"):
             files.check_target(target, gla)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    (tmp_path / "weights.safetensors").write_bytes(b"of somebody")
+    (tmp_path / "link").symlink_to("weights.safetensors")
+    for name, said in (
+        ("weights.safetensors", "is no saved state"),
+        ("link", "is no saved"),
+        ("/dev/null", "a device"),
+    ):
+        for call in (lambda to: linearize.save_state(cache, tokens, gla, to), lambda to: files.check_target(to, gla)):
+            with pytest.raises(InputError, match=said):
+                call(tmp_path / name)
+    assert (tmp_path / "link").read_bytes() == b"of somebody" and len(list(tmp_path.iterdir())) == 3
 
 
 # --- kept
@@ -271,6 +281,8 @@ def size_of(gla: Any, where: Path | None) -> int:
 def test_the_longest_beginning_is_taken(gla: Any, where: Path | None) -> None:
     store = StateStore(1 << 30, where)
     assert store.longest(text(30)[0], gla) == (None, 0)
+    with pytest.raises(InputError, match="one text at a time"):
+        store.longest(text(30).repeat(2, 1), gla)
     for length in (10, 20, 25):
         assert store.put(text(length), gla(text(length), use_cache=True).past_key_values, gla)
     other = torch.cat([text(22)[0], text(30, seed=4)[0]])
@@ -518,6 +530,7 @@ CLI = [
     (("--state", "absent"), "there is no such file"),
     (("--save-state", "."), "is a folder"),
     (("--save-state", "/proc/no/state"), "/proc/no"),
+    (("--save-state", "/dev/null"), "is a device"),
     (("--lossless", "--save-state", "state"), "goes on from the source's cache"),
     (("--lossless", "--state", "state"), "goes on from the source's cache"),
 ]
@@ -603,6 +616,22 @@ def test_rows_of_different_length_need_their_own_positions(gla: Any, tmp_path: P
     first, second = split_states(stack_states(caches))
     linearize.save_state(second, text(5), gla, tmp_path / "row")
     assert torch.equal(go_on(gla, linearize.load_state(tmp_path / "row", gla)[0]), go_on(gla, caches[1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gla", "sliding layers", "softmax heads"])
+def test_a_padded_batch_is_taken_apart(name: str) -> None:
+    """Rows of one call of `generate`, each of which goes on alone."""
+    model, lengths = model_of(**CASES[name]), (31, 4, 18)
+    ids = torch.stack([torch.cat([torch.full((31 - n,), 2), text(n, n)[0]]) for n in lengths])
+    mask = torch.stack([torch.cat([torch.zeros(31 - n), torch.ones(n)]) for n in lengths]).long()
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=9, return_dict_in_generate=True, **options)
+    for row, cache in enumerate(split_states(output.past_key_values)):
+        whole = output.sequences[row : row + 1, 31 - lengths[row] :]
+        assert cache.get_seq_length() == whole.shape[1] - 1
+        ours = model(whole[:, -1:], past_key_values=cache).logits
+        assert torch.allclose(ours, model(whole, use_cache=False).logits[:, -1:], atol=2e-4)
 
 
 @torch.no_grad()
