@@ -202,7 +202,10 @@ def save_state(
         InputError: cache, tokens and model do not belong together, or the file cannot be written.
 
     Example:
-        >>> linearize.save_state(output.past_key_values, output.sequences, model, "talk.safetensors")
+        >>> model, tokenizer = linearize.load("runs/demo/merged")
+        >>> tokens = tokenizer("The river rose", return_tensors="pt").input_ids
+        >>> file = linearize.save_state(model(tokens).past_key_values, tokens, model, "talk.safetensors")
+        >>> cache, tokens = linearize.load_state(file, model)
     """
     ids, packed = check_cache(cache, tokens, model), states.pack(cache)
     tensors = {name: x.detach().cpu().contiguous() for name, x in packed.tensors.items()} | {_TOKENS: ids.contiguous()}
@@ -227,9 +230,6 @@ def load_state(file: str | Path, model: PreTrainedModel) -> tuple[Cache, Tensor]
 
     Raises:
         InputError: the file is no state, is damaged, is of a newer version, or does not fit the model.
-
-    Example:
-        >>> cache, tokens = linearize.load_state("talk.safetensors", model)
     """
     return read_state(file, model)[:2]
 

@@ -190,7 +190,9 @@ def stack_states(caches: Sequence[Cache]) -> DynamicCache:
         InputError: there are none, they are of different models, or of a kind that cannot be copied.
 
     Example:
-        >>> batch = linearize.stack_states([first, second])
+        >>> model, _ = linearize.load("runs/demo/merged")
+        >>> caches = [model(torch.tensor([[*range(3, last)]])).past_key_values for last in (9, 30)]
+        >>> first, second = linearize.split_states(linearize.stack_states(caches))
     """
     if not caches:
         raise InputError("stack_states: there are no caches; give at least one")
@@ -240,9 +242,6 @@ def split_states(cache: Cache, lengths: Sequence[int] | None = None) -> list[Dyn
 
     Raises:
         InputError: nothing counts the tokens of a row, or it is of a kind that cannot be copied.
-
-    Example:
-        >>> first, second = linearize.split_states(batch)
     """
     packed, counting = pack(cache), _linearized(cache)
     if counting:

@@ -516,6 +516,7 @@ def test_a_raw_text_goes_on_from_a_file(folder: Path, tmp_path: Path, monkeypatc
     first = json.loads(capsys.readouterr().out)["texts"][0]
     assert run(monkeypatch, folder, "--prompt", " and Anna", "--state", state, *options) == 0
     second = json.loads(capsys.readouterr().out)
+    model: Any
     model, tokenizer = load(folder)
     ids = torch.cat([linearize.load_state(state, model)[1], torch.tensor(tokenizer(" and Anna").input_ids)])
     plain = model.generate(ids[None], max_new_tokens=8, do_sample=False)[0, len(ids) :]
