@@ -33,8 +33,8 @@ class StateStore:
     """
 
     def __init__(self, bytes_limit: int, folder: str | Path | None = None):
-        if bytes_limit < 1:
-            raise InputError(f"store: bytes_limit is {bytes_limit}; expected at least 1")
+        if not isinstance(bytes_limit, int) or bytes_limit < 1:
+            raise InputError(f"store: bytes_limit is {bytes_limit!r}; expected a whole number of at least 1")
         self.bytes_limit, self.folder = bytes_limit, None if folder is None else Path(folder).expanduser()
         self._kept: dict[str, tuple[Cache, Tensor, int]] = {}  # the last used at the end
         if self.folder is not None:

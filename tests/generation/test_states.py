@@ -328,8 +328,11 @@ def test_a_folder_holds_strangers_and_damage(gla: Any, tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("limit", "folder", "said"), [(0, None, "bytes_limit is 0"), (9, "file", "cannot be made")])
-def test_stores_that_cannot_be(limit: int, folder: str | None, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("limit", "folder", "said"),
+    [(0, None, "bytes_limit is 0"), ("1 GB", None, "bytes_limit is '1 GB'"), (9, "file", "cannot be made")],
+)
+def test_stores_that_cannot_be(limit: Any, folder: str | None, said: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=said):
         StateStore(limit, None if folder is None else tmp_path / folder)
