@@ -53,7 +53,7 @@ class Generation:
         return asdict(self)
 
 
-class _Clock(BaseStreamer):
+class Clock(BaseStreamer):
     """Notes when tokens arrive, and passes them to a text streamer if there is one. Takes batches, unlike that."""
 
     def __init__(self, text: TextStreamer | None):
@@ -158,7 +158,7 @@ class Decoder:
 
     def __call__(
         self, ids: list[torch.Tensor], seed: int | None, stream: TextIO | None, cache: Cache | None = None
-    ) -> tuple[list[torch.Tensor], _Clock, Cache]:
+    ) -> tuple[list[torch.Tensor], Clock, Cache]:
         """Generate for prompts of different lengths.
 
         Args:
@@ -175,7 +175,7 @@ class Decoder:
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
         if seed is not None:
             torch.manual_seed(seed)
-        clock = _Clock(_FileStreamer(self.tokenizer, stream) if stream else None)
+        clock = Clock(_FileStreamer(self.tokenizer, stream) if stream else None)
         if self.store is not None:
             cache = self._read(ids[0], cache)
         said = ", ".join(

@@ -21,7 +21,7 @@ from linearize.checkpoint.atomic import write_text
 from linearize.checkpoint.open import load
 from linearize.checkpoint.text import only
 from linearize.errors import InputError
-from linearize.generation.answers import Clock
+from linearize.generation.decoder import Clock
 from linearize.generation.lossless import Lossless
 from linearize.recipe.resources import package_folder
 
