@@ -26,6 +26,7 @@ from linearize.errors import InputError
 from linearize.model.architectures import role_modules
 from linearize.model.attention import LinearizedAttention, linearized_modules
 from linearize.model.branches import branches
+from linearize.model.sizes import text_sizes
 from linearize.recipe.schema import Peft
 
 SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
@@ -60,6 +61,8 @@ def attach(model: PreTrainedModel, settings: Peft, trained: Path | None = None) 
             "peft.roles: there is none, and the mixers of this model have no weights of their own, so nothing is "
             "trained; name a role, or give the mixers a gate first: linearize calibrate"
         )
+    if settings.r > (width := text_sizes(model.config).hidden):
+        raise InputError(f"peft.r: found {settings.r:,}; adapters wider than the model, {width:,}, add nothing to it")
     if settings.method == "full":
         model.requires_grad_(False)
         for name in targets + mixers:

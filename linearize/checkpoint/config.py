@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, __version__
 from linearize.checkpoint import gguf_header, links, remote_code, shards
 from linearize.checkpoint.reading import read_json, reading
 from linearize.errors import InputError
+from linearize.formats import quoted
 
 # Sizes that count modules, by their names in any architecture, and other sizes.
 _LAYERS = re.compile(r"(^|_)layers?$|(^|_)(blocks?|depths?|stages?)$|block_count$")
@@ -27,6 +28,7 @@ MOST_LAYERS, MOST_PARTS, MOST = 1024, 1 << 16, 1 << 24
 """Where there are no weights to compare with: more than any model has."""
 _PROBLEM = f"transformers {__version__} cannot read this configuration"
 _ADVICE = "repair the file, or install a version of transformers that knows the architecture"
+_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -71,6 +73,12 @@ def _read(folder: Path, gguf: str | None, stamp: tuple[Any, ...]) -> PreTrainedC
                 f"{file}: names no model_type, so the architecture is unknown; add it from the model's page"
             )
         _check_sizes(file, values, _shapes(folder))
+        kernels = [key for key in _ATTENTION if "/" in str(values.get(key))]
+        if kernels:
+            raise InputError(
+                f"{file}: {kernels[0]} is {quoted(values[kernels[0]])}, code on the Hub, which is never run here; take "
+                "the key out"
+            )
         options = {}
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     if getattr(config, "auto_map", None) not in (None, remote_code.AUTO_MAP):

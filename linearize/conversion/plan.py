@@ -128,11 +128,10 @@ def build(located: Located, recipe: Recipe) -> PreTrainedModel:
 
 def _check_window(model: PreTrainedModel, mixer: dict[str, Any]) -> None:
     """Refuse a window that no machine holds the cache of; one that is wider than the text can be is waste enough."""
-    window, context = build_config(mixer).window, text_sizes(model.config).context
+    config, context = build_config(mixer), text_sizes(model.config).context
+    window = config.window + config.sinks
     if context is not None and window > context:
-        where = (
-            f"convert.mixer.window: {window:,} tokens, where the model's context is {context:,}; the cache of one row"
-        )
+        where = f"convert.mixer.window and sinks: {window:,} tokens, where the model's context is {context:,}; the cache of one row"
         check_memory(state_bytes(model.config, 1)["linearized"], where, f"a window of {context:,} sees everything")
 
 

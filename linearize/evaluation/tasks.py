@@ -155,7 +155,13 @@ def _counted(name: str) -> Any:
 
     def method(self: Any, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         self.bar.expect(len(requests))
-        return getattr(super(Scorer, self), name)(requests, disable_tqdm)
+        try:
+            return getattr(super(Scorer, self), name)(requests, disable_tqdm)
+        except AssertionError as error:  # lm-eval's way to say that an answer alone is longer than the context
+            raise InputError(
+                f"tasks: an item of {requests[0].task_name} does not fit the model's context of {self.max_length} "
+                "tokens; take a suite without it: --suite with tasks of your choice"
+            ) from error
 
     return method
 

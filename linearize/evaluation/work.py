@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from linearize.checkpoint.text import check_ids
 from linearize.errors import InputError
 from linearize.evaluation import behaviour, continuations, perplexity, recall, tasks
 from linearize.evaluation import suite as suites
@@ -123,6 +124,9 @@ class Work:
             (spec.text, perplexity.cut(read[spec.text][0], tokenizer, spec.length, spec.blocks))
             for spec in suite.perplexity
         ]
+        rows = text_sizes(models.config).vocabulary
+        for name, blocks in self.texts:
+            check_ids(blocks, rows, tokenizer, f"perplexity: {name}")
         self.probe = None
         if not self.texts:
             text, _ = suites.read_text(suites.DEFAULT_TEXT)

@@ -1,5 +1,6 @@
 """One call of transformers' `generate`: its settings, its times, what is read, and what comes out."""
 
+import copy
 import time
 import warnings
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTok
 from transformers.generation.streamers import BaseStreamer
 
 from linearize.checkpoint import text as agreed
-from linearize.checkpoint.reading import reading
+from linearize.checkpoint.describe import learned_positions
+from linearize.checkpoint.reading import reading, reason
 from linearize.checkpoint.states import fingerprint
 from linearize.errors import InputError
+from linearize.formats import plain
 from linearize.generation.lossless import Lossless
 from linearize.generation.store import StateStore
 
@@ -92,7 +95,8 @@ class _FileStreamer(TextStreamer):
         self.out = out
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write a part of the text."""
+        """Write a part of the text; to a terminal as text alone, whatever the vocabulary holds."""
+        text = plain(text, lines=True) if self.out.isatty() else text
         print(text, file=self.out, end="\n" if stream_end else "", flush=True)
 
 
@@ -156,6 +160,20 @@ class Decoder:
         except InputError as error:
             warnings.warn(f"the state was not kept: {error}", stacklevel=2)
 
+    def _within(self, length: int) -> GenerationConfig:
+        """The settings for a prompt of so many tokens: no more new ones than a learned table of positions has left."""
+        limit = learned_positions(self.model)
+        if limit is None:
+            return self.settings
+        if length >= limit:
+            raise InputError(
+                f"prompt: {length:,} tokens; this model has learned positions for {limit:,} and none beyond them, so "
+                "nothing can follow; give a shorter text"
+            )
+        settings = copy.copy(self.settings)
+        settings.max_new_tokens = min(settings.max_new_tokens, limit - length)
+        return settings
+
     def __call__(
         self, ids: list[torch.Tensor], seed: int | None, stream: TextIO | None, cache: Cache | None = None
     ) -> tuple[list[torch.Tensor], Clock, Cache]:
@@ -181,16 +199,21 @@ class Decoder:
         said = ", ".join(
             f"{key} {value!r:.60}" for key, value in self.settings.to_diff_dict().items() if key in FOLLOWED
         )
-        problem = f"transformers cannot generate with these settings ({said})"
-        with agreed.only(self.model, self.settings) as settings, reading("generation_config.json", problem, ADVICE):
-            output: Any = (self.drafting or self.model).generate(  # pyright: ignore[reportCallIssue]
-                batch.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                generation_config=settings,
-                past_key_values=cache,
-                streamer=clock,
-                tokenizer=self.tokenizer,
-            )
+        try:
+            with agreed.only(self.model, self._within(batch.shape[1])) as settings:
+                output: Any = (self.drafting or self.model).generate(  # pyright: ignore[reportCallIssue]
+                    batch.to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    generation_config=settings,
+                    past_key_values=cache,
+                    streamer=clock,
+                    tokenizer=self.tokenizer,
+                )
+        except (ValueError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            problem = f"transformers cannot generate with these settings ({said}): {reason(error)}"
+            raise InputError(f"generation_config.json: {problem}; {ADVICE}") from error
         new = []
         for row in output.sequences[:, batch.shape[1] :].cpu():
             stops = [position for position, token in enumerate(row.tolist()) if token in self.ends]

@@ -30,6 +30,7 @@ PUBLISHED = (
 """Patterns of what goes up, by its path in the folder. All else stays: checkpoints, logs, reports, others' code."""
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.svg", "*.gif", "*.webp")
 STAYS = ("*checkpoint*", "tb", "runs", "*.tmp", "*.partial", "*.incomplete", "*.lock", ".*", "*.py", "*.bin")
+STAYS += ("*.so", "*.dll", "*.dylib", "*.exe", "*.sh", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.npy", "*.npz")
 """Patterns of any part of a path that keep a file here even so; code goes up by `remote_code` alone."""
 
 PATHS = {
@@ -37,14 +38,17 @@ PATHS = {
     "adapter_config.json": ("base_model_name_or_path",),
     "tokenizer_config.json": ("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file",
                               "added_tokens_file", "cache_dir", "chat_template_file"),
+    "generation_config.json": ("_name_or_path",),
     "recipe.yaml": ("source.id", "data.*.path", "eval.suite"),
     MANIFEST: ("source.path", "training.model", "training.data.*.path", "calibration.data.*.path",
                "selection.data.*.path"),
     "results.json": ("model", "source", "settings.source.id", "settings.source.path", "other.model"),
 }  # fmt: skip
 """File -> keys whose values may be paths, also relative ones, with dots between levels and a star for lists."""
-_VALUES = ("config.json", "adapter_config.json", "generation_config.json", "recipe.yaml", MANIFEST, "results.json")
-"""Files in which all other texts are looked through too; of a tokenizer's only the keys above are no tokens."""
+_VALUES = ("config.json", "adapter_config.json", "generation_config.json", "recipe.yaml", MANIFEST, "results.json",
+           "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
+           "model.safetensors.index.json", "adapter_model.safetensors.index.json")  # fmt: skip
+"""Files in which all other texts are looked through too, but for tokens."""
 _TEXTS = ("README.md", "train_log.jsonl")
 _TOKENS = re.compile("token|template|stop_strings|prompt")
 # A path within a text: from the root or a home, on a drive of Windows, on another machine.
@@ -114,6 +118,15 @@ def named(file: str, content: bytes) -> bytes:
         return content
     text = yaml.safe_dump(after, sort_keys=False, allow_unicode=True) if is_yaml else json.dumps(after, indent=2) + "\n"
     return text.encode()
+
+
+def of_local_source(recipe: bytes) -> bytes:
+    """A recipe whose source is a folder or file: its last part alone, also where it looks like an id of the Hub."""
+    content = parse_yaml(recipe, "recipe.yaml", "write the folder again") if recipe else {}
+    if not isinstance(content, dict) or "/" not in str((content.get("source") or {}).get("id", "")):
+        return recipe
+    content["source"] = {**content["source"], "id": content["source"]["id"].rstrip("/").rpartition("/")[2]}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
 
 
 def values(file: str, content: Any) -> Any:

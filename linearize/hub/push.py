@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from linearize.checkpoint import adapters, fit, links, remote_code, shards, tokenizer_files
 from linearize.checkpoint.copying import sha256
-from linearize.checkpoint.manifest import MANIFEST
+from linearize.checkpoint.manifest import MANIFEST, facts_of
 from linearize.checkpoint.open import open_config
 from linearize.checkpoint.reading import read_json, reading
 from linearize.errors import InputError
@@ -137,6 +137,9 @@ def plan(folder: str | Path, repo: str | None = None, with_code: bool = False) -
         measured = names.values("results.json", results_file.read(results)) if results else None
         changed = _changed(files, code, bool(foreign))
         recipe = changed.get("recipe.yaml") or (files["recipe.yaml"].read_bytes() if "recipe.yaml" in files else b"")
+        if (facts_of(folder).get("source") or {}).get("path"):  # however much its id looks like one of the Hub
+            recipe = names.of_local_source(recipe)
+            changed |= {"recipe.yaml": recipe} if recipe else {}
         config = {**config, "auto_map": remote_code.AUTO_MAP} if code else remote_code.without_foreign(config)
         card = write_card(folder, config, adapter_of, repo, measured, recipe.decode(), foreign)
         card = names.named("README.md", card.encode()).decode()

@@ -144,7 +144,10 @@ def inspection(description: dict[str, Any]) -> str:
     origin = description["source"]
     rows = [
         ("folder", description["path"]),
-        ("type", description["model_type"] + (f", from {origin['id']} ({origin['model_type']})" if origin else "")),
+        (
+            "type",
+            description["model_type"] + (plain(f", from {origin['id']} ({origin['model_type']})") if origin else ""),
+        ),
         ("parameters", f"{parameters}{format_bytes(description['bytes'])} {' '.join(description['dtypes'])}".rstrip()),
         *(
             (
