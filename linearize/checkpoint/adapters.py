@@ -61,7 +61,7 @@ def attach(model: PreTrainedModel, settings: Peft, trained: Path | None = None) 
             "peft.roles: there is none, and the mixers of this model have no weights of their own, so nothing is "
             "trained; name a role, or give the mixers a gate first: linearize calibrate"
         )
-    if settings.r > (width := text_sizes(model.config).hidden):
+    if settings.method != "miss" and settings.r > (width := text_sizes(model.config).hidden):  # peft says it of MiSS
         raise InputError(f"peft.r: found {settings.r:,}; adapters wider than the model, {width:,}, add nothing to it")
     if settings.method == "full":
         model.requires_grad_(False)

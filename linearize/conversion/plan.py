@@ -131,7 +131,7 @@ def _check_window(model: PreTrainedModel, mixer: dict[str, Any]) -> None:
     config, context = build_config(mixer), text_sizes(model.config).context
     window = config.window + config.sinks
     if context is not None and window > context:
-        where = f"convert.mixer.window and sinks: {window:,} tokens, where the model's context is {context:,}; the cache of one row"
+        where = f"convert.mixer.window: {window:,} tokens with sinks (the model's context is {context:,}); one row"
         check_memory(state_bytes(model.config, 1)["linearized"], where, f"a window of {context:,} sees everything")
 
 
