@@ -220,3 +220,22 @@ def test_a_prompt_of_which_the_normalizer_leaves_nothing(model, tokenizer, promp
     )
     with pytest.raises(InputError, match="the tokenizer finds no token in it"):
         answer(model, tokenizer, prompt, raw=True)
+
+
+@pytest.mark.parametrize("behind", ["<|pad|>", "<|im_end|> <|im_end|>", "<|im_end|> <|pad|>"])
+def test_whatever_the_tokenizer_puts_behind_a_prompt_is_left_out(model, tokenizer, behind: str):
+    expected = text.encode(tokenizer, "The river", ROWS, special=True)
+    special = [("<|endoftext|>", 0), ("<|im_end|>", 1), ("<|pad|>", 2)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<|endoftext|> $A {behind}", special_tokens=special
+    )
+    assert text.encode(tokenizer, "The river", ROWS, special=True).tolist() == [0, *expected.tolist()]
+
+
+@pytest.mark.parametrize("behind", ["<turn>", ".<turn>\n", "\n<turn> <|im_end|>"])
+def test_the_end_of_a_turn_is_found_in_the_template(model, tokenizer, behind: str):
+    """Also a token that was added as no special one, or behind a full stop."""
+    tokenizer.add_tokens(["<turn>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content']|upper }}" + behind + "{% endfor %}"
+    model.generation_config, model.config.eos_token_id, tokenizer.eos_token = GenerationConfig(), None, None
+    assert text.end_tokens(model, tokenizer) == [ROWS]

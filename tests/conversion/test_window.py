@@ -1,5 +1,6 @@
 """A window that no memory holds is refused before anything is built or written."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from helpers.tiny import save_source
 
 from linearize.checkpoint import room
 from linearize.checkpoint.sources import locate
+from linearize.conversion.convert import convert
 from linearize.conversion.plan import plan
 from linearize.errors import InputError
 from linearize.recipe import load as recipes
@@ -30,3 +32,20 @@ def test_a_window_as_wide_as_the_text_is_no_mistake(tmp_path: Path) -> None:
     save_source(tmp_path / "source", layers=2)
     wanted = recipes.from_dict({"source": {"id": "x"}, "convert": {"mixer": {"name": "window", "window": 4096}}})
     assert plan(locate(str(tmp_path / "source")), wanted).layers == [0, 1]
+
+
+@pytest.mark.parametrize("change", [{"padding_side": "up"}, {"model_max_length": "many"}])
+def test_a_tokenizer_that_cannot_be_opened_is_noticed_before_the_conversion(change: dict, tmp_path: Path) -> None:
+    file = save_source(tmp_path / "source", layers=2) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    wanted = recipes.from_dict({"source": {"id": "x"}})
+    with pytest.raises(InputError, match="the tokenizer cannot be read"):
+        convert(locate(str(tmp_path / "source")), wanted, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kernel_of_the_hub_in_a_configuration_is_refused(tmp_path: Path) -> None:
+    file = save_source(tmp_path / "source", layers=2) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "some-one/kernel"}))
+    with pytest.raises(InputError, match="attn_implementation is 'some-one/kernel', code on the Hub"):
+        plan(locate(str(tmp_path / "source")), recipes.from_dict({"source": {"id": "x"}}))

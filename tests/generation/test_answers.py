@@ -196,3 +196,15 @@ def test_folders_that_cannot_be_opened(loaded, tmp_path: Path):
         load(tmp_path)
     with pytest.raises(InputError, match="without its tokenizer"):
         generate(model, "Hi")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_an_answer_ends_where_a_learned_table_of_positions_does(kind: str):
+    """Instance: a prompt near the end of the table ended in an IndexError that blamed generation_config.json."""
+    model = linearize_(tiny_model(kind, 2, max_position_embeddings=40, n_positions=40), MIXER).eval()
+    tokenizer = tiny_tokenizer()
+    prompt = tokenizer.decode(tokenizer(LONG).input_ids[:30])
+    answer = generate(model, prompt, tokenizer=tokenizer, raw=True, max_new_tokens=100, temperature=0)
+    assert answer.prompt_tokens[0] + answer.new_tokens[0] <= 40
+    with pytest.raises(InputError, match="prompt: .* learned positions for 40"):
+        generate(model, LONG * 3, tokenizer=tokenizer, raw=True, max_new_tokens=2)

@@ -16,7 +16,7 @@ from linearize.checkpoint.manifest import verify, write_manifest
 from linearize.checkpoint.sources import locate
 from linearize.conversion.convert import convert
 from linearize.conversion.export import export
-from linearize.hub.names import is_published, named, without_path
+from linearize.hub.names import is_published, named, of_local_source, without_path
 from linearize.hub.push import Upload, plan
 from linearize.recipe import load as recipes
 
@@ -197,3 +197,10 @@ def test_names_of_strangers_cannot_break_out_of_the_card(tmp_path: Path) -> None
     (out / "recipe.yaml").write_text("description: |\n  ```\n  # Owned\n  ````\n")
     lines = plan(out, "me/x").card.splitlines()
     assert "# Owned" not in lines and "`````yaml" in lines and lines.count("`````") == 1
+
+
+def test_a_local_source_that_is_called_like_one_of_the_hub_is_named_by_its_last_part() -> None:
+    recipe = b"source:\n  id: clients/acme\ndata:\n- path: texts/all.jsonl\n"
+    assert b"clients" not in of_local_source(recipe)
+    assert b"texts/" not in named("recipe.yaml", recipe)
+    assert named("recipe.yaml", b"source:\n  id: org/name\n") == b"source:\n  id: org/name\n"

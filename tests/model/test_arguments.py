@@ -232,3 +232,20 @@ def test_a_model_crosses_to_another_process(model):
     process.start()
     assert queue.get(timeout=120) == pytest.approx(logits(model, tokens()).sum().item(), rel=1e-5)
     process.join()
+
+
+def test_a_mask_that_is_shorter_than_the_text_leaves_the_rest_out(model):
+    short, whole = torch.ones(2, 10, dtype=torch.int64), torch.ones(2, 16, dtype=torch.int64)
+    whole[:, 10:] = 0
+    expected = logits(model, tokens(), attention_mask=whole)
+    assert torch.equal(logits(model, tokens(), attention_mask=short)[:, :10], expected[:, :10])
+
+
+@pytest.mark.parametrize("place", [torch.arange(16) * 2, torch.cat([torch.arange(8), torch.arange(20, 28)])])
+def test_with_a_cache_a_jump_of_positions_is_no_new_document(place: Tensor):
+    """As in the source; without a cache transformers takes every jump for one, and so do we."""
+    source = tiny_model(layers=2)
+    model = linearize_(copy.deepcopy(source), {"name": "window", "window": 64, "sinks": 2}).eval()
+    for cached in (True, False):
+        ours, theirs = (logits(each, tokens(), position_ids=place[None], use_cache=cached) for each in (model, source))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
