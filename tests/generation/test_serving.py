@@ -70,7 +70,10 @@ def server(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*command, "--device", "cpu"], stdout=out, stderr=out, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            [*command, "--device", "cpu"],
+            stdout=out,
+            stderr=out,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         )
     try:
         for _ in range(240):
