@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from linearize.checkpoint.atomic import sweep, whole_file
+from linearize.checkpoint.copying import sha256
 from linearize.checkpoint.room import check_memory
 from linearize.checkpoint.text import check_ids
 from linearize.errors import InputError, disk_error
@@ -32,6 +33,9 @@ TAIL = 1 << 12
 """Characters before the end of a piece of a long document in which a good place to cut it is looked for."""
 BLOCK = 16
 """Bytes of memory for each block of a run."""
+NO_MATTER = {"name_or_path", "chat_template", "model_max_length", "tokenizer_file", "tokenizer_object", "verbose"}
+NO_MATTER |= {"special_tokens_map_file", "local_files_only", "is_local", "padding_side", "truncation_side", "backend"}
+"""Settings of a tokenizer that change no token of a text, or that stand in its own state."""
 DIGEST = 32
 """Bytes behind the tokens in a file of the cache: their sha256."""
 
@@ -174,7 +178,7 @@ def tokens(source: Data, tokenizer: Any) -> np.ndarray:
             "tokenizer: it has no end-of-text token, which separates documents; set eos_token in tokenizer_config.json"
         )
     read = documents(source)
-    key = hashlib.sha256(f"2 {read.content} {source.column} {_fingerprint(tokenizer)}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"3 {read.content} {source.column} {_fingerprint(tokenizer)}".encode()).hexdigest()[:32]
     file = cache_folder() / f"tokens-{key}.bin"
     row = _kept(file)
     if row is None:
@@ -337,11 +341,19 @@ def _long(parts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
 
 
 def _fingerprint(tokenizer: Any) -> str:
-    """A text that changes when the tokenizer would write other ids."""
+    """A text that changes when the tokenizer would write other ids: its class, its settings, the content of its files.
+
+    The names of folders say nothing, and chat templates and lengths change no id of a text.
+    """
+    settings = {name: value for name, value in tokenizer.init_kwargs.items() if name not in NO_MATTER}
+    for name, value in settings.items():
+        if isinstance(value, str) and os.path.isfile(value):
+            settings[name] = sha256(Path(value))
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state.update(truncation=None, padding=None)  # left over from the last call, set anew by the next
     else:
-        state = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
-    text = json.dumps([state, tokenizer.eos_token_id], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+        state = [tokenizer.get_vocab(), tokenizer.special_tokens_map]
+    settings["split_special_tokens"] = tokenizer.split_special_tokens  # may be set later
+    known = [type(tokenizer).__name__, settings, state, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()

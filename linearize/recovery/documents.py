@@ -4,12 +4,14 @@ So neither the other columns nor a guess at their types matters (a date in quote
 reader of ``datasets`` knows a file by path, size and time. It reads what is on the Hub, and folders of other formats.
 """
 
+import csv
 import gzip
 import io
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,7 +31,7 @@ from linearize.errors import InputError, suggest
 from linearize.recipe.resources import package_folder
 from linearize.recipe.schema import Data
 
-READERS = (".txt", ".jsonl", ".json", ".parquet")
+READERS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv")
 AT_ONCE = 256
 """Rows of a table in memory."""
 PIECE = 1 << 20
@@ -211,8 +213,11 @@ def _column(
         told = 0
         if _kind(file) == ".txt":
             names["text"] = None
-            content = io.TextIOWrapper(content, encoding="utf-8")
+            content = io.TextIOWrapper(content, encoding="utf-8-sig")
             values: Iterator[Any] = (line.rstrip("\n") for line in content) if lines else iter([_pieces(content)])
+        elif _kind(file) in (".csv", ".tsv"):
+            content = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+            values = _of_csv(file, content, column, names)
         else:
             values = _of_json(file, content, column, names)
         for value in values:
@@ -254,6 +259,23 @@ def _of_json(file: Path, content: Any, column: str, names: dict[str, None]) -> I
             if len(names) < AT_ONCE or column in fields:
                 names |= dict.fromkeys(fields)
             yield fields.get(column)
+
+
+def _of_csv(file: Path, content: io.TextIOWrapper, column: str, names: dict[str, None]) -> Iterator[str | None]:
+    """The first line names the columns; whatever else stands there is text: a number, a date, NA."""
+    csv.field_size_limit(sys.maxsize)  # a document is longer than its 128 KiB
+    rows = csv.reader(content, delimiter="\t" if _kind(file) == ".tsv" else ",", strict=True)
+    header = next(rows, [])
+    names |= dict.fromkeys(header)
+    at = header.index(column) if column in header else len(header)
+    for row in rows:
+        if row and len(row) != len(header):
+            raise ValueError(
+                f"{file.name}, line {rows.line_num}: found {len(row)} fields, and the first line names {len(header)} "
+                "columns; a text with the separator, a quote or a line break in it stands in double quotes"
+            )
+        if row:
+            yield row[at] if at < len(row) else None
 
 
 def _of_parquet(file: Path, column: str, names: dict[str, None], advance: Callable[[int], None]) -> Iterator[Any]:

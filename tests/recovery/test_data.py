@@ -85,7 +85,7 @@ def test_documents_follow_each_other_with_the_end_token_between_them(tmp_path, t
 def test_a_tokenizer_that_ends_documents_itself_gets_no_second_end_token(tmp_path):
     class Ending:
         eos_token_id, is_fast = 1, False
-        special_tokens_map = {}
+        special_tokens_map, init_kwargs, split_special_tokens = {}, {}, False
 
         def get_vocab(self):
             return {}
@@ -181,15 +181,15 @@ def test_bad_data_is_one_paragraph(tmp_path, tokenizer, cache):
     good = write(tmp_path, "good.jsonl", [TEXT])
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "broken.jsonl.gz").write_bytes(b"not gzip at all")
-    (tmp_path / "text.csv").write_text("text\na\n")
+    (tmp_path / "text.xml").write_text("text\na\n")
     cases = {
         "no column 'txt'. Did you mean 'text'\\? Available: id, text": replace(good, column="txt"),
         "found nothing named '.*nothing.jsonl'": Data(path=str(tmp_path / "nothing.jsonl")),
         "found nothing named 'nothing/\\*.txt'": Data(path="nothing/*.txt"),
         "found nothing named 'texts/a.jsonl'": Data(path="texts/a.jsonl"),
         "found nothing named 'demo-txt'.* Did you mean 'demo-text'": Data(path="demo-txt"),
-        "cannot read .csv .*allowed: one of .txt, .jsonl": Data(path=str(tmp_path / "text.csv")),
-        "cannot read .csv, .gz, .jsonl as one data set|cannot read .csv, .jsonl": Data(path=str(tmp_path / "*")),
+        "cannot read .xml .*allowed: one of .txt, .jsonl": Data(path=str(tmp_path / "text.xml")),
+        "cannot read .gz, .jsonl, .xml as one data set|cannot read .jsonl, .xml": Data(path=str(tmp_path / "*")),
         "column 'n' holds int, expected text; columns there: n, id": write(tmp_path, "numbers.jsonl", [1, 2], "n"),
         "holds no text in column 'text'": write(tmp_path, "blank.jsonl", ["", " "]),
         "broken.jsonl', .*: cannot be read .broken.jsonl, line 2: Expecting": Data(path=str(tmp_path / "broken.jsonl")),

@@ -1,7 +1,9 @@
 """Texts of files as people have them: any columns beside the text, odd names, long documents, damaged caches."""
 
+import csv
 import errno
 import gzip
+import io
 import json
 import os
 from dataclasses import replace
@@ -292,3 +294,75 @@ def test_memory_is_what_the_container_may_use(tmp_path, monkeypatch):
     (tmp_path / "none").write_text("max\n")
     monkeypatch.setattr(room, "LIMITS", [str(tmp_path / name) for name in ("none", "max", "missing")])
     assert room.memory() == 1 << 20
+
+
+# --- tables as text, and marks before it ---
+
+ODD = ["007", "NA", "null", "2024-01-01", 'two, with "quotes"', "two\nlines", "1e5", "x" * 200_000]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.tsv", "set/a.csv", "set/a.csv.gz", "set/a.tsv"])
+def test_a_table_of_text_is_read_as_text(tmp_path, tokenizer, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    buffer = io.StringIO(newline="")
+    rows = csv.writer(buffer, delimiter="\t" if "tsv" in name else ",")
+    rows.writerows([["id", "text"], *enumerate(ODD), ["", ""]])
+    content = b"\xef\xbb\xbf" + buffer.getvalue().encode()
+    file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert texts(Data(path=str(file.parent if "set" in name else file)), tokenizer) == ODD
+
+
+@pytest.mark.parametrize("second", ["text,more\n007,x\n", "more,text\n,007\n", "text\n007\n\n"])
+def test_tables_of_a_folder_may_have_other_columns(tmp_path, tokenizer, second):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "1.csv").write_text("text,meta\none,\n")
+    (tmp_path / "set" / "2.csv").write_text(second)
+    assert texts(Data(path=str(tmp_path / "set")), tokenizer) == ["one", "007"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,text\n1,one, two\n", r"a.csv, line 2: found 3 fields, and the first line names 2 columns"),
+        ("id,text\n1\n", r"a.csv, line 2: found 1 fields"),
+        ('text\n"one\n', "cannot be read .*end of data"),
+        ("other\none\n", "no column 'text'.*Available: other"),
+        ("", "no column 'text'.*Available: none"),
+    ],
+)
+def test_a_damaged_table_is_one_paragraph(tmp_path, tokenizer, content, message):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(InputError, match=message):
+        tokens(Data(path=str(tmp_path / "a.csv")), tokenizer)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "set/a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    content = b"\xef\xbb\xbfone"
+    file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert texts(Data(path=str(file.parent if "set" in name else file)), tokenizer) == ["one"]
+
+
+@pytest.mark.parametrize("setting", ["split_special_tokens", "add_prefix_space", "add_bos_token", "content of a file"])
+def test_a_setting_of_the_tokenizer_makes_other_tokens(tmp_path, setting):
+    words = tmp_path / "words.txt"
+    words.write_text("a")
+
+    def key(folder: str, value: bool) -> str:
+        tokenizer = tiny_tokenizer()
+        tokenizer.init_kwargs |= {"name_or_path": folder, "vocab_file": str(words)}
+        if setting == "split_special_tokens":
+            tokenizer.split_special_tokens = value
+        else:
+            tokenizer.init_kwargs[setting] = value
+        return data._fingerprint(tokenizer)
+
+    if setting == "content of a file":
+        before = key("a", False)
+        words.write_text("b")
+        assert key("a", False) != before
+    else:
+        assert key("a", False) == key("b", False) != key("a", True)
