@@ -45,7 +45,7 @@ class Saved:
             if differing:
                 raise InputError(
                     f"{file}: was made with other settings ({', '.join(differing)}), so its numbers cannot be taken "
-                    "over; leave out --resume, or choose another --out"
+                    "over; leave out --resume (`linearize run`: pass --overwrite), or choose another --out"
                 )
             measured = earlier["columns"].get("other")
             if measured and other and measured.get("weights") != other["weights"]:
