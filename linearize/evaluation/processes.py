@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 
 from linearize.errors import InputError
+from linearize.launch import launched
 
 PATIENCE = timedelta(days=30)
 """Time after which a process stops waiting for another one: a column of a large model takes hours."""
@@ -28,7 +29,8 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        with launched():
+            self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +49,7 @@ class Processes:
         """Connect the processes for the time of a run.
 
         Raises:
-            InputError: the launcher was told to divide weights.
+            InputError: the launcher was told to divide weights, or the environment tells half of what a launcher does.
         """
         if self.count == 1:
             yield self
@@ -59,7 +61,8 @@ class Processes:
             )
         if self.device is not None:
             torch.cuda.set_device(self.device)
-        distributed.init_process_group("gloo", timeout=PATIENCE)
+        with launched():
+            distributed.init_process_group("gloo", timeout=PATIENCE)
         try:
             yield self
         finally:

@@ -34,6 +34,7 @@ from linearize.checkpoint.open import bases, is_adapter, open_config, open_token
 from linearize.checkpoint.reading import read_json
 from linearize.checkpoint.room import check_memory
 from linearize.errors import InputError
+from linearize.launch import launched
 from linearize.model.sizes import text_sizes
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import OPTIMIZERS, Recipe, Stage
@@ -170,15 +171,20 @@ def _is_trained(folder: Path) -> bool:
 
 
 def _accelerator(stage: Stage) -> Accelerator:
-    """What spreads the stage over the processes that there are."""
+    """What spreads the stage over the processes that there are.
+
+    Raises:
+        InputError: the environment asks for what cannot be.
+    """
     _decide()
-    accelerator = Accelerator(
-        mixed_precision="no",  # accelerate's autocast returns fp32 logits, twice the memory; Loop has its own
-        step_scheduler_with_optimizer=False,  # a step is a step, however many processes there are
-        cpu=not torch.accelerator.is_available(),
-        # Blocks that end inside the window give the memory no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    with launched():
+        accelerator = Accelerator(
+            mixed_precision="no",  # accelerate's autocast returns fp32 logits, twice the memory; Loop has its own
+            step_scheduler_with_optimizer=False,  # a step is a step, however many processes there are
+            cpu=not torch.accelerator.is_available(),
+            # Blocks that end inside the window give the memory no gradient.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
     if deepspeed := accelerator.state.deepspeed_plugin:  # what it would otherwise read from a data loader
         deepspeed.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": stage.micro_batch,

@@ -204,3 +204,12 @@ def test_weights_that_a_launcher_would_divide_are_refused(monkeypatch: pytest.Mo
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="cannot be divided by FSDP"), Processes().joined():
         pass
+
+
+@pytest.mark.parametrize("name, value", [("WORLD_SIZE", "2"), ("WORLD_SIZE", "two"), ("RANK", "")])
+def test_half_of_what_a_launcher_sets_is_one_paragraph(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for each in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=rf"{name}.*: the environment asks for processes.*unset"), Processes().joined():
+        pass

@@ -273,6 +273,29 @@ def test_what_this_training_cannot_do_is_refused(model, text, tmp_path, monkeypa
         train(model, recipe_for(text), None, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("WORLD_SIZE", "2"),
+        ("WORLD_SIZE", "two"),
+        ("LOCAL_RANK", "0"),
+        ("OMPI_COMM_WORLD_SIZE", "2"),
+    ],
+)
+def test_half_of_what_a_launcher_sets_is_one_paragraph(model, text, tmp_path, monkeypatch, name, value):
+    monkeypatch.setattr("accelerate.state.is_deepspeed_available", lambda: False)
+    for each in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(InputError, match=rf"{name}.*: the environment asks for processes.*unset"):
+            train(model, recipe_for(text), None, tmp_path / "out")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 # --- what can fit ---
 
 
