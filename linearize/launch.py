@@ -6,8 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
 from types import FrameType
 
@@ -16,11 +15,6 @@ from linearize.errors import InputError
 GRACE = 45.0
 """Seconds in which stopped processes end by themselves; torch gives those that it has started 30."""
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables in which launchers tell a process which of them it is ..."""
-LAUNCHERS = ("ACCELERATE_", "FSDP_", "OMPI_COMM_", "PMI_", "MV2_COMM_")
-"""... and how the names of accelerate's own and of MPI's begin."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -63,28 +57,6 @@ def stoppable(main: Callable[[], None]) -> Callable[[], None]:
                 signal.signal(number, before[number])
 
     return run
-
-
-@contextmanager
-def launched() -> Iterator[None]:
-    """What sets up a process as its environment asks.
-
-    Raises:
-        InputError: it fails; names the variables that are set.
-    """
-    try:
-        yield
-    except (InputError, NameError):  # the latter is a fault of ours
-        raise
-    except Exception as error:
-        there = sorted(name for name in os.environ if name in LAUNCHED or name.startswith(LAUNCHERS))
-        if not there:
-            raise
-        raise InputError(
-            f"{', '.join(there)}: the environment asks for processes that cannot be set up "
-            f"({' '.join(str(error).split())[:400]}); unset what an earlier launch has left there, or let a launcher "
-            "set all of it: `-- FLAGS` behind the command starts the processes"
-        ) from error
 
 
 def check_flags(verb: str, flags: Sequence[str]) -> None:

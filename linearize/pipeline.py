@@ -93,16 +93,16 @@ def _folder(
 
 def _inputs(wanted: Recipe) -> dict[str, Any]:
     """What changes when the local files do that a recipe reads; null where there are none, or not any more."""
-    from linearize.checkpoint.copying import fingerprint, weight_files
+    from linearize.checkpoint.identity import identity
     from linearize.recovery.data import contents
 
-    source = wanted.source.id
-    return {"source": fingerprint(source) if weight_files(source) else None, "data": contents(wanted.data)}
+    source = identity(wanted.source.id)
+    return {"source": source.pop("weights"), **source, "data": contents(wanted.data)}
 
 
 def _record(folder: Path, after: str | int | None, read: dict[str, Any]) -> None:
     """Keep in the manifest of a stage what the files were that it was made from."""
-    read = read if after is not None else {"source": read["source"]}
+    read = {name: value for name, value in read.items() if name != "data" or after is not None}
     facts = read_json(folder / MANIFEST) | {"inputs": read}
     atomic.write_text(folder / MANIFEST, json.dumps(facts, indent=2) + "\n")
 

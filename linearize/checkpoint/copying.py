@@ -57,8 +57,11 @@ def fingerprint(folder: str | Path, advance: Callable[[int], None] = _ignore) ->
         advance: called with the number of bytes read since the last call.
     """
     paths = weight_files(folder)
-    if not paths:
-        return str(folder)
+    return digest_of(paths, advance) if paths else str(folder)
+
+
+def digest_of(paths: list[Path], advance: Callable[[int], None] = _ignore) -> str:
+    """One sha256 over the content of files; the arguments as for `fingerprint`."""
     return hashlib.sha256("".join(sha256(path, advance) for path in paths).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ from linearize.errors import InputError
 
 AGAIN = "get it anew from where it came from"
 """Advice for a damaged file; whether that was the Hub, a disk or a colleague is not known here."""
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables in which launchers tell a process which of them it is ..."""
+LAUNCHERS = ("ACCELERATE_", "FSDP_", "OMPI_COMM_", "PMI_", "MV2_COMM_")
+"""... and how the names of accelerate's own and of MPI's begin."""
 LARGEST_JSON = 256 << 20  # bytes; the largest tokenizers have a tenth of it
 
 # What libraries advise and no verb here can do -> what it is about.
@@ -50,6 +55,28 @@ def reading(where: object, problem: str, advice: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{where}: {problem} ({reason(error)}); {advice}") from error
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[None]:
+    """What sets up a process as its environment asks.
+
+    Raises:
+        InputError: it fails; names the variables that are set.
+    """
+    try:
+        yield
+    except (InputError, NameError):  # the latter is a fault of ours
+        raise
+    except Exception as error:
+        there = sorted(name for name in os.environ if name in LAUNCHED or name.startswith(LAUNCHERS))
+        if not there:
+            raise
+        raise InputError(
+            f"{', '.join(there)}: the environment asks for processes that cannot be set up "
+            f"({reason(error)}); unset what an earlier launch has left there, or let a launcher "
+            "set all of it: `-- FLAGS` behind the command starts the processes"
+        ) from error
 
 
 def read_json(

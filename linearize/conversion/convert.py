@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from linearize import progress
 from linearize.checkpoint import atomic, copying, fit, manifest, remote_code, shards, text
 from linearize.checkpoint.companions import copy_companions
+from linearize.checkpoint.identity import HASHES
 from linearize.checkpoint.shards import Tensor
 from linearize.checkpoint.sources import Located, fetch, load_tokenizer, materialise
 from linearize.conversion.plan import build, build_source, new_tensors
@@ -85,12 +86,13 @@ def convert(
         transfer = _move if staged else copying.link if link else copying.copy
         candidates = (dtype, model.config.dtype, shards.main_dtype(tensors))
         stored = next(each for each in candidates if isinstance(each, torch.dtype))
-        hashes = _write_weights(model, tensors, folder, dtype, stored, transfer)
+        hashes, origin = _write_weights(model, tensors, folder, dtype, stored, transfer)
         model.config.dtype = stored
         _write_the_rest(model, plain if located.gguf else located.path, folder, recipe, with_code)
         if staged:
             shutil.rmtree(plain)
-        manifest.write_manifest(folder, _facts(model, folder), hashes)
+        origin = {path.name: copying.sha256(path) for path in read} if staged else origin
+        manifest.write_manifest(folder, _facts(model, folder, {} if located.revision else origin), hashes)
     return out
 
 
@@ -149,7 +151,7 @@ def _write_weights(
     dtype: torch.dtype | None,
     stored: torch.dtype,
     transfer: Callable[..., str | None],
-) -> dict[str, str | None]:
+) -> tuple[dict[str, str | None], dict[str, str | None]]:
     """Write all shards and the index.
 
     Args:
@@ -161,31 +163,33 @@ def _write_weights(
         transfer: moves, links or copies an unchanged shard: (source, target, advance, digest) -> its hash, if known.
 
     Returns:
-        File name -> sha256, or None where it was not computed.
+        File name -> sha256, or None where it was not computed: of what is written, and of what was read.
     """
     new, sources = new_tensors(model), _files(tensors)
     count = len(sources) + bool(new)
     hashes: dict[str, str | None] = {}
+    origin: dict[str, str | None] = {}
     with progress.byte_progress("Writing weights", sum(tensor.size for tensor in tensors.values())) as advance:
         for number, file in enumerate(sources, 1):
             shard = [tensor for tensor in tensors.values() if tensor.file == file]
             cast = [_cast(model, tensor, dtype) for tensor in shard]
-            target = folder / shards.shard_name(number, count)
+            target, same = folder / shards.shard_name(number, count), _unchanged(file, cast)
             if target.exists():  # complete, from a run that was killed later
                 hashes[target.name] = copying.sha256(target, advance)
-            elif _unchanged(file, cast):
+            elif same:
                 hashes[target.name] = transfer(file, target, advance, shards.sha256_without_nan)
             else:
                 writers = [shards.cast_tensor(old, to, advance) for old, to in zip(shard, cast, strict=True)]
                 shards.write_shard(target, zip(cast, writers, strict=True))
                 hashes[target.name] = copying.sha256(target)
+            origin[file.name] = hashes[target.name] if same else copying.known_sha256(file) or copying.sha256(file)
     if new:
         target, own = folder / shards.shard_name(count, count), folder / ".own.safetensors"
         save_file({name: tensor.to(stored) for name, tensor in new.items()}, own, metadata={"format": "pt"})
         hashes[target.name] = _move(own, target, lambda count: None, copying.sha256)
     if count > 1:
         shards.write_index(folder, {k: v for name in hashes for k, v in shards.read_header(folder / name).items()})
-    return hashes
+    return hashes, origin
 
 
 def _move(source: Path, target: Path, advance: Callable[[int], None], digest: Callable[..., str]) -> str:
@@ -210,10 +214,11 @@ def _write_the_rest(model: PreTrainedModel, source: Path, folder: Path, recipe: 
         generation.save_pretrained(folder)
 
 
-def _facts(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+def _facts(model: PreTrainedModel, folder: Path, origin: Mapping[str, str | None]) -> dict[str, Any]:
     """What the manifest tells of a conversion."""
     return {
         "source": model.config.linearize["source"],
+        HASHES: {name: value for name, value in origin.items() if value is not None},
         "recipe_sha256": copying.sha256(folder / "recipe.yaml"),
         "versions": manifest.versions(),
     }

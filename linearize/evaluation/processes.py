@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from linearize.checkpoint.reading import launched
 from linearize.errors import InputError
-from linearize.launch import launched
 
 PATIENCE = timedelta(days=30)
 """Time after which a process stops waiting for another one: a column of a large model takes hours."""

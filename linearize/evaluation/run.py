@@ -7,8 +7,8 @@ from typing import Any
 
 from linearize.checkpoint import sources
 from linearize.checkpoint.atomic import held
-from linearize.checkpoint.copying import fingerprint, weight_files
 from linearize.checkpoint.describe import mixers_of
+from linearize.checkpoint.identity import check_source, files, identity
 from linearize.checkpoint.open import bases
 from linearize.errors import InputError
 from linearize.evaluation import speed
@@ -54,6 +54,9 @@ def run(options: Options) -> dict[str, Any]:
             models = Models(options.folder, config, located, options.dtype, device, options.seed, options.against)
             bar.start("reading tasks")
             work = Work(options, models, bar)
+            if not source and not located.revision and (work.behaviour or {"source", "window", "converted"} & {*names}):
+                bar.start("reading the source")
+                check_source(located.path, [Path(options.folder), *bases(Path(options.folder))])
             saved = _saved(options, models, work, processes, bar)
         with processes.agreed():  # nobody writes before all have read what an earlier run left
             saved.clear(options.resume)
@@ -81,8 +84,10 @@ def run(options: Options) -> dict[str, Any]:
 def _saved(options: Options, models: Models, work: Work, processes: Processes, bar: Bar) -> Saved:
     """The results so far: what is known before the first column runs, and what an earlier run left."""
     folders = [options.folder, *([options.against] if options.against else [])]
-    bar.start("reading weights", total=sum(path.stat().st_size for each in folders for path in weight_files(each)))
-    weights = {folder: fingerprint(folder, bar.advance) for folder in folders}
+    paths = [path for each in folders for some in files(each).values() for path in some]
+    bar.start("reading weights", total=sum(path.stat().st_size for path in paths))
+    known = {folder: identity(folder, bar.advance) for folder in folders}
+    weights = {folder: each["weights"] or folder for folder, each in known.items()}
     window, sinks = window_of(models.config) or (None, None)
     settings = {
         "suite": asdict(options.suite),
@@ -94,6 +99,7 @@ def _saved(options: Options, models: Models, work: Work, processes: Processes, b
         "window": window,
         "sinks": sinks,
         "weights": weights[options.folder],
+        "tokenizer": known[options.folder]["tokenizer"],
         "source": _source(models.located, [*(Path(each) for each in folders if Path(each).is_dir())]),
     }
     other = {"model": options.against, "weights": weights[options.against]} if options.against else {}
@@ -116,12 +122,15 @@ def _source(located: sources.Located, folders: list[Path]) -> dict[str, Any]:
         folders: what is compared with it.
 
     Returns:
-        JSON-safe; with hashes of its weights, and of models that adapters belong to, where they are local files.
+        JSON-safe; with hashes of it, and of models that adapters belong to, where they are local files.
     """
     facts = {key: value for key, value in located.to_dict().items() if key != "path"}
     local = [] if located.revision else [located.path / (located.gguf or "")]
     bases_of = [base for folder in folders for base in bases(folder)]
-    return facts | {"weights": [fingerprint(each) for each in (*local, *bases_of) if weight_files(each)]}
+    known = [identity(each) for each in (*local, *bases_of)]
+    return facts | {
+        kind: [each[kind] for each in known if each[kind]] for kind in ("weights", "other_weights", "tokenizer")
+    }
 
 
 def _possible(options: Options, config: Any, bar: Bar) -> list[str]:

@@ -41,6 +41,7 @@ class Saved:
             before = earlier.get("settings", {})
             known = before.get("source") or {}  # earlier versions did not say of which weights
             now = settings | {"source": {key: value for key, value in settings["source"].items() if key in known}}
+            now["tokenizer"] = settings.get("tokenizer") if "tokenizer" in before else None
             differing = [key for key in settings if before.get(key) != now[key]]
             if differing:
                 raise InputError(

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from linearize.checkpoint import adapters, fit, links, remote_code, shards, tokenizer_files
-from linearize.checkpoint.copying import sha256
+from linearize.checkpoint.identity import identity
 from linearize.checkpoint.manifest import MANIFEST, facts_of
 from linearize.checkpoint.open import open_config
 from linearize.checkpoint.reading import read_json, reading
@@ -211,17 +211,21 @@ def _measured(folder: Path) -> Path | None:
     own, beside = folder / "results.json", folder.resolve().parent / "results.json"
     if not own.is_file() and not beside.is_file():
         return None
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
-    fingerprint = hashlib.sha256("".join(map(sha256, weights)).encode()).hexdigest()
+    now = identity(folder)
+
+    def same(results: Path, least: tuple[str, ...] = ()) -> bool:  # earlier versions did not say of which tokenizer
+        said = results_file.read(results).get("settings", {})
+        return all(said.get(key, None if key in least else now[key]) == now[key] for key in ("weights", "tokenizer"))
+
     if own.is_file():
-        if results_file.read(own).get("settings", {}).get("weights", fingerprint) != fingerprint:
+        if not same(own):
             raise InputError(
-                f"{own}: was measured on other weights than the folder holds now; run `linearize eval {folder}` again, "
-                "or remove it to publish the model as not evaluated"
+                f"{own}: was measured on other weights than the folder holds now, or with another tokenizer; run "
+                f"`linearize eval {folder}` again, or remove it to publish the model as not evaluated"
             )
         return own
     try:
-        return beside if results_file.read(beside).get("settings", {}).get("weights") == fingerprint else None
+        return beside if same(beside, ("weights",)) else None
     except InputError:  # somebody else's file
         return None
 

@@ -11,6 +11,7 @@ from linearize.checkpoint import remote_code, tokenizer_files
 from linearize.checkpoint.adapters import put_on
 from linearize.checkpoint.atomic import check_output, output_folder
 from linearize.checkpoint.companions import copy_companions
+from linearize.checkpoint.identity import HASHES
 from linearize.checkpoint.manifest import MANIFEST, versions, write_manifest
 from linearize.checkpoint.open import base_folder, bases, is_adapter, open_model
 from linearize.checkpoint.reading import read_json
@@ -55,7 +56,7 @@ def merge(folder: str | Path, out: str | Path, overwrite: bool = False) -> Path:
             copy_companions(written, work, code=remote_code.asked(base))
             if (written / MANIFEST).is_file():
                 facts = read_json(written / MANIFEST)
-                made |= {key: facts[key] for key in ("source", "training") if key in facts}
+                made |= {key: facts[key] for key in ("source", HASHES, "training") if key in facts}
         if (adapter / BOARD).is_dir():
             shutil.copytree(adapter / BOARD, work / BOARD)
         write_manifest(work, {"source": None, **made, "versions": versions()}, {})

@@ -8,6 +8,7 @@ from torch import Tensor
 from linearize.checkpoint import manifest
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.describe import check_positions
+from linearize.checkpoint.identity import HASHES
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
 from linearize.checkpoint.open import is_adapter, open_model, open_tokenizer, pick_device
 from linearize.checkpoint.reading import read_json
@@ -18,7 +19,7 @@ from linearize.recipe import load as recipes
 from linearize.recipe.schema import Reading
 from linearize.recovery.data import blocks
 
-KEPT = ("source", "training", "merged", "calibration", "selection")
+KEPT = ("source", HASHES, "training", "merged", "calibration", "selection")
 """Facts of a manifest that a folder made from another one keeps."""
 
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from linearize.checkpoint.adapters import same_names
 from linearize.checkpoint.atomic import sync
-from linearize.checkpoint.copying import fingerprint, weight_files
+from linearize.checkpoint.identity import identity
 from linearize.checkpoint.manifest import MANIFEST
 from linearize.checkpoint.open import bases
 from linearize.checkpoint.reading import read_json, reading
@@ -171,8 +171,9 @@ def content(model_dir: Path, wanted: Recipe) -> dict[str, Any]:
     """What changes when the files do that a run reads: of its model, with the one that adapters belong to, and data."""
     with suppress(InputError):
         folders = [model_dir, *bases(model_dir)]
-        known = [fingerprint(folder) if weight_files(folder) else None for folder in folders]
-        return {"model": known, "data": contents(wanted.data)}
+        known = [identity(folder) for folder in folders]
+        named = {"model": "weights", "other_weights": "other_weights", "tokenizer": "tokenizer"}
+        return {name: [each[kind] for each in known] for name, kind in named.items()} | {"data": contents(wanted.data)}
     return {}
 
 

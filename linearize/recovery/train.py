@@ -29,12 +29,12 @@ from linearize.checkpoint.atomic import (
     working_folder,
     write_text,
 )
+from linearize.checkpoint.identity import HASHES
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
 from linearize.checkpoint.open import bases, is_adapter, open_config, open_tokenizer
-from linearize.checkpoint.reading import read_json
+from linearize.checkpoint.reading import launched, read_json
 from linearize.checkpoint.room import check_memory
 from linearize.errors import InputError
-from linearize.launch import launched
 from linearize.model.sizes import text_sizes
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import OPTIMIZERS, Recipe, Stage
@@ -278,4 +278,5 @@ def _write(
     shutil.copyfile(work / LOG, result / LOG)
     shutil.copytree(work / BOARD, result / BOARD)
     facts = {"source": loop.plain.config.linearize["source"], "training": made, "versions": manifest.versions()}
-    write_manifest(result, facts, {})
+    before = manifest.facts_of(folder)
+    write_manifest(result, facts | {HASHES: before[HASHES]} if HASHES in before else facts, {})
