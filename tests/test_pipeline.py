@@ -85,3 +85,26 @@ def test_the_default_suite_on_a_short_context(learned: Path, tmp_path: Path) -> 
     model = Path(str(linearize.convert(learned, tmp_path / "0", window=16)))
     results = linearize.evaluate(model, limit=2, columns=["source", "student"], progress=False)
     assert results["settings"]["suite"]["perplexity"] == [{"text": "wikitext2_valid", "length": 256, "blocks": 16}]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "pytorch_model.bin", "tiny.gguf"])
+def test_a_replaced_file_of_the_source_is_noticed(name: str, tmp_path: Path) -> None:
+    source, stage = tmp_path / "source", tmp_path / "out" / "0-converted"
+    source.mkdir()
+    stage.mkdir(parents=True)
+    if name != "tiny.gguf":
+        (source / "config.json").write_text("{}")
+    (source / name).write_text("{}")
+    wanted = recipes.load("smollm2-135m", [f"source.id={source}"])
+    (stage / "recipe.yaml").write_text(recipes.to_yaml(wanted))
+    for old in (False, True):  # earlier versions did not say
+        read = pipeline._inputs(wanted)
+        (stage / "linearize.json").write_text("{}")
+        pipeline._record(stage, None, {"source": read["source"], "data": []} if old else read)
+        assert pipeline._finished(stage, wanted, None, pipeline._inputs(wanted), False)
+        (source / name).write_text(f"[{old}]")
+        if old:
+            assert pipeline._finished(stage, wanted, None, pipeline._inputs(wanted), False)
+            continue
+        with pytest.raises(InputError, match="was made from other files.*(tokenizer|other_weights)"):
+            pipeline._finished(stage, wanted, None, pipeline._inputs(wanted), False)

@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from linearize.checkpoint import atomic
 from linearize.checkpoint.sources import Located, locate
+from linearize.conversion.convert import convert
 from linearize.errors import InputError
 from linearize.evaluation.evaluate import bench, evaluate
 from linearize.evaluation.processes import Processes
 from linearize.evaluation.run import _source
 from linearize.evaluation.saved import Saved
+from linearize.evaluation.suite import Suite, TextSpec
+from linearize.recipe.schema import Recipe, Source
 from linearize.results.schema import SCHEMA
 
 
@@ -74,3 +77,31 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path, measure) -> None:
     with atomic.locked(out), pytest.raises(InputError, match="another process"):
         measure(tmp_path / "model", out=out)
     assert (tmp_path / ".results.json.partial").read_text() == "of the first"
+
+
+@pytest.mark.parametrize(("before", "same"), [("a", True), ("b", False), (None, True)])
+def test_resume_takes_over_what_the_same_tokenizer_gave(tmp_path: Path, monkeypatch, before, same) -> None:
+    target = tmp_path / "results.json"
+    said = {} if before is None else {"tokenizer": before}  # results of earlier versions do not say
+    target.write_text(json.dumps({"schema": SCHEMA, "settings": settings() | said, "columns": {}}))
+    monkeypatch.setattr("linearize.results.file.validate", lambda *_: None)
+    if same:
+        Saved(target, settings() | {"tokenizer": "a"}, {}, True, Processes())
+        return
+    with pytest.raises(InputError, match=r"other settings \(tokenizer\).*run`: pass --overwrite"):
+        Saved(target, settings() | {"tokenizer": "a"}, {}, True, Processes())
+
+
+@pytest.mark.parametrize("columns", [["source"], ["window"], ["student"]])
+def test_a_source_with_other_weights_is_refused_where_it_is_read(tmp_path: Path, monkeypatch, columns) -> None:
+    monkeypatch.chdir(tmp_path)
+    source, student = save_source(tmp_path / "source", layers=2), tmp_path / "student"
+    convert(locate(str(source)), Recipe(source=Source(id=str(source))), student)
+    other(source)
+    suite = Suite(name="mine", perplexity=[TextSpec(text="wikitext2_valid", length=32, blocks=1)])
+    if columns == ["student"]:
+        evaluate(student, suite, columns=columns, progress=False)
+        return
+    with pytest.raises(InputError, match="was converted from other weights.*--source"):
+        evaluate(student, suite, columns=columns, progress=False)
+    evaluate(student, suite, columns=columns, source=str(source), progress=False)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize.checkpoint.copying import fingerprint
+from linearize.checkpoint.identity import identity
 from linearize.checkpoint.manifest import verify, write_manifest
 from linearize.errors import InputError
 from linearize.hub.names import without_path
@@ -492,6 +493,17 @@ def test_results_of_the_run_beside_the_folder_and_of_other_weights(tmp_path: Pat
     assert not plan(folder).evaluated
     shutil.move(beside / "results.json", folder)
     with pytest.raises(InputError, match="measured on other weights.*linearize eval"):
+        plan(folder)
+
+
+def test_results_with_another_tokenizer(tmp_path: Path):
+    folder = write_folder(tmp_path / "merged")
+    known = identity(folder)
+    settings = {"weights": known["weights"], "tokenizer": known["tokenizer"]}
+    (folder / "results.json").write_text(json.dumps(RESULTS | {"settings": settings}))
+    assert plan(folder).evaluated
+    (folder / "results.json").write_text(json.dumps(RESULTS | {"settings": settings | {"tokenizer": "0" * 64}}))
+    with pytest.raises(InputError, match="or with another tokenizer; run `linearize eval"):
         plan(folder)
 
 
