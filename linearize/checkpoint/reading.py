@@ -64,12 +64,13 @@ def launched() -> Iterator[None]:
     Raises:
         InputError: it fails; names the variables that are set.
     """
+    # Before: accelerate sets more of them.
+    there = sorted(name for name in os.environ if name in LAUNCHED or name.startswith(LAUNCHERS))
     try:
         yield
     except (InputError, NameError):  # the latter is a fault of ours
         raise
     except Exception as error:
-        there = sorted(name for name in os.environ if name in LAUNCHED or name.startswith(LAUNCHERS))
         if not there:
             raise
         raise InputError(

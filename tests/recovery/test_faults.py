@@ -290,7 +290,7 @@ def test_half_of_what_a_launcher_sets_is_one_paragraph(model, text, tmp_path, mo
     monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        with pytest.raises(InputError, match=rf"{name}.*: the environment asks for processes.*unset"):
+        with pytest.raises(InputError, match=rf"^{name}: the environment asks for processes.*unset"):
             train(model, recipe_for(text), None, tmp_path / "out")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
