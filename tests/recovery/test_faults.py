@@ -285,7 +285,8 @@ def test_what_this_training_cannot_do_is_refused(model, text, tmp_path, monkeypa
 )
 def test_half_of_what_a_launcher_sets_is_one_paragraph(model, text, tmp_path, monkeypatch, name, value):
     monkeypatch.setattr("accelerate.state.is_deepspeed_available", lambda: False)
-    for each in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for each in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(each, "")  # so that what accelerate sets goes away again
         monkeypatch.delenv(each, raising=False)
     monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)
