@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
-from . import architectures
+from . import architectures, transformers_api
 from .attention import hook_decoder, linearized_modules, swap_attention
 from .cache import cache_layer
 from .made import Made, as_inspected
@@ -213,6 +213,7 @@ def model_class(source: type[PreTrainedModel], config: type[PreTrainedConfig]) -
 
 
 AutoConfig.register("linearized", LinearizedConfig, exist_ok=True)
+transformers_api.offer(LinearizedForCausalLM)
 
 
 def live_in(module: str) -> None:
