@@ -24,7 +24,8 @@ from linearize.formats import format_bytes
 
 # A folder without any of these was not written by this package or by transformers, and is never replaced.
 _REPLACEABLE = ("config.json", "adapter_config.json", MANIFEST)
-_INSIDE = {".partial", ".replaced", ".old", ".training", ".lock"}
+_HALF = ".replacing"
+_INSIDE = {".partial", ".replaced", _HALF, ".old", ".training", ".lock"}
 """What stands inside an output folder that can have no siblings, until it is complete."""
 _held: set[Path] = set()
 """Outputs that this process holds by `held`."""
@@ -185,24 +186,54 @@ def working_folder(out: str | Path) -> Path:
 
 
 def put_back(out: Path) -> None:
-    """Put a folder back that a kill in the middle of a swap left aside, unless somebody is writing it."""
+    """Put a folder back that a kill in the middle of a swap left aside, unless somebody is writing it.
+
+    Raises:
+        InputError: there is nothing else under this name, and what stands aside is no model folder.
+    """
     out = Path(os.path.realpath(out))
-    if out not in _held and _beside(out, "replaced").exists():
-        with contextlib.suppress(InputError), locked(out):
-            _put_back(out)
+    if out in _held:
+        return
+    try:
+        if _aside(out) is not None:
+            with contextlib.suppress(InputError), locked(out):
+                _put_back(out)
+    except InputError:
+        if not out.exists():
+            raise
+
+
+def _aside(out: Path) -> Path | None:
+    """What a kill left aside of an output; None where there is nothing.
+
+    Raises:
+        InputError: it is not what this package leaves there.
+    """
+    replaced = _beside(out, "replaced")
+    if not os.path.lexists(replaced):
+        return replaced.with_name(_HALF) if replaced.parent == out and (out / _HALF).is_dir() else None
+    empty = replaced == out / ".replaced" and (out / ".partial").is_dir()  # an empty mount point was being filled
+    if replaced.is_symlink() or not (empty or any((replaced / name).is_file() for name in _REPLACEABLE)):
+        raise InputError(
+            f"{replaced}: stands where this package keeps a model folder while {out.name} is replaced, and is none "
+            f"(a folder with one of {', '.join(_REPLACEABLE)}); move it elsewhere, or remove it"
+        )
+    return replaced
 
 
 def _put_back(out: Path) -> None:
-    replaced = _beside(out, "replaced")
-    if replaced.exists() and replaced.parent != out:
+    replaced = _aside(out)
+    if replaced is not None and replaced.parent != out:
         shutil.rmtree(replaced) if out.exists() else replaced.rename(out)
-    elif replaced.exists():
-        for entry in _content(out):
-            _remove(entry)
+    elif replaced is not None:
+        if replaced.name != _HALF:
+            for entry in _content(out):
+                _remove(entry)
+            replaced = replaced.rename(out / _HALF)
         for entry in replaced.iterdir():
             entry.rename(out / entry.name)
         replaced.rmdir()
-    if replaced.parent == out:
+    if _beside(out, "replaced").parent == out:
         shutil.rmtree(out / ".old", ignore_errors=True)
 
 
@@ -221,19 +252,21 @@ def _publish(partial: Path, out: Path) -> None:
     """Let a complete folder appear as `out`; a folder that is there stays whole until then."""
     replaced = _beside(out, "replaced")
     if partial.parent == out:
-        replaced.mkdir()
+        (half := out / _HALF).mkdir()
         for entry in _content(out):
-            entry.rename(replaced / entry.name)
+            entry.rename(half / entry.name)
+        half.rename(replaced)  # from here on what is beside it is new
         for entry in partial.iterdir():
             entry.rename(out / entry.name)
         sync(out)
         replaced.rename(old := out / ".old")  # from here on it is the new one
         shutil.rmtree(old, ignore_errors=True)
     elif not out.exists() or not _exchange(partial, out):
-        if out.exists():
+        if there := out.exists():
             out.rename(replaced)
         partial.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if there:
+            replaced.rename(partial)  # where it counts as unfinished
     sync(out.parent)
 
 

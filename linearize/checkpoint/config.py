@@ -47,11 +47,11 @@ def read(folder: Path, gguf: str | None = None) -> PreTrainedConfig:
             than the weights beside it hold.
     """
     file = folder / (gguf or "config.json")
+    if gguf is None:
+        links.check(folder)
     if not file.is_file():
         absent = "does not exist, so it has no configuration that transformers can read; give a folder with a model"
         raise InputError(shards.adapters_alone(folder) or f"{file}: {absent}")
-    if gguf is None:
-        links.check(folder)
     with reading(file, _PROBLEM, _ADVICE):
         # A GGUF header holds the whole vocabulary and takes seconds to parse: once per file is enough.
         stamp = os.stat(file)

@@ -94,6 +94,8 @@ def read_json(
         InputError: it is missing, no JSON, or holds something else than an object.
     """
     with reading(path, problem, advice):
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"its {path.stat().st_size} bytes are no such file")
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint import packages, tokenizer_files
 from linearize.checkpoint.atomic import put_back
-from linearize.checkpoint.links import hub_id, own
+from linearize.checkpoint.links import check, hub_id, own
 from linearize.checkpoint.reading import AGAIN, read_json, reading
 from linearize.checkpoint.text import check_tokenizer
 from linearize.errors import InputError, suggest
@@ -126,6 +126,7 @@ def _locate_folder(path: Path) -> Located:
         return Located(id=hub_id(path) or Path(ggufs[0]).stem, path=path, gguf=own(path, path / ggufs[0]).name)
     if ggufs:
         raise InputError(f"{path}: holds {len(ggufs)} GGUF files; give one of them: {', '.join(ggufs)}")
+    check(path)
     if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         raise InputError(
             f"{path}: has weights but no config.json; copy config.json from the model's page into the folder"

@@ -126,15 +126,64 @@ def test_systems_without_an_exchange_of_names_take_two_renames(tmp_path, monkeyp
 
 def test_what_a_kill_left_aside_is_put_back_but_not_under_a_writer(tmp_path: Path) -> None:
     out, aside = tmp_path / "out", tmp_path / ".out.replaced"
-    aside.mkdir()
+    write(aside)
     with atomic.locked(out):
         atomic.put_back(out)
         assert not out.exists()
     atomic.put_back(out)
     assert out.is_dir() and not aside.exists()
-    aside.mkdir()
+    write(aside)
     atomic.put_back(out)
     assert names(tmp_path) == {"out"}
+
+
+STRANGERS = {
+    "a file": lambda aside, model: aside.write_text("mine"),
+    "a link to a model": lambda aside, model: aside.symlink_to(model),
+    "a broken link": lambda aside, model: aside.symlink_to("nowhere"),
+    "an empty folder": lambda aside, model: aside.mkdir(),
+    "a folder of something else": lambda aside, model: write(aside, "notes.txt"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_what_no_swap_left_aside_stays_and_is_named(tmp_path: Path, monkeypatch, kind: str) -> None:
+    out, aside, model = tmp_path / "out", tmp_path / ".out.replaced", tmp_path / "model"
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    write(model)
+    STRANGERS[kind](aside, model)
+    before = aside.lstat()
+    calls = [lambda: open_config(out), lambda: locate(str(out)), lambda: write(out)]
+    for call in calls:
+        with pytest.raises(InputError, match=r"\.out\.replaced: stands where .*move it elsewhere"):
+            call()
+    assert aside.lstat() == before and names(tmp_path) == {"model", ".out.replaced"}
+    model.rename(out)
+    atomic.put_back(out)  # what is there can be read
+    with pytest.raises(InputError, match="stands where"):
+        write(out, overwrite=True)
+    assert aside.lstat() == before and names(out) == {"config.json"}
+
+
+@pytest.mark.parametrize("stop", range(6))
+def test_a_kill_at_any_rename_on_a_mount_point_leaves_the_old_or_the_new(mount: Path, monkeypatch, stop: int) -> None:
+    for name in ("config.json", "linearize.json", "weights"):
+        (mount / name).write_text("old")
+    rename, count = Path.rename, iter(range(100))
+
+    def killed(path: Path, target: Path) -> Path:
+        if next(count) >= stop:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        patch.setattr(atomic, "_put_back", lambda out: None)
+        with pytest.raises(KeyboardInterrupt):
+            write(mount, overwrite=True)
+    atomic.put_back(mount)
+    assert names(mount) == {"config.json", "linearize.json", "weights"}
+    assert all((mount / name).read_text() == "old" for name in names(mount))
 
 
 @pytest.mark.parametrize("reader", ["open", "convert", "train"])

@@ -1,7 +1,9 @@
 """What a stranger's folder says is compared with what it holds before anything is made of it: sizes, headers, links."""
 
 import json
+import os
 import shutil
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from linearize.checkpoint import config, describe, gguf_header
 from linearize.checkpoint.adapters import put_on
-from linearize.checkpoint.open import load, open_model
+from linearize.checkpoint.open import load, open_model, open_tokenizer
 from linearize.checkpoint.sources import locate
 from linearize.conversion.convert import convert
 from linearize.conversion.export import export
@@ -232,7 +234,31 @@ def test_a_link_that_leaves_the_folder_is_not_followed(name: str, plain: Path, c
     assert not (tmp_path / "out").exists()
 
 
-def test_links_inside_a_folder_and_into_a_cache_of_the_hub_are_followed(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", WEIGHTS])
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "socket"])
+def test_what_is_no_regular_file_is_never_opened(
+    name: str, kind: str, plain: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, folder in enumerate([copied(plain, tmp_path / "source"), copied(converted, tmp_path / "folder")]):
+        (folder / name).unlink(missing_ok=True)
+        monkeypatch.chdir(folder)  # a socket's name has a hundred letters at most
+        if kind == "socket":
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(name)
+        else:
+            os.mkfifo(name if kind == "pipe" else "pipe")
+            if kind != "pipe":
+                (folder / name).symlink_to("pipe")
+        calls = [lambda: open_tokenizer(folder), lambda: describe.inspect(folder)]
+        calls.append((lambda: load(folder)) if number else (lambda: run(folder, tmp_path / "out")))
+        for call in calls:
+            refused(call, "is not a regular file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_inside_a_folder_and_to_its_own_blobs_in_a_cache_of_the_hub_are_followed(
+    plain: Path, tmp_path: Path
+) -> None:
     repo = tmp_path / "hub" / "models--acme--tiny-x"
     snapshot, local = repo / "snapshots" / ("a" * 40), tmp_path / "local"
     for folder in (repo / "blobs", snapshot, local):
@@ -241,8 +267,14 @@ def test_links_inside_a_folder_and_into_a_cache_of_the_hub_are_followed(plain: P
         shutil.copy(path, repo / "blobs" / path.name)
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", path.name))
         (local / path.name).symlink_to(repo / "blobs" / path.name)
-    (local / "LICENSE.txt").symlink_to("tokenizer_config.json")
-    assert not any(path.is_symlink() for path in run(local, tmp_path / "a").iterdir())
+    (snapshot / "LICENSE.txt").symlink_to("tokenizer_config.json")
+    refused(lambda: run(local, tmp_path / "a"), "is a link that leaves the folder")
+    other = repo.with_name("models--acme--other") / "snapshots" / ("b" * 40)
+    shutil.copytree(snapshot, other, symlinks=True)
+    for path in other.iterdir():  # the blobs of another model, which may be private
+        path.unlink()
+        path.symlink_to(repo / "blobs" / path.name)
+    refused(lambda: run(other, tmp_path / "a"), "is a link that leaves the folder")
     out = run(snapshot, tmp_path / "b", mixer={"name": "gla", "window": 8, "sinks": 2})
     assert json.loads((out / "config.json").read_text())["linearize"]["source"]["id"] == "acme/tiny-x"
     assert "base_model: acme/tiny-x" in push(out, "me/x", dry_run=True)
