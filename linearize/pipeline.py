@@ -34,6 +34,7 @@ def run(
     overwrite: bool = False,
     flags: Sequence[str] = (),
     note: Callable[[str], None] = print,
+    reads: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Convert, calibrate and select if the recipe says so, train, merge and evaluate.
 
@@ -43,6 +44,7 @@ def run(
         overwrite: redo stages that were made with another recipe, and the comparison; without it they are an error.
         flags: of ``accelerate launch``, for the training stages.
         note: called with one line per stage.
+        reads: the file of the recipe, if it is one: no stage may replace it.
 
     Returns:
         The results, as in :mod:`linearize.results.schema`.
@@ -54,18 +56,23 @@ def run(
         >>> run(recipe.load("smollm2-135m"), "runs/demo")["summary"]["recovery"]["student"]
     """
     from linearize.evaluation.evaluate import evaluate
+    from linearize.evaluation.run import check_target
 
     check_flags("run", flags)
+    check_target(Path(out) / "results.json")
     with atomic.held(Path(out)):
-        folder, resume = _folder(wanted, Path(out), overwrite, flags, note)
+        folder, resume = _folder(wanted, Path(out), overwrite, flags, note, reads)
         results = Path(out) / "results.json"
         return evaluate(folder, suite=wanted.eval.suite, out=results, resume=resume)
 
 
 def _folder(
-    wanted: Recipe, out: Path, overwrite: bool, flags: Sequence[str], note: Callable[[str], None]
-) -> tuple[Path, bool]:
+    wanted: Recipe, out: Path, overwrite: bool, flags: Sequence[str], note: Callable[[str], None],
+    reads: Sequence[Path],
+) -> tuple[Path, bool]:  # fmt: skip
     """Make all stages of a recipe, or keep them; returns the folder to evaluate, and whether it was there before."""
+    from linearize.checkpoint.replacing import check_apart
+    from linearize.recovery.documents import local_files
     from linearize.recovery.merge import merge
 
     stages, read = _stages(wanted, out), _inputs(wanted)
@@ -73,8 +80,11 @@ def _folder(
     finished = {folder for folder, after in stages.items() if _finished(folder, wanted, after, read, overwrite)}
     if len(finished) < len(stages) and (wrong := problems(wanted, whole=True)):
         raise InputError("\n".join(wrong))
+    reads = [*reads, Path(wanted.source.id).expanduser(), *local_files(wanted.data)]
     for folder in stages:
-        if folder in finished:
+        if folder not in finished:
+            check_apart(folder, reads)
+        else:
             note(f"{folder}: finished earlier, kept")
     *before, merged = stages
     folder = out
@@ -226,7 +236,10 @@ def train_stage(
         from linearize.recovery.train import train
 
         return train(folder, wanted, name, out, resume=resume, overwrite=overwrite)
-    atomic.check_output(out, overwrite, [folder])
+    from linearize.checkpoint.open import needed
+    from linearize.recovery.documents import local_files
+
+    atomic.check_output(out, overwrite, [*needed(folder), *local_files(wanted.data)])
     file = atomic.working_folder(out) / f"recipe-{os.getpid()}.yaml"  # another process may be about to begin, too
     atomic.write_text(file, recipes.to_yaml(wanted))
     arguments = [str(folder), "--out", str(out), "--recipe", str(file), "--stage", name]

@@ -120,6 +120,7 @@ def convert(
     from linearize import pipeline
     from linearize.checkpoint import tokenizer_files
     from linearize.checkpoint.atomic import check_output
+    from linearize.checkpoint.replacing import check_apart
     from linearize.checkpoint.sources import locate
     from linearize.conversion.convert import convert as run
     from linearize.conversion.plan import plan
@@ -127,8 +128,9 @@ def convert(
     located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
     planned = plan(located, wanted)
     target = Path(out) if out is not None else recipes.run_folder(wanted) / "0-converted"
+    check_apart(target, _files(model, recipe))
     if dry_run:  # what the real run would refuse before it writes, and what the stages after it would
-        check_output(target, overwrite, [located.path])
+        check_output(target, overwrite, [located.read])
         if located.gguf is None:
             tokenizer_files.check(located.path)
         planned = replace(planned, later=pipeline.problems(wanted))
@@ -166,7 +168,7 @@ def calibrate(
     """
     from linearize.recovery.calibrate import calibrate as run
 
-    wanted = _recipe_of(folder, recipe, set)
+    wanted = _recipe_of(folder, recipe, set, out)
     return run(folder, wanted, out, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
 
 
@@ -205,7 +207,7 @@ def select(
 
     if plot is not None:
         check_target(Path(plot))  # before the measurement, which takes minutes
-    wanted = _recipe_of(folder, recipe, set)
+    wanted = _recipe_of(folder, recipe, set, out)
     chosen = run(folder, wanted, out, keep=keep, by=by, per=per, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
     if plot is not None:
         draw_selection(chosen, Path(plot))
@@ -243,10 +245,10 @@ def train(
     from linearize.recipe.schema import STAGES
 
     if stage in STAGES:
-        known = recipes.with_stage(_recipe_of(folder, recipe, ()), stage)
+        known = recipes.with_stage(_recipe_of(folder, recipe, (), out), stage)
         wanted = recipes.from_dict(recipes.to_dict(known), set, "command line")
     else:
-        wanted = _recipe_of(folder, recipe, set)
+        wanted = _recipe_of(folder, recipe, set, out)
     return pipeline.train_stage(Path(folder), wanted, stage, Path(out), resume=resume, overwrite=overwrite, flags=flags)
 
 
@@ -280,7 +282,7 @@ def run(
 
     wanted = recipes.resolve(str(model), list(set))
     folder = Path(out) if out is not None else recipes.run_folder(wanted)
-    return pipeline.run(wanted, folder, overwrite=overwrite, flags=flags, note=note)
+    return pipeline.run(wanted, folder, overwrite=overwrite, flags=flags, note=note, reads=_files(model))
 
 
 def bench(
@@ -388,7 +390,16 @@ def check(files: Name | Sequence[Name]) -> None:
         raise InputError("\n".join(problems))
 
 
-def _recipe_of(folder: Name, recipe: Name | None, overrides: Iterable[str]) -> "Recipe":
+def _files(*names: Name | None) -> list[Path]:
+    """Those of the names that are files: of a recipe, which nothing that is made by it may replace."""
+    return [Path(name) for name in names if name is not None and os.path.isfile(name)]
+
+
+def _recipe_of(folder: Name, recipe: Name | None, overrides: Iterable[str], out: Name | None) -> "Recipe":
+    from linearize.checkpoint.atomic import working_folder
+    from linearize.checkpoint.replacing import check_apart
     from linearize.recipe.load import recipe_of
 
+    if out is not None:  # a launched process is given the recipe in the working folder
+        check_apart(Path(out), [file for file in _files(recipe) if file.parent != working_folder(out)])
     return recipe_of(Path(folder), None if recipe is None else str(recipe), list(overrides))

@@ -18,12 +18,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from linearize.checkpoint.manifest import MANIFEST
+from linearize.checkpoint.replacing import REPLACEABLE, check_apart
 from linearize.errors import DISK_FULL, InputError, disk_error
 from linearize.formats import format_bytes
 
-# A folder without any of these was not written by this package or by transformers, and is never replaced.
-_REPLACEABLE = ("config.json", "adapter_config.json", MANIFEST)
 _HALF = ".replacing"
 _INSIDE = {".partial", ".replaced", _HALF, ".old", ".training", ".lock"}
 """What stands inside an output folder that can have no siblings, until it is complete."""
@@ -37,18 +35,14 @@ def check_output(out: Path, overwrite: bool = False, reads: Iterable[Path] = ())
     Args:
         out: the folder to be written. An empty folder counts as absent.
         overwrite: allow a model folder in its place to be replaced.
-        reads: folders that are read for it, or that what is written will need: `out` must be none and hold none of
-            them, under whatever name.
+        reads: as for `check_apart`.
 
     Raises:
-        InputError: `out` is a file, one of `reads`, a folder with content and `overwrite` is off, or a folder that
-            holds no model.
+        InputError: `out` is a file, not apart from `reads`, a folder with content and `overwrite` is off, or a folder
+            that holds no model.
     """
     put_back(out)
-    for folder in reads if out.exists() else ():
-        inside = folder.resolve()
-        if any(parent.exists() and parent.samefile(out) for parent in (inside, *inside.parents)):
-            raise InputError(f"{out}: is the source, or holds it; choose another output folder")
+    check_apart(out, reads)
     if out.is_dir():
         if not _content(out):
             return
@@ -57,10 +51,10 @@ def check_output(out: Path, overwrite: bool = False, reads: Iterable[Path] = ())
                 f"{out}: the output folder exists and is not empty; pass --overwrite to replace it when the new one is "
                 "complete, or choose another folder"
             )
-        if not any((out / name).exists() for name in _REPLACEABLE):
+        if not any((out / name).exists() for name in REPLACEABLE):
             raise InputError(
                 f"{out}: --overwrite replaces model folders only, and this one holds none of "
-                f"{', '.join(_REPLACEABLE)}; choose another folder, or remove this one yourself"
+                f"{', '.join(REPLACEABLE)}; choose another folder, or remove this one yourself"
             )
     elif out.exists() or out.is_symlink():
         raise InputError(f"{out}: the output is a file or a broken link; it must be a folder that does not exist yet")
@@ -213,10 +207,10 @@ def _aside(out: Path) -> Path | None:
     if not os.path.lexists(replaced):
         return replaced.with_name(_HALF) if replaced.parent == out and (out / _HALF).is_dir() else None
     empty = replaced == out / ".replaced" and (out / ".partial").is_dir()  # an empty mount point was being filled
-    if replaced.is_symlink() or not (empty or any((replaced / name).is_file() for name in _REPLACEABLE)):
+    if replaced.is_symlink() or not (empty or any((replaced / name).is_file() for name in REPLACEABLE)):
         raise InputError(
             f"{replaced}: stands where this package keeps a model folder while {out.name} is replaced, and is none "
-            f"(a folder with one of {', '.join(_REPLACEABLE)}); move it elsewhere, or remove it"
+            f"(a folder with one of {', '.join(REPLACEABLE)}); move it elsewhere, or remove it"
         )
     return replaced
 

@@ -119,6 +119,17 @@ def bases(folder: Path) -> list[Path]:
     return [base_folder(folder, weights=False)] if is_adapter(folder) else []
 
 
+def needed(folder: Path) -> list[Path]:
+    """What no output may replace that is made from a folder: it, what its adapters belong to, and a local source."""
+    folders = [folder, *bases(folder)]
+    file = folders[-1] / "config.json"
+    block = read_json(file).get("linearize") if file.is_file() else None
+    source = block.get("source") if isinstance(block, dict) else None
+    named = [source.get(key) for key in ("path", "gguf")] if isinstance(source, dict) else []
+    usable = named[:1] != [None] and all(isinstance(name, str | None) and "\0" not in (name or "") for name in named)
+    return [*folders, Path(*filter(None, named))] if named and usable else folders
+
+
 def base_folder(adapter: Path, weights: bool = True) -> Path:
     """The folder that adapters belong to: where their configuration says, of that name beside them, or from the Hub.
 

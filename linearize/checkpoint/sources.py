@@ -40,6 +40,11 @@ class Located:
     package: str | None = None
     token: str | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def read(self) -> Path:
+        """What is read of this machine: the folder, or the GGUF file."""
+        return self.path / (self.gguf or "")
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON-safe record that a converted folder keeps; `relocate` reads it.
 

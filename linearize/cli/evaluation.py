@@ -46,10 +46,12 @@ def evaluate(
     Example:
       linearize eval runs/demo/merged --suite smoke
     """
-    from linearize.reporting import verdict
+    from linearize.reporting import page, verdict
 
     limits = verdict.parse_limits(fail_under or [])  # before the work
     target = out or (folder / "results.json" if folder.is_dir() else None)
+    if target is not None:
+        page.check_target(page.beside(target))
     options: dict[str, Any] = {"suite": suite, "source": source, "against": against, "out": out, "columns": columns}
     options |= {"limit": limit, "batch_size": batch_size, "seed": seed, "dtype": dtype, "include_path": include_path}
     if flags:

@@ -161,7 +161,9 @@ def run(
     """
     from linearize.cli.evaluation import show_results
     from linearize.recipe import load as recipes
+    from linearize.reporting import page
 
     target = out or recipes.run_folder(recipes.resolve(model, set_ or ()))
+    page.check_target(target / "report.html")
     results = verbs.run(model, target, set=set_ or (), overwrite=overwrite, flags=flags or (), note=note)
     show_results(results, as_json, target / "results.json")

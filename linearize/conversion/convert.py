@@ -63,7 +63,7 @@ def convert(
         InputError: anything wrong with the source, the recipe, the disk or `out`; nothing is left behind.
     """
     out = Path(out)
-    atomic.check_output(out, overwrite, [located.path])
+    atomic.check_output(out, overwrite, [located.read])
     model = build(located, recipe)
     # Opened, and not looked at alone: what cannot be opened would be noticed after hours of training.
     vocabulary = load_tokenizer(located).get_vocab() if located.gguf is None else {}

@@ -12,6 +12,7 @@ from linearize.checkpoint import atomic, copying, fit, remote_code, shards, toke
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.config import read
 from linearize.checkpoint.describe import is_new
+from linearize.checkpoint.open import needed
 from linearize.checkpoint.reading import read_json, reading
 from linearize.errors import InputError, suggest
 
@@ -42,7 +43,7 @@ def export(folder: str | Path, to: str, out: str | Path, overwrite: bool = False
     if to not in FORMATS:
         raise InputError(f"--to {to}: unknown format. {suggest(to, FORMATS)}")
     config = _config(folder)
-    atomic.check_output(out, overwrite, [folder])
+    atomic.check_output(out, overwrite, needed(folder))
     tokenizer_files.check(folder)
     tensors = shards.read_folder(folder)
     fit.check(folder, fit.empty(read(folder), folder), tensors)

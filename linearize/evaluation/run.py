@@ -20,6 +20,7 @@ from linearize.evaluation.saved import Saved
 from linearize.evaluation.work import Options, Work, check, fitted
 from linearize.model.sizes import text_sizes
 from linearize.progress import Bar
+from linearize.results.file import check_target
 from linearize.results.schema import COLUMNS
 
 
@@ -35,6 +36,8 @@ def run(options: Options) -> dict[str, Any]:
     Raises:
         InputError: see the messages; what was finished until then is kept.
     """
+    if options.target is not None:
+        check_target(options.target)
     processes = Processes()
     alone = held(options.target) if options.target and processes.is_main else contextlib.nullcontext()
     with alone, processes.joined(), quiet(), Bar(options.progress and processes.is_main) as bar:

@@ -10,6 +10,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from linearize.checkpoint.atomic import write_text
 from linearize.checkpoint.open import load
+from linearize.checkpoint.replacing import check_file_output
 from linearize.checkpoint.text import only
 from linearize.errors import InputError
 from linearize.generation.decoder import Clock
@@ -55,6 +57,8 @@ def bench_lossless(
     Raises:
         InputError: the folder cannot draft, or the text is shorter than a context.
     """
+    if out is not None:
+        check_file_output(Path(out), "what `bench --lossless` writes", _ours)
     model, tokenizer = load(folder, dtype)
     drafting = Lossless.of(folder, model)
     text = gzip.decompress((package_folder("eval") / "data" / f"{TEXT}.txt.gz").read_bytes()).decode()
@@ -70,6 +74,12 @@ def bench_lossless(
         if out is not None:
             write_text(Path(out), json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _ours(content: bytes) -> bool:
+    with suppress(ValueError, TypeError, RecursionError):
+        return {"settings", "rows"} == set(json.loads(content))
+    return False
 
 
 def line(row: dict[str, Any]) -> str:

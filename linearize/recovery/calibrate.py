@@ -23,12 +23,14 @@ from transformers import PreTrainedModel
 
 from linearize import progress
 from linearize.checkpoint.atomic import check_output, held, output_folder
+from linearize.checkpoint.open import needed
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
 from linearize.model.mixers import Context, Mixer
 from linearize.model.modeling import linearize_
 from linearize.recipe import load as recipes
 from linearize.recovery import reading
+from linearize.recovery.documents import local_files
 
 GRID = torch.arange(-6.0, 6.01, 0.25)
 LARGEST = 0.99
@@ -177,7 +179,7 @@ def calibrate(
         >>> calibrate("runs/demo/0-converted", recipe.load("smollm2-135m"), "runs/demo/calibrated")
     """
     folder, out = Path(model_dir), Path(out)
-    check_output(out, overwrite, [folder])
+    check_output(out, overwrite, [*needed(folder), *local_files(wanted.data)])
     with held(out):
         return _calibrate(folder, wanted, out, tokens, seq_len, overwrite)
 

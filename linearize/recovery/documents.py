@@ -13,8 +13,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from glob import escape, glob
 from itertools import islice
@@ -122,6 +122,16 @@ def is_local(path: str) -> bool:
         InputError: it means nothing.
     """
     return os.path.isdir(os.path.expanduser(path)) or bool(_files(path))
+
+
+def local_files(sources: Iterable[Data]) -> list[Path]:
+    """What data sets read of this machine: files, or their folder; nothing that comes with the package."""
+    read: list[Path] = []
+    for path in (source.path for source in sources if source.path not in embedded()):
+        with suppress(InputError):  # told where it is read
+            folder = Path(os.path.expanduser(path))
+            read += [folder] if folder.is_dir() else _files(path)
+    return read
 
 
 def _files(path: str) -> list[Path]:

@@ -13,7 +13,7 @@ from linearize.checkpoint.atomic import check_output, output_folder
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.identity import HASHES
 from linearize.checkpoint.manifest import MANIFEST, versions, write_manifest
-from linearize.checkpoint.open import base_folder, bases, is_adapter, open_model
+from linearize.checkpoint.open import base_folder, bases, is_adapter, needed, open_model
 from linearize.checkpoint.reading import read_json
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
@@ -48,7 +48,7 @@ def merge(folder: str | Path, out: str | Path, overwrite: bool = False) -> Path:
     for each in (adapter, *bases(adapter)):
         if (each / "tokenizer_config.json").is_file():
             tokenizer_files.check(each)
-    check_output(out, overwrite, [adapter, *bases(adapter)])
+    check_output(out, overwrite, needed(adapter))
     with output_folder(out, overwrite) as work:
         fold(put_on(open_model(adapter), adapter)).save_pretrained(work)
         base, made = base_folder(adapter, weights=False), {"merged": adapter.resolve().name}

@@ -30,12 +30,14 @@ from transformers import PreTrainedModel
 
 from linearize import formats, progress
 from linearize.checkpoint import atomic
+from linearize.checkpoint.open import needed
 from linearize.errors import InputError
 from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.branches import branches
 from linearize.recipe import load as recipes
 from linearize.recovery import reading
+from linearize.recovery.documents import local_files
 from linearize.recovery.losses import IGNORE, count_targets, token_losses
 from linearize.recovery.parts import CONTEXT, Part, by_layer, caches, only, write_without
 
@@ -274,7 +276,7 @@ def select(
     """
     folder = Path(model_dir)
     if out is not None:
-        atomic.check_output(Path(out), overwrite, [folder])
+        atomic.check_output(Path(out), overwrite, [*needed(folder), *local_files(wanted.data)])
     wanted, settings = reading.settle(wanted, "select", **given)
     with nullcontext() if out is None else atomic.held(out):
         model, ids = reading.read(folder, wanted, settings)

@@ -31,7 +31,7 @@ from linearize.checkpoint.atomic import (
 )
 from linearize.checkpoint.identity import HASHES
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
-from linearize.checkpoint.open import bases, is_adapter, open_config, open_tokenizer
+from linearize.checkpoint.open import is_adapter, needed, open_config, open_tokenizer
 from linearize.checkpoint.reading import launched, read_json
 from linearize.checkpoint.room import check_memory
 from linearize.errors import InputError
@@ -39,6 +39,7 @@ from linearize.model.sizes import text_sizes
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import OPTIMIZERS, Recipe, Stage
 from linearize.recovery.data import blocks
+from linearize.recovery.documents import local_files
 from linearize.recovery.loop import DIVIDED, Loop
 from linearize.recovery.memory import Watch
 from linearize.recovery.monitor import BOARD, LOG, Monitor
@@ -94,7 +95,7 @@ def train(
         _forget(work, made)
         return out
     _check_folder(chosen, folder)
-    check_output(out, overwrite, [folder, *bases(folder)])
+    check_output(out, overwrite, [*needed(folder), *local_files(wanted.data)])
     accelerator = _accelerator(chosen)
     _check_processes(chosen, accelerator)
     kept = f"what was there before is as it was: checkpoints are in {work}, and --resume goes on from the last one"

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from linearize.checkpoint.atomic import write_text
+from linearize.checkpoint.replacing import check_file_output
 from linearize.errors import InputError
 from linearize.formats import each_string, plain
 from linearize.reporting import sections, verdict
@@ -47,7 +48,21 @@ def write(reports: list[dict[str, Any]], path: str | Path) -> Path:
     Example:
         >>> linearize.report("runs/demo/results.json", "runs/demo/report.html")
     """
-    return write_text(Path(path), render(reports))
+    check_target(path := Path(path))
+    return write_text(path, render(reports))
+
+
+def check_target(path: Path) -> None:
+    """Refuse a page in the place of anything but a page of ours; earlier versions left no name in theirs.
+
+    Raises:
+        InputError: see `check_file_output`.
+    """
+    marks = (b'<meta name="generator" content="linearize">', b'<div class="verdict')
+    check_file_output(
+        path, "a page of `linearize report`",
+        lambda content: content[:9].upper() == b"<!DOCTYPE" and any(mark in content for mark in marks),
+    )  # fmt: skip
 
 
 def beside(results: Path) -> Path:

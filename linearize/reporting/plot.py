@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from linearize.checkpoint.replacing import check_file_output
 from linearize.errors import InputError
 from linearize.formats import format_bytes, plain
 
@@ -28,6 +29,14 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
     "text.parse_math": False,  # a name may hold a dollar
 }
+MARKS = {
+    **dict.fromkeys(("eps", "ps"), (b"%!PS",)),
+    **dict.fromkeys(("jpg", "jpeg"), (b"\xff\xd8\xff",)),
+    **dict.fromkeys(("tif", "tiff"), (b"II*\0", b"MM\0*")),
+    **{"gif": (b"GIF8",), "png": (b"\x89PNG",), "pdf": (b"%PDF",), "pgf": (b"Matplotlib",), "svgz": (b"\x1f\x8b",)},
+    **{"svg": (b"<?xml", b"<svg"), "webp": (b"WEBP",), "avif": (b"ftypavif",)},
+}
+"""What stands at the beginning of a picture, by its suffix."""
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
@@ -119,7 +128,7 @@ def check_target(target: Path) -> None:
     """Refuse a picture that cannot be made, before long work on what it shows.
 
     Raises:
-        InputError: the suffix names no format.
+        InputError: the suffix names no format, or a file of another kind is in its place.
     """
     _figure(target, 1, 1)
 
@@ -130,6 +139,8 @@ def _figure(target: Path, width: float, height: float) -> Any:
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
     if target.suffix.lstrip(".").lower() not in formats:
         raise InputError(f"--plot {target}: unknown kind of picture; expected a name ending in {', '.join(formats)}")
+    marks = MARKS.get(target.suffix.lstrip(".").lower(), ())
+    check_file_output(target, "a picture of this format", lambda content: any(mark in content[:64] for mark in marks))
     return figure
 
 

@@ -13,12 +13,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from linearize.checkpoint.atomic import write_text
 from linearize.checkpoint.reading import reading, reason
+from linearize.checkpoint.replacing import LARGEST, check_file_output
 from linearize.errors import InputError
 from linearize.formats import quoted
 from linearize.results.schema import SCHEMA, Results
 
-LARGEST = 2**28
-"""Bytes of a file."""
 MOST = 1e100
 """Of every number."""
 
@@ -79,6 +78,21 @@ def write(results: dict[str, Any], path: str | Path) -> Path:
     # Lists of numbers, one per item, take one line each. No JSON string holds a raw line break: only lists match.
     text = re.sub(r"\[\n[-\d.eE+,\s]+\]", lambda match: "[" + " ".join(match[0][1:-1].split()) + "]", text)
     return write_text(path, text + "\n")
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file for results that holds anything but results, before the work.
+
+    Raises:
+        InputError: see `check_file_output`.
+    """
+
+    def ours(content: bytes) -> bool:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            return {"schema", "settings", "columns"} <= set(json.loads(content))
+        return False
+
+    check_file_output(path, "results of `linearize eval` or `bench`", ours)
 
 
 def validate(results: Any, where: str = "results") -> None:

@@ -6,6 +6,7 @@ import shutil
 import socket
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,14 +250,13 @@ def test_what_is_no_regular_file_is_never_opened(
             os.mkfifo(name if kind == "pipe" else "pipe")
             if kind != "pipe":
                 (folder / name).symlink_to("pipe")
-        calls = [lambda: open_tokenizer(folder), lambda: describe.inspect(folder)]
-        calls.append((lambda: load(folder)) if number else (lambda: run(folder, tmp_path / "out")))
-        for call in calls:
-            refused(call, "is not a regular file")
+        last = load if number else partial(run, out=tmp_path / "out")
+        for call in (open_tokenizer, describe.inspect, last):
+            refused(partial(call, folder), "is not a regular file")
     assert not (tmp_path / "out").exists()
 
 
-def test_links_inside_a_folder_and_to_its_own_blobs_in_a_cache_of_the_hub_are_followed(
+def test_links_inside_a_folder_and_to_own_blobs_in_a_cache_of_the_hub_are_followed(
     plain: Path, tmp_path: Path
 ) -> None:
     repo = tmp_path / "hub" / "models--acme--tiny-x"
