@@ -256,9 +256,7 @@ def test_what_is_no_regular_file_is_never_opened(
     assert not (tmp_path / "out").exists()
 
 
-def test_links_inside_a_folder_and_to_own_blobs_in_a_cache_of_the_hub_are_followed(
-    plain: Path, tmp_path: Path
-) -> None:
+def test_links_inside_a_folder_and_to_own_blobs_in_a_cache_of_the_hub_are_followed(plain: Path, tmp_path: Path) -> None:
     repo = tmp_path / "hub" / "models--acme--tiny-x"
     snapshot, local = repo / "snapshots" / ("a" * 40), tmp_path / "local"
     for folder in (repo / "blobs", snapshot, local):
