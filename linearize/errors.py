@@ -55,7 +55,8 @@ def disk_error(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in _OF_FILES:
             said = os.strerror(error.errno or 0)
-            return f"{said}: {error.filename}" if error.filename else said
+            name = error.filename2 or error.filename  # of two, the one that was to be there
+            return f"{said}: {name}" if name else said
         if not isinstance(error, OSError):
             if by_rust := re.search(r"\(os error (\d+)\)", str(error)):
                 return os.strerror(int(by_rust[1]))

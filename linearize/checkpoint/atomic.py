@@ -60,12 +60,16 @@ def check_output(out: Path, overwrite: bool = False, reads: Iterable[Path] = ())
         raise InputError(f"{out}: the output is a file or a broken link; it must be a folder that does not exist yet")
 
 
-def check_space(out: Path, needed: int) -> None:
+_LINK = "choose a folder on another disk, or, in a conversion, share weights with the source by --link"
+
+
+def check_space(out: Path, needed: int, advice: str = _LINK) -> None:
     """Check that the file system of `out` has room.
 
     Args:
         out: the folder to be written; it need not exist.
         needed: bytes.
+        advice: beside freeing space.
 
     Raises:
         InputError: there is less room than `needed`.
@@ -74,7 +78,7 @@ def check_space(out: Path, needed: int) -> None:
     if free < needed:
         raise InputError(
             f"{out}: the result needs {format_bytes(needed)} and the disk has {format_bytes(free)} free; free some "
-            "space, choose a folder on another disk, or, in a conversion, share weights with the source by --link"
+            f"space, {advice}"
         )
 
 

@@ -182,7 +182,7 @@ def tokens(source: Data, tokenizer: Any) -> np.ndarray:
     file = cache_folder() / f"tokens-{key}.bin"
     row = _kept(file)
     if row is None:
-        if file.exists():
+        if os.path.isfile(file):
             print(f"{file}: is damaged or may not be read, so the text is tokenised again", file=sys.stderr)
         with in_cache(file.parent, "the tokens"):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -224,10 +224,9 @@ def in_cache(folder: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
-        if (said := disk_error(error)) is None:
+        ours = not isinstance(error, InputError) or str(error).startswith(f"{folder}")  # else of a file that is read
+        if not ours or (said := disk_error(error)) is None:
             raise
         raise InputError(
             f"{folder}: {what} cannot be kept there ({said}); free some space, or set LINEARIZE_CACHE to another "
@@ -237,6 +236,8 @@ def in_cache(folder: Path, what: str) -> Iterator[None]:
 
 def _kept(file: Path) -> np.ndarray | None:
     """The tokens in a file of the cache, int32 [tokens], mapped; None where they are not all there and unchanged."""
+    if not os.path.isfile(file):
+        return None
     try:
         content = np.memmap(file, dtype=np.uint8, mode="r")
     except (OSError, ValueError):  # the latter: it is empty

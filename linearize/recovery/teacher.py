@@ -166,7 +166,7 @@ class Known:
             sweep(self.folder)
         sizes = {self._file(row): len(row) * (6 * self.k + 4) for row in rows}
         missing = [size for file, size in sizes.items() if not file.is_file()]
-        check_space(self.folder, sum(missing))
+        check_space(self.folder, sum(missing), "or set LINEARIZE_CACHE to a folder on another disk")
         return len(sizes) - len(missing), len(missing)
 
     def _file(self, row: Tensor) -> Path:

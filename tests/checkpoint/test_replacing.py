@@ -67,7 +67,7 @@ def test_a_folder_or_a_device_is_known_before_the_work(verb: str, made: tuple[Pa
 
 
 def test_what_a_verb_wrote_it_replaces(tmp_path: Path) -> None:
-    results = shutil.copy(RESULTS, tmp_path / "results.json")
+    results = Path(shutil.copy(RESULTS, tmp_path / "results.json"))
     out = linearize.report(results)
     assert linearize.report(results) == out
     out.write_text("")  # as mktemp leaves it

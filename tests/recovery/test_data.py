@@ -1,14 +1,18 @@
 """Data: what is read, how it is packed and ordered, what is kept, and what is refused."""
 
+import errno
 import gzip
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers.tiny import TEXT, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,6 +163,38 @@ def test_a_failure_leaves_nothing_in_the_cache(tmp_path, tokenizer, cache, monke
         patch.setattr(data, "_encoded", break_off)
         tokens(source, tokenizer)
     assert list(cache.iterdir()) == []
+
+
+def full(*_) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+CACHES = {
+    "a file in its place": lambda cache, kept, patch: (shutil.rmtree(cache), cache.write_text("")),
+    "a folder in the place of a file": lambda cache, kept, patch: (kept.unlink(), kept.mkdir()),
+    "a name that is too long": lambda cache, kept, patch: patch.setenv("LINEARIZE_CACHE", f"{cache}/{'n' * 300}"),
+    "a full disk": lambda cache, kept, patch: (kept.unlink(), patch.setattr(os, "fsync", full)),
+    "no room for a name": lambda cache, kept, patch: (kept.unlink(), patch.setattr(FileLock, "acquire", full)),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_what_is_wrong_with_the_cache_names_it_and_its_variable(tmp_path, tokenizer, cache, monkeypatch, kind):
+    data_set = write(tmp_path, "a.jsonl", [TEXT])
+    tokens(data_set, tokenizer)
+    monkeypatch.delenv("LINEARIZE_NO_FSYNC", raising=False)
+    CACHES[kind](cache, next(cache.iterdir()), monkeypatch)
+    with pytest.raises(InputError, match=rf"^{cache}.*cannot be kept there .*LINEARIZE_CACHE"):
+        tokens(data_set, tokenizer)
+
+
+def test_a_pipe_in_the_place_of_kept_tokens_is_not_opened(tmp_path, tokenizer, cache):
+    data_set = write(tmp_path, "a.jsonl", [TEXT])
+    expected = tokens(data_set, tokenizer).tolist()
+    kept = next(cache.iterdir())
+    kept.unlink()
+    os.mkfifo(kept)
+    assert tokens(data_set, tokenizer).tolist() == expected
 
 
 def test_the_cache_is_in_the_users_cache_folder(monkeypatch):
