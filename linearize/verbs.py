@@ -107,16 +107,6 @@ def convert(
         >>> linearize.convert("smollm2-135m", "runs/demo/0-converted", mixer="gla", window=64)
         PosixPath('runs/demo/0-converted')
     """
-    from linearize.recipe import load as recipes
-
-    layers = layers if layers is None or isinstance(layers, str) else list(layers)  # as YAML has it
-    flags = {"mixer.window": window, "mixer.sinks": sinks, "mixer.combine": combine, "layers": layers, "dtype": dtype}
-    given = {f"convert.{key}": value for key, value in flags.items()} | {"source.revision": revision}
-    given = {key: value for key, value in given.items() if value is not None}
-    named = {} if mixer is None else {recipes.NAME: mixer}
-    changes = [*(f"{key}={value}" for key, value in named.items()), *recipes.without(set, given | named)]
-    wanted = recipes.from_dict(recipes.to_dict(recipes.resolve(str(model), changes, recipe)), given, "command line")
-
     from linearize import pipeline
     from linearize.checkpoint import tokenizer_files
     from linearize.checkpoint.atomic import check_output
@@ -124,7 +114,11 @@ def convert(
     from linearize.checkpoint.sources import locate
     from linearize.conversion.convert import convert as run
     from linearize.conversion.plan import plan
+    from linearize.recipe import load as recipes
 
+    flags = {"mixer.window": window, "mixer.sinks": sinks, "mixer.combine": combine, "layers": layers, "dtype": dtype}
+    flags = {f"convert.{key}": value for key, value in flags.items()} | {"source.revision": revision}
+    wanted = recipes.with_flags(str(model), recipe, mixer, flags, set)
     located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
     planned = plan(located, wanted)
     target = Path(out) if out is not None else recipes.run_folder(wanted) / "0-converted"

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from linearize.checkpoint.atomic import check_space
+from linearize.checkpoint.room import check_space
 from linearize.checkpoint.sources import locate
 from linearize.conversion.convert import convert
 from linearize.errors import InputError

@@ -20,7 +20,6 @@ from filelock import FileLock, Timeout
 
 from linearize.checkpoint.replacing import REPLACEABLE, check_apart
 from linearize.errors import DISK_FULL, InputError, disk_error
-from linearize.formats import format_bytes
 
 _HALF = ".replacing"
 _INSIDE = {".partial", ".replaced", _HALF, ".old", ".training", ".lock"}
@@ -58,28 +57,6 @@ def check_output(out: Path, overwrite: bool = False, reads: Iterable[Path] = ())
             )
     elif out.exists() or out.is_symlink():
         raise InputError(f"{out}: the output is a file or a broken link; it must be a folder that does not exist yet")
-
-
-_LINK = "choose a folder on another disk, or, in a conversion, share weights with the source by --link"
-
-
-def check_space(out: Path, needed: int, advice: str = _LINK) -> None:
-    """Check that the file system of `out` has room.
-
-    Args:
-        out: the folder to be written; it need not exist.
-        needed: bytes.
-        advice: beside freeing space.
-
-    Raises:
-        InputError: there is less room than `needed`.
-    """
-    free = shutil.disk_usage(_existing_parent(out)).free
-    if free < needed:
-        raise InputError(
-            f"{out}: the result needs {format_bytes(needed)} and the disk has {format_bytes(free)} free; free some "
-            f"space, {advice}"
-        )
 
 
 @contextlib.contextmanager
@@ -314,11 +291,6 @@ def sync(path: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
-
-
-def _existing_parent(path: Path) -> Path:
-    path = Path(os.path.abspath(path))
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _make_parents(file: Path, out: Path) -> list[Path]:

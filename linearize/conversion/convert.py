@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from linearize import progress
-from linearize.checkpoint import atomic, copying, fit, manifest, remote_code, shards, text
+from linearize.checkpoint import atomic, copying, fit, manifest, remote_code, room, shards, text
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.identity import HASHES
 from linearize.checkpoint.shards import Tensor
@@ -78,7 +78,7 @@ def convert(
     read = [located.path / located.gguf] if located.gguf else pickles if staged else _files(tensors)
     with atomic.output_folder(out, overwrite, _key(read, recipe, link), keep="model*.safetensors") as folder:
         done = sum(path.stat().st_size for path in folder.iterdir())
-        atomic.check_space(out, _needed(model, tensors, dtype, link) - done)
+        room.check_space(out, _needed(model, tensors, dtype, link) - done)
         plain = folder / _STAGE if staged else located.path
         if staged:
             materialise(located, plain, dtype)

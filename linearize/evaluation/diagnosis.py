@@ -20,12 +20,12 @@ from linearize.checkpoint import text as agreed
 from linearize.checkpoint.describe import cache_sizes, is_new, text_sizes
 from linearize.checkpoint.open import bases, is_adapter, open_config, open_tokenizer
 from linearize.checkpoint.reading import read_json, reason
+from linearize.checkpoint.room import cache_folder
 from linearize.checkpoint.sources import Located, locate, read_config
 from linearize.errors import InputError
 from linearize.formats import aligned, format_bytes, ranges
 from linearize.model import architectures
 from linearize.model.ops import BACKENDS, fla_backend
-from linearize.recovery.data import cache_folder
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "peft", "accelerate", "datasets"),

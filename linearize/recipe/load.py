@@ -126,6 +126,30 @@ def resolve(model: str, overrides: Mapping[str, Any] | Iterable[str] = (), recip
     return default(model, overrides)
 
 
+def with_flags(
+    model: str, recipe: str | Path | None, mixer: str | None, flags: Mapping[str, Any], overrides: Iterable[str]
+) -> Recipe:
+    """The recipe for what a command line says; a key that is given two values is refused.
+
+    Args:
+        model: as for `resolve`.
+        recipe: as for `resolve`.
+        mixer: name of another mixer than the recipe's.
+        flags: dotted key -> value; None where it was not given.
+        overrides: ``KEY=VALUE`` each.
+
+    Raises:
+        InputError: as `load`.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    layers = given.get("convert.layers")
+    if layers is not None and not isinstance(layers, str):
+        given["convert.layers"] = list(layers)  # as YAML has it
+    named = {} if mixer is None else {NAME: mixer}
+    changes = [*(f"{key}={value}" for key, value in named.items()), *without(overrides, given | named)]
+    return from_dict(to_dict(resolve(model, changes, recipe)), given, "command line")
+
+
 def run_folder(recipe: Recipe) -> Path:
     """Where the stages of a recipe go when the user names no folder."""
     name = recipe.name or Path(recipe.source.id).stem

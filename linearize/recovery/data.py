@@ -21,7 +21,7 @@ import torch
 
 from linearize.checkpoint.atomic import sweep, whole_file
 from linearize.checkpoint.copying import sha256
-from linearize.checkpoint.room import check_memory
+from linearize.checkpoint.room import cache_folder, check_memory
 from linearize.checkpoint.text import check_ids
 from linearize.errors import InputError, disk_error
 from linearize.progress import byte_progress
@@ -192,23 +192,6 @@ def tokens(source: Data, tokenizer: Any) -> np.ndarray:
     if row is None:
         raise InputError(f"{file}: changes while it is read; set LINEARIZE_CACHE to a folder of your own")
     return row
-
-
-def cache_folder() -> Path:
-    """Where tokenised data sets and what sources say of them are kept; safe to delete at any time.
-
-    Raises:
-        InputError: the user has no home folder, and no other is named.
-    """
-    if named := os.environ.get("LINEARIZE_CACHE"):
-        return Path(named)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "linearize"
-    except RuntimeError as error:
-        raise InputError(
-            "LINEARIZE_CACHE: is not set, and this user has no home folder (HOME) to keep tokenised text in; set it to "
-            "a folder that you may write to"
-        ) from error
 
 
 @contextmanager

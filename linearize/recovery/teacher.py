@@ -22,14 +22,15 @@ from safetensors.torch import save
 from torch import Tensor, distributed
 
 from linearize.checkpoint import adapters, shards
-from linearize.checkpoint.atomic import check_space, sweep, whole_file
+from linearize.checkpoint.atomic import sweep, whole_file
 from linearize.checkpoint.copying import CHUNK
 from linearize.checkpoint.describe import is_new
 from linearize.checkpoint.open import base_folder, is_adapter, open_model
+from linearize.checkpoint.room import cache_folder, check_space
 from linearize.errors import InputError
 from linearize.progress import byte_progress
 from linearize.recipe.schema import Stage
-from linearize.recovery.data import cache_folder, in_cache
+from linearize.recovery.data import in_cache
 from linearize.recovery.losses import Likeliest, likeliest
 
 OTHER = {"linearize", "_name_or_path", "transformers_version", "auto_map", "architectures", "dtype", "model_type"}

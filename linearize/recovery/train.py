@@ -21,7 +21,6 @@ from torch import Tensor
 from linearize.checkpoint import adapters, companions, manifest
 from linearize.checkpoint.atomic import (
     check_output,
-    check_space,
     explained,
     held,
     output_folder,
@@ -33,7 +32,7 @@ from linearize.checkpoint.identity import HASHES
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
 from linearize.checkpoint.open import is_adapter, needed, open_config, open_tokenizer
 from linearize.checkpoint.reading import launched, read_json
-from linearize.checkpoint.room import check_memory
+from linearize.checkpoint.room import check_memory, check_space
 from linearize.errors import InputError
 from linearize.model.sizes import text_sizes
 from linearize.recipe import load as recipes

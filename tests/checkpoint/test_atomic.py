@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from linearize import formats
-from linearize.checkpoint import atomic, copying, manifest
+from linearize.checkpoint import atomic, copying, manifest, room
 from linearize.errors import InputError
 
 
@@ -133,9 +133,9 @@ def test_unwritable_place_is_refused(tmp_path: Path) -> None:
 
 
 def test_space_is_checked_where_the_folder_will_be(tmp_path: Path) -> None:
-    atomic.check_space(tmp_path / "not" / "there", 1)
+    room.check_space(tmp_path / "not" / "there", 1)
     with pytest.raises(InputError, match="needs 1024.00 TiB and the disk has"):
-        atomic.check_space(tmp_path / "not" / "there", 1 << 50)
+        room.check_space(tmp_path / "not" / "there", 1 << 50)
 
 
 KILLED = """

@@ -468,7 +468,7 @@ def test_after_a_kill_at_any_step_the_folder_is_whole_or_absent(
 FULL = """
 import resource, sys
 from pathlib import Path
-from linearize.checkpoint import atomic
+from linearize.checkpoint import room
 from linearize.checkpoint.sources import locate
 from linearize.conversion.convert import convert
 from linearize.errors import InputError
@@ -477,7 +477,7 @@ from linearize.recipe import load as recipe
 source, out, dtype, limit = sys.argv[1:]
 if int(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-atomic.check_space = lambda *arguments: None  # another program takes the space after the check
+room.check_space = lambda *arguments: None  # another program takes the space after the check
 values = {"source": {"id": source}, "convert": {"mixer": {"name": "softmax"}, "dtype": dtype}}
 try:
     convert(locate(source), recipe.from_dict(values), Path(out))
