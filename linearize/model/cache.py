@@ -71,6 +71,8 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.tensors |= dict(zip(self.state_names, state, strict=True))
         for name in ("count", "settled", "certain") if self.rollback else ("count",):
             self.tensors[name] = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        if self.rollback:
+            self.tensors["recent"] = torch.ones(batch, self.rollback, dtype=torch.bool, device=like.device)
         if self.static:
             self._length = torch.zeros((), dtype=torch.int64, device=like.device)
         if not torch.compiler.is_compiling():
@@ -233,14 +235,17 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
                 "a linearized cache that does not record its past cannot be cropped: call `activate_past_recording` "
                 "before the tokens that may have to go"
             )
-        count = self.tensors["count"]
-        if bool((count - removed < self.tensors["settled"]).any()):
+        count, recent = self.tensors["count"], self.tensors["recent"]
+        real = recent[:, max(self.rollback - removed, 0) :].sum(1)  # padding was never counted
+        if removed > self.rollback or bool((count - real < self.tensors["settled"]).any()):
             raise RuntimeError(
                 f"a linearized cache can take back the last {self.rollback} tokens at most; {removed} were to go"
             )
         if self.stack is not None and removed:
             self.stack.ahead = None
-        count -= removed
+        count -= real
+        recent.copy_(recent.roll(removed, 1))
+        recent[:, :removed] = True
         self._length -= removed
         self.tensors["certain"].copy_(count)
         if self.grown is not None:
@@ -271,9 +276,17 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             token = count[:, None] - self.window + torch.arange(self.window, device=self.device)
             slot = self.sinks + (token - self.sinks).remainder(self.ring)
             x.scatter_(2, slot[:, None, :, None].expand_as(kept), kept)
-            self.tensors |= {"tokens": x, "settled": count.clone(), "certain": count.clone()}
+            recent = torch.ones(len(count), ROLLBACK, dtype=torch.bool, device=self.device)
+            self.tensors |= {"tokens": x, "settled": count.clone(), "certain": count.clone(), "recent": recent}
             self.stack = None
         self.rollback = ROLLBACK
+
+    def remember(self, real: Tensor | None, tokens: int) -> None:
+        """Note which of the last positions [B, tokens] hold tokens; None: all."""
+        if self.rollback:
+            recent = self.tensors["recent"]
+            new = torch.ones_like(recent[:, :1]).expand(-1, tokens) if real is None else real
+            recent.copy_(torch.cat([recent, new.to(recent.dtype)], 1)[:, -self.rollback :])
 
     def pending(self) -> int:
         """Tokens of the longest wait: they have left the window and are not in the state yet."""
@@ -348,6 +361,7 @@ class Stack:
         self.tensors["count"] += 1
         for layer in self.layers:
             layer._length += 1
+            layer.remember(None, 1)
 
 
 def cache_layer(

@@ -155,6 +155,7 @@ def check(cache: Cache, model: nn.Module) -> None:
         wanted = {"tokens": (1, heads, layer.slots, width), "count": (1,)}
         wanted |= {f"state_{number}": tuple(x.shape) for number, x in enumerate(states)}
         wanted |= dict.fromkeys(("settled", "certain"), (1,)) if layer.rollback else {}
+        wanted |= {"recent": (1, layer.rollback)} if layer.rollback else {}
         if {name: tuple(x.shape) for name, x in layer.tensors.items()} != wanted:
             raise ValueError(f"layer {index} has tensors of other shapes")
         if layer.state_names != [name for name in wanted if name.startswith("state_")]:

@@ -179,6 +179,19 @@ def test_rows_of_different_lengths(name: str, padding: tuple[int, int]) -> None:
             assert float((ours[row] - expected).abs().max()) < 1e-10
 
 
+def test_padding_among_what_is_taken_back_was_never_counted() -> None:
+    """transformers takes a padding token that a model has written for padding."""
+    model, ids = model_of("gla"), draw(3, 1, 20)
+    cache, mask = recording(model), torch.ones(1, 20, dtype=torch.int64)
+    mask[0, 17] = 0
+    forward(model, ids, cache, mask)
+    cache.crop(-4)
+    ours = forward(model, ids[:, 16:18], cache)
+    with torch.no_grad():
+        whole = model(ids[:, :18], use_cache=False).logits[:, 16:]
+    assert float((ours - whole).abs().max()) < 1e-10
+
+
 # --- assisted generation, as transformers does it
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
@@ -222,6 +235,7 @@ def test_assisted_generation_writes_the_same(how: str, name: str, length: int, s
     assert actual.tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_sampling_with_assistance_has_the_distribution_of_the_target() -> None:
     """Chi-square of the second and third token of 1,500 samples against those of the target alone."""
     model, assistance = assisted("target", "gla")
@@ -254,7 +268,7 @@ def test_a_cache_that_records_has_a_few_more_slots_and_one_that_does_not_has_non
     tokens = [layer.tensors["tokens"] for layer in layers]
     assert tokens[0].shape[2] == S + W and tokens[1].shape[2] == S + W + R
     slots = R * tokens[0][0, :, 0].nbytes
-    assert layers[1].nbytes() - layers[0].nbytes() == slots + 2 * torch.int64.itemsize
+    assert layers[1].nbytes() - layers[0].nbytes() == slots + 2 * torch.int64.itemsize + R
     forward(model, draw(1, 1, 4), more)
     state = [x.data_ptr() for x in layers[1].state]
     more.crop(-3)

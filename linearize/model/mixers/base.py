@@ -223,6 +223,7 @@ class Mixer(nn.Module):
             y = self._cached(block, context, layer, not layer.rollback)
         if layer is not None:
             layer.advance(0, T)
+            layer.remember(None if rows is None or rows.packed else rows.real, T)
             if rows is not None and rows.packed:
                 layer.batch_select_indices(rows.last)
         return y if rows is None else rows.scatter(y)
