@@ -70,6 +70,7 @@ class LinearizedConfig(PreTrainedConfig):
                 f"config.json: linearize.source.model_type is {source!r}, which this version of "
                 "transformers does not know"
             )
+        transformers_api.offer(LinearizedForCausalLM)
         return config_class(CONFIG_MAPPING[source]).from_dict(config_dict, **kwargs)
 
 
@@ -213,7 +214,6 @@ def model_class(source: type[PreTrainedModel], config: type[PreTrainedConfig]) -
 
 
 AutoConfig.register("linearized", LinearizedConfig, exist_ok=True)
-transformers_api.offer(LinearizedForCausalLM)
 
 
 def live_in(module: str) -> None:

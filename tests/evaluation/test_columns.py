@@ -112,7 +112,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_loaded(
         folder = student_of(save_source(tmp_path / "source", kind, layers=2), tmp_path / "student")
     else:
         folder = student if kind == "llama" else gemma
-    for module, name in ((columns, "open_tokenizer"), (columns, "load"), (run, "fingerprint"), (run, "Work")):
+    for module, name in ((columns, "open_tokenizer"), (columns, "load"), (run, "identity"), (run, "Work")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("opened something"))
     with pytest.raises(InputError, match=message):
         evaluate(folder, suite, progress=False)

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 
 from linearize.model import transformers_api as api
 from linearize.model.attention import IMPLEMENTATION
-from linearize.model.modeling import LinearizedForCausalLM, linearize_
+from linearize.model.modeling import LinearizedConfig, LinearizedForCausalLM, linearize_
 
 MODEL = Path(api.__file__).parent
 GLA = {"name": "gla", "window": 8, "sinks": 2}
@@ -78,7 +78,8 @@ def test_the_methods_that_ask_for_conversion_rules_are_overridden(method: str) -
 
 
 def test_the_server_finds_the_class_in_the_package_itself() -> None:
-    assert transformers.LinearizedForCausalLM is LinearizedForCausalLM  # pyright: ignore[reportAttributeAccessIssue]
+    LinearizedConfig.from_dict(linearize_(tiny_model(layers=1), GLA).config.to_dict())  # as opening a folder does
+    assert sys.modules["transformers"].LinearizedForCausalLM is LinearizedForCausalLM  # pyright: ignore[reportAttributeAccessIssue]
     server = Path(transformers.__file__).parent / "cli" / "serving" / "model_manager.py"
     if server.exists():  # newer than the oldest version that is allowed
         assert "getattr(transformers, config.architectures[0])" in server.read_text()
