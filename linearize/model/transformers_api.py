@@ -82,15 +82,6 @@ def rotation(source: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]] | 
     return getattr(sys.modules[source.__module__], "apply_rotary_pos_emb", None)
 
 
-def offer(model: type) -> None:
-    """Let transformers' server find a class: it looks for the `architectures` of a configuration in the package itself.
-
-    Args:
-        model: the class, by its own name.
-    """
-    setattr(sys.modules["transformers"], model.__name__, model)
-
-
 def name_of(config: PreTrainedConfig) -> str | None:
     """Folder or Hub id that a model was opened from."""
     return config._name_or_path or None

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers.tiny import tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
@@ -17,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 
 from linearize.model import transformers_api as api
 from linearize.model.attention import IMPLEMENTATION
-from linearize.model.modeling import LinearizedConfig, LinearizedForCausalLM, linearize_
+from linearize.model.modeling import LinearizedForCausalLM, linearize_
 
 MODEL = Path(api.__file__).parent
 GLA = {"name": "gla", "window": 8, "sinks": 2}
@@ -75,14 +74,6 @@ def test_conversion_rules_are_copies_found_by_class_name_before_model_type() -> 
 def test_the_methods_that_ask_for_conversion_rules_are_overridden(method: str) -> None:
     assert hasattr(PreTrainedModel, method), f"PreTrainedModel has no {method} any more"
     assert "conversion_rules" in source_of(getattr(LinearizedForCausalLM, method))
-
-
-def test_the_server_finds_the_class_in_the_package_itself() -> None:
-    LinearizedConfig.from_dict(linearize_(tiny_model(layers=1), GLA).config.to_dict())  # as opening a folder does
-    assert sys.modules["transformers"].LinearizedForCausalLM is LinearizedForCausalLM  # pyright: ignore[reportAttributeAccessIssue]
-    server = Path(transformers.__file__).parent / "cli" / "serving" / "model_manager.py"
-    if server.exists():  # newer than the oldest version that is allowed
-        assert "getattr(transformers, config.architectures[0])" in server.read_text()
 
 
 def test_the_attention_function_is_looked_up_by_the_name_in_the_configuration() -> None:
