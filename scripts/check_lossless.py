@@ -43,14 +43,14 @@ def check(model: Any, ids: torch.Tensor, drafts: int) -> list[tuple[str, float |
     with branches(model, "source"):
         source = new(model)
     student = new(model)
-    found = []
+    ways = []
     written = new(Lossless(model, always=drafts))
     with branches(model, "source"):
-        found.append(("lossless", None if written == source else gap(model, ids, source, written)))
+        ways.append(("lossless", None if written == source else gap(model, ids, source, written)))
     for way, how in (("lookup", {"prompt_lookup_num_tokens": drafts}), ("early exit", {"assistant_early_exit": 20})):
         written = new(model, **how)
-        found.append((way, None if written == student else gap(model, ids, student, written)))
-    return found
+        ways.append((way, None if written == student else gap(model, ids, student, written)))
+    return ways
 
 
 def main() -> None:

@@ -106,7 +106,11 @@ def ask(server: str, model: Path, messages: list[dict], stream: bool) -> str:
 
 @pytest.mark.slow
 @serving
-@pytest.mark.xfail(reason="the server of transformers 5.23 looks the class up inside the package transformers")
+@pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="the server of transformers 5.23 looks the class up inside the package transformers",
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_server_answers_in_several_turns(stream: bool, server: str, converted: Path, answers: list[str]) -> None:
     messages: list[dict] = []

@@ -85,8 +85,8 @@ def test_documents_behind_padding_and_between_it(model):
     real[0, :3] = real[0, 12:] = 0
     document = torch.tensor([0] * 7 + [1] * 7)
     mask = padded(real) & (document[:, None] == document)
-    place = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0]])
-    actual = logits(model, ids, attention_mask=added(mask), position_ids=place)
+    position = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0]])
+    actual = logits(model, ids, attention_mask=added(mask), position_ids=position)
     for part in (slice(3, 7), slice(7, 12)):
         torch.testing.assert_close(actual[:, part], logits(model, ids[:, part]), atol=1e-5, rtol=1e-5)
 
@@ -241,11 +241,11 @@ def test_a_mask_that_is_shorter_than_the_text_leaves_the_rest_out(model):
     assert torch.equal(logits(model, tokens(), attention_mask=short)[:, :10], expected[:, :10])
 
 
-@pytest.mark.parametrize("place", [torch.arange(16) * 2, torch.cat([torch.arange(8), torch.arange(20, 28)])])
-def test_with_a_cache_a_jump_of_positions_is_no_new_document(place: Tensor):
+@pytest.mark.parametrize("ids", [torch.arange(16) * 2, torch.cat([torch.arange(8), torch.arange(20, 28)])])
+def test_with_a_cache_a_jump_of_positions_is_no_new_document(ids: Tensor):
     """As in the source; without a cache transformers takes every jump for one, and so do we."""
     source = tiny_model(layers=2)
     model = linearize_(copy.deepcopy(source), {"name": "window", "window": 64, "sinks": 2}).eval()
     for cached in (True, False):
-        ours, theirs = (logits(each, tokens(), position_ids=place[None], use_cache=cached) for each in (model, source))
+        ours, theirs = (logits(each, tokens(), position_ids=ids[None], use_cache=cached) for each in (model, source))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

@@ -260,8 +260,8 @@ def test_the_recipe_decides_and_not_the_environment(model, text, tmp_path, monke
     capsys.readouterr()
     monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)
-    found = weights(train(model, recipe_for(text, steps=2), None, tmp_path / "out"))
-    assert all(torch.equal(found[key], weight) for key, weight in expected.items())
+    trained = weights(train(model, recipe_for(text, steps=2), None, tmp_path / "out"))
+    assert all(torch.equal(trained[key], weight) for key, weight in expected.items())
     said = capsys.readouterr().err
     assert re.findall(r"ACCELERATE\S+ is left aside", said) == [f"{name}={value} is left aside"]
 
