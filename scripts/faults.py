@@ -358,12 +358,12 @@ def inputs(campaign: Campaign, tries: int, kinds: list[str]) -> None:
     from helpers import malformed
 
     def attempt(kind: str, words: list[str], note: str, check: Callable[[], str]) -> None:
-        if campaign.over:
+        row = f"malformed {kind}"
+        if campaign.over and row in campaign.counts:
             return
         folder = campaign.fresh()
         run = Run([word.replace("OUT", str(folder / "out")) for word in words], folder)
         run.wait()
-        row = f"malformed {kind}"
         if campaign.judge(row, run, (), note) and run.code == 0:
             problem = malformed.in_child(lambda: check(folder / "out"), folder)
             if problem:
