@@ -34,6 +34,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TiB"
 
 
+def recording(cache: dict[str, Any]) -> str:
+    """What is to be said behind the size of a cache: see `linearize.checkpoint.describe.cache_sizes`."""
+    return f"; {format_bytes(cache['rollback'])} more while drafts are checked" if cache.get("rollback") else ""
+
+
 _JOINERS = "\u200c\u200d"  # of scripts and emoji: harmless, and a name without them is another one
 
 

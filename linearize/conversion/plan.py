@@ -12,7 +12,7 @@ from linearize.checkpoint.describe import cache_sizes
 from linearize.checkpoint.room import check_memory
 from linearize.checkpoint.sources import Located, read_config
 from linearize.conversion import probe
-from linearize.formats import format_bytes
+from linearize.formats import format_bytes, recording
 from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.mixers import build_config
@@ -65,7 +65,7 @@ class Plan:
             "weights": f"{self.parameters / 1e6:,.1f} M, {self.new_parameters:,} new; dtype {self.dtype}",
             "cache per token": f"{growth['linearized']:,} bytes (source {growth['source_kv']:,})",
             "cache at 32K": f"{format_bytes(at_32k['linearized'])} (source {format_bytes(at_32k['source_kv'])}), "
-            f"{share:.1%}",
+            f"{share:.1%}" + recording(self.cache),
         }
         lines = [*rows.items(), *(("refused later", problem) for problem in self.later)]
         return "\n".join(f"{name:<16} {value}" for name, value in lines)

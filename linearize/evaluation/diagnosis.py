@@ -23,7 +23,7 @@ from linearize.checkpoint.reading import read_json, reason
 from linearize.checkpoint.room import cache_folder
 from linearize.checkpoint.sources import Located, locate, read_config
 from linearize.errors import InputError
-from linearize.formats import aligned, format_bytes, ranges
+from linearize.formats import aligned, format_bytes, ranges, recording
 from linearize.model import architectures
 from linearize.model.ops import BACKENDS, fla_backend
 
@@ -343,11 +343,12 @@ def _engines(located: Located, config: Any, tensors: dict[str, shards.Tensor] | 
 
 def _request(config: Any, context: int | None) -> Iterator[Row]:
     """Bytes of cache that one request takes."""
-    rows = [row for row in cache_sizes(config)["contexts"] if context is None or row["context"] <= context]
-    rows = rows or cache_sizes(config)["contexts"][:1]
+    sizes = cache_sizes(config)
+    rows = [row for row in sizes["contexts"] if context is None or row["context"] <= context]
+    rows = rows or sizes["contexts"][:1]
     words = [
         f"{format_bytes(row['linearized'])} at {row['context'] // 1024}K"
         + (f" (source {format_bytes(row['source_kv'])})" if hasattr(config, "linearize") else "")
         for row in rows
     ]
-    yield _row("cache of a request", f"{'; '.join(words)}; in 16 bits")
+    yield _row("cache of a request", f"{'; '.join(words)}; in 16 bits{recording(sizes)}")

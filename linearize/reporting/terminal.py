@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from linearize.formats import aligned, each_string, format_bytes, plain, ranges
+from linearize.formats import aligned, each_string, format_bytes, plain, ranges, recording
 from linearize.results.file import presenting
 from linearize.results.numbers import fixed
 from linearize.results.table import Table as Content
@@ -152,7 +152,8 @@ def inspection(description: dict[str, Any]) -> str:
         *(
             (
                 f"cache at {row['context'] // 1024}K",
-                f"{format_bytes(row['linearized'])} (source {format_bytes(row['source_kv'])})",
+                f"{format_bytes(row['linearized'])} (source {format_bytes(row['source_kv'])})"
+                + recording(description["cache"]),
             )
             for row in description["cache"]["contexts"]
         ),
