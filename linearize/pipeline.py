@@ -10,10 +10,10 @@ folder is there and the parts of the recipe it depends on are unchanged.
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint import atomic
 from linearize.checkpoint.manifest import MANIFEST
@@ -22,6 +22,9 @@ from linearize.errors import InputError
 from linearize.launch import check_flags, launch
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from linearize.recovery.budget import Budget
 
 BEFORE = {"calibrate": "0-calibrated", "select": "0-selected"}
 """Blocks of a recipe that are a stage before training where they are there, in this order, and the stage's folder."""
@@ -165,6 +168,40 @@ def problems(wanted: Recipe, whole: bool = False) -> list[str]:
     for part in wanted.data if wanted.train or wanted.calibrate or wanted.select else ():
         attempt(documents.check, part, whole)
     return lines
+
+
+def plan(
+    model: str | Path, *,
+    recipe: str | Path | None = None, gpu: str = "h100", gpus: int = 1, set: Iterable[str] = (),
+) -> "Budget":  # fmt: skip
+    """Tell what a recipe takes before anything runs: peak memory of a device, time and disk, stage by stage.
+
+    Memory is found by running a training step without values, on a few of the layers: nothing is loaded.
+
+    Args:
+        model: recipe name, recipe file, Hub id, model folder or GGUF file; only its configuration is read.
+        recipe: recipe to use with another `model`.
+        gpu: h100, h200, a100, a100-40, l40s, l4, rtx4090, rtx3090, or cpu: this machine.
+        gpus: how many; with several also what each holds where FSDP2 divides the weights.
+        set: changes of the recipe.
+
+    Returns:
+        The stages with all numbers, `to_dict()` and `text()`.
+
+    Raises:
+        InputError: an unknown device, a batch that so many cannot share, or as `convert`.
+
+    Example:
+        >>> linearize.plan("smollm2-135m", gpu="l4").rows[1].peak < 24e9
+        True
+    """
+    from linearize.checkpoint.sources import locate
+    from linearize.conversion.plan import build
+    from linearize.recovery.budget import budget
+
+    wanted = recipes.with_flags(str(model), None if recipe is None else str(recipe), None, {}, set)
+    located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
+    return budget(lambda: build(located, wanted), wanted, gpu, gpus, located.id)
 
 
 def _stages(wanted: Recipe, out: Path) -> dict[Path, str | int | None]:

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from linearize.model.modeling import linearize_ as linearize_
     from linearize.model.states import split_states as split_states
     from linearize.model.states import stack_states as stack_states
+    from linearize.pipeline import plan as plan
     from linearize.recipe.schema import Recipe
     from linearize.recovery.merge import merge as merge
     from linearize.reporting.page import report as report
 
-Name = str | Path
-"""A folder, a file, a recipe or a Hub id."""
+Name = str | Path  # a folder, a file, a recipe or a Hub id
 
 _HOMES = {
     **dict.fromkeys(("LinearizedConfig", "LinearizedForCausalLM", "linearize_"), "model.modeling"),
@@ -54,6 +54,7 @@ _HOMES = {
     "load": "checkpoint.open",
     "lossless_line": "generation.speed:line",
     "merge": "recovery.merge",
+    "plan": "pipeline",
     "push": "hub.push",
     "push_plan": "hub.push:plan",
     "report": "reporting.page",

@@ -55,6 +55,27 @@ def convert(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="As --model of convert: a recipe, a model.", show_default=False)
+    ],
+    recipe: Annotated[str | None, typer.Option(help="Recipe to use with another model.")] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, a100-40, l40s, l4, rtx4090, rtx3090, or cpu.")] = "h100",
+    gpus: Annotated[int, typer.Option(help="How many.")] = 1,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a recipe takes: memory of a device, time and disk, by stage.
+
+    \b
+    Example:
+      linearize plan smollm2-135m --gpu l4
+    """
+    made = verbs.plan(model, recipe=recipe, gpu=gpu, gpus=gpus, set=set_ or ())
+    show(made.to_dict(), as_json, made.text())
+
+
+@app.command()
 def export(
     folder: Folder,
     to: Annotated[str, typer.Option(help="source: back to the architecture it was converted from.")],
