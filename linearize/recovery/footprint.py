@@ -10,7 +10,7 @@ Not counted: what a library takes inside one operation, and what an allocator do
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -30,7 +30,7 @@ from linearize.checkpoint import adapters
 from linearize.model import architectures
 from linearize.recipe.schema import Stage
 from linearize.recovery import optim
-from linearize.recovery.head import logits_of
+from linearize.recovery.head import logits_of, splits
 from linearize.recovery.loop import prepare
 from linearize.recovery.losses import likeliest, token_losses
 from linearize.recovery.transfer import transfer
@@ -130,7 +130,11 @@ def _run(build: Callable[[], Any], stage: Stage, divided: bool) -> Footprint:
             getattr(model, "get_base_model", lambda m=model: m)().tie_weights()
         optimizer, _ = optim.build(student, stage, 1)
         ids = torch.zeros(stage.micro_batch, stage.seq_len, dtype=torch.int64)
-        with _Fused(watch := _Watch()), watch:
+        held = [ids, *(x for each in {student, teacher or student} for x in (*each.parameters(), *each.buffers()))]
+        with _Fused(watch := _Watch(held)), watch:
+            for each in {student, teacher or student}:
+                splits(each, ids, lambda: _autocast(stage))
+            watch.forget()
             _step(student, teacher or student, ids, stage, watch.next, divided)
             flops, operations = watch.flops, watch.operations
             watch.next("step")
@@ -148,12 +152,9 @@ def _step(
 ) -> None:  # fmt: skip
     """The micro batch of `Loop.losses`, without processes."""
 
-    def autocast() -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=stage.dtype == "bfloat16")
-
     @contextmanager
     def as_source() -> Iterator[None]:
-        with autocast(), adapters.as_source(teacher):
+        with _autocast(stage), adapters.as_source(teacher):
             yield
 
     def logits(model: Any, inside: Callable[[], Any], **keep: int) -> Any:
@@ -172,21 +173,30 @@ def _step(
             logits(teacher, as_source, logits_to_keep=1)
     if stage.lm or stage.kl:
         next_part("student")
-        made = logits(student, autocast)
+        made = logits(student, lambda: _autocast(stage))
         losses = token_losses(made, ids, source, lm=stage.lm, kl=stage.kl, temperature=stage.temperature)
         del source, made
         next_part("backward")
         losses.total.backward()
 
 
+def _autocast(stage: Stage) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=stage.dtype == "bfloat16")
+
+
 class _Watch(TorchDispatchMode):
     """Bytes of the storages that live, their peak in each part of the run, and what is computed."""
 
-    def __init__(self):
+    def __init__(self, held: Iterable[Tensor]):
         super().__init__()
-        self.live, self.part, self.peaks, self.saved = 0, "source", {"source": 0}, 0
+        self.live = 0
+        self.forget()
+        self._known = WeakIdKeyDictionary({tensor.untyped_storage(): 0 for tensor in held})  # counted by others
+
+    def forget(self) -> None:
+        """Begin anew, with what lives."""
+        self.part, self.peaks, self.saved = "source", {"source": self.live}, 0
         self.flops = self.operations = 0
-        self._known = WeakIdKeyDictionary()
 
     def next(self, part: str) -> None:
         self.part, self.peaks[part] = part, self.live
@@ -201,6 +211,8 @@ class _Watch(TorchDispatchMode):
                 return {torch.bool: False}.get(given[0].dtype, 0.0 if given[0].is_floating_point() else 0)
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if name == "allclose":  # whether a head can be run alone: where it can be tried, it can
+            return True
         if name in _LIKE and isinstance(given[0], FakeTensor) and math.prod(args[1]) <= SMALL:
             with unset_fake_temporarily():
                 out = func(torch.empty(0, dtype=given[0].dtype), *args[1:], **kwargs)
@@ -217,15 +229,16 @@ class _Watch(TorchDispatchMode):
     def _of_known(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         """The result with values, where all that it is made of has some and it is small; else without."""
         known = not any(isinstance(x, FakeTensor) or x.numel() > SMALL for x in given)
+        blank, blank_kwargs = tree_map(_without_values, (args, kwargs))
         if known and "empty" not in func.overloadpacket.__name__:
             size = 0
             if not func._schema.is_mutable:
-                size = sum(x.numel() for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor))
+                made = tree_leaves(func(*blank, **blank_kwargs))
+                size = sum(x.numel() for x in made if isinstance(x, Tensor))
             if size <= SMALL:
                 with unset_fake_temporarily():
                     return func(*args, **kwargs)
-        args, kwargs = tree_map(_without_values, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*blank, **blank_kwargs)
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
