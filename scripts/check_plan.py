@@ -5,7 +5,8 @@
 
 Models have random weights: memory does not depend on values. A process opens the converted folder and trains two steps
 by `linearize.train`; measured is the most memory that the system gave it (ru_maxrss), interpreter and libraries
-included. The plan is made for `cpu` in another process, from the configuration alone.
+included; once where malloc gives back at once what is freed, which is what a plan counts, and once as malloc is. The
+plan is made for `cpu` in another process, from the configuration alone.
 
 Writes eval/results/check-plan.json after every setting, and a table (.md) beside it at the end.
 """
@@ -25,33 +26,35 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import linearize
 from linearize.checkpoint.sources import load_tokenizer, locate
-from linearize.evaluation.clock import read_task
+from linearize.evaluation.clock import in_process, read_task
 from linearize.formats import format_bytes
+from linearize.recovery.monitor import read_log
 
 SHAPES: dict[str, dict[str, Any]] = {
-    # SmolLM2-135M's own; the others are cut from the models that they are named after, with all of their vocabulary.
-    "smollm2-135m": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    # Cut from the models that they are named after, with all of their width and vocabulary (Llama: half its width).
+    "smollm2-135m, 6 layers": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6,
                      "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
-    "llama-3.2, 4 layers": {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096,
-                            "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "llama-3.2, 3 layers": {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096,
+                            "num_hidden_layers": 3, "num_attention_heads": 16, "num_key_value_heads": 4,
                             "vocab_size": 128256},
-    "qwen3, 8 layers": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8,
+    "qwen3, 6 layers": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6,
                         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
 }  # fmt: skip
+LOG = "train_log.jsonl"
 LORA = {"r": 16, "alpha": 32, "roles": ["q", "k", "v", "o"]}
 SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Name -> shape, mixer, stage.
-    "kl-512": ("smollm2-135m", "gla", {"seq_len": 512, "micro_batch": 2, "peft": LORA}),
-    "kl-2048-clusters": ("smollm2-135m", "clusters", {"seq_len": 2048, "peft": LORA}),
-    "lm-1024-clusters": ("smollm2-135m", "clusters", {"seq_len": 1024, "lm": 1.0, "kl": 0.0, "peft": LORA}),
+    "kl-512": ("smollm2-135m, 6 layers", "gla", {"seq_len": 512, "micro_batch": 2, "peft": LORA}),
+    "kl-2048-clusters": ("smollm2-135m, 6 layers", "clusters", {"seq_len": 2048, "peft": LORA}),
+    "lm-1024-clusters": ("smollm2-135m, 6 layers", "clusters", {"seq_len": 1024, "lm": 1.0, "kl": 0.0, "peft": LORA}),
     "kl-2048-checkpointing": (
-        "smollm2-135m", "clusters", {"seq_len": 2048, "gradient_checkpointing": True, "peft": LORA}
+        "smollm2-135m, 6 layers", "clusters", {"seq_len": 2048, "gradient_checkpointing": True, "peft": LORA}
     ),
-    "full-lm": ("smollm2-135m", "gla", {"seq_len": 512, "lm": 1.0, "kl": 0.0, "peft": None}),
-    "full-kl": ("llama-3.2, 4 layers", "gla", {"seq_len": 1024, "peft": None}),
-    "kl-128k-words": ("llama-3.2, 4 layers", "clusters", {"seq_len": 2048, "peft": LORA}),
+    "full-lm": ("smollm2-135m, 6 layers", "gla", {"seq_len": 512, "lm": 1.0, "kl": 0.0, "peft": None}),
+    "full-kl": ("llama-3.2, 3 layers", "gla", {"seq_len": 1024, "peft": None}),
+    "kl-128k-words": ("llama-3.2, 3 layers", "clusters", {"seq_len": 2048, "peft": LORA}),
     "kl-bfloat16": (
-        "qwen3, 8 layers", "clusters", {"seq_len": 1024, "micro_batch": 2, "dtype": "bfloat16", "peft": LORA}
+        "qwen3, 6 layers", "clusters", {"seq_len": 1024, "micro_batch": 2, "dtype": "bfloat16", "peft": LORA}
     ),
 }  # fmt: skip
 
@@ -67,10 +70,11 @@ def measured(given: argparse.Namespace, work: Path) -> Iterator[Cell]:
         common.in_own_process(__file__, do="convert", **task)
         planned = common.in_own_process(__file__, do="plan", **task)
         taken = common.in_own_process(__file__, do="train", **task)
+        usual = in_process([__file__, "--worker"], {"do": "train", **task})
         ratio = taken["peak_bytes"] / planned["peak_bytes"] if "peak_bytes" in taken else None
         yield {"setting": name, "shape": shape, "mixer": mixer, "stage": stage, "planned": planned, **taken} | {
-            "measured_over_planned": ratio
-        }
+            "measured_over_planned": ratio, "default_malloc_bytes": usual.get("peak_bytes")
+        }  # fmt: skip
 
 
 def worker(do: str, source: Path, work: Path, name: str, threads: int) -> Cell:
@@ -92,7 +96,7 @@ def worker(do: str, source: Path, work: Path, name: str, threads: int) -> Cell:
     if do == "plan":
         made = linearize.plan(source, gpu="cpu", set=changes)
         row = next(row for row in made.rows if row.stage == "train.distil")
-        parts = ("weights", "state", "source", "student", "backward")
+        parts = ("weights", "state", "source", "student", "backward", "step_seconds")
         return {"peak_bytes": row.peak} | {part: getattr(row, part) for part in parts}
     base = work / f"{source.name}-{mixer}"
     if do == "convert":
@@ -100,7 +104,9 @@ def worker(do: str, source: Path, work: Path, name: str, threads: int) -> Cell:
         return {}
     held = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     linearize.train(base, work / "trained", set=changes, overwrite=True)
-    return {"peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "before_bytes": held}
+    peak, *_, last = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, *read_log(work / "trained" / LOG)
+    seconds = whole["batch"] * whole["seq_len"] / last["tokens_per_second"]
+    return {"peak_bytes": peak, "before_bytes": held, "step_seconds": seconds}
 
 
 def claims(cells: list[Cell]) -> list[Claim]:
@@ -115,13 +121,16 @@ def markdown(results: dict[str, Any]) -> list[str]:
     machine = results["environment"]
     rows = [
         (c["setting"], c["shape"], c["mixer"], format_bytes(c["planned"]["peak_bytes"]), format_bytes(c["peak_bytes"]),
-         f"{c['measured_over_planned']:.3f}")
+         f"{c['measured_over_planned']:.3f}",
+         format_bytes(c["default_malloc_bytes"]) if c["default_malloc_bytes"] else "killed")
         for c in results["cells"] if c["measured_over_planned"]
     ]  # fmt: skip
     return [
         f"Peak memory of training as `linearize plan --gpu cpu` says it, and as it was: {machine['cpu']}, "
         f"{machine['threads']} threads, commit {machine['commit']}. Random weights, two steps, one process each.",
-        *common.table(("setting", "shape", "mixer", "planned", "measured", "measured / planned"), rows, left=3),
+        *common.table(
+            ("setting", "shape", "mixer", "planned", "measured", "measured / planned", "default malloc"), rows, left=3
+        ),
         *common.claims_table(results["claims"], "eight settings"),
     ]
 

@@ -41,7 +41,7 @@ EFFICIENCY = 0.35
 """Share of those operations that training reaches; of a CPU, share of what a large product reaches here."""
 LAUNCH = 5e-6
 """Seconds that a GPU takes for one operation at least, however small."""
-RUNTIME = {"cuda": 0.8e9, "cpu": 0.45e9}
+RUNTIME = {"cuda": 0.8e9, "cpu": 0.58e9}
 """Bytes of the process itself: the CUDA context and workspaces of its libraries, or an interpreter with all imports."""
 DISK = 1e9
 """Bytes per second that a disk reads or writes."""

@@ -3,7 +3,8 @@
 The code that runs is that of training itself, on tensors that have shapes and no content (torch's fake tensors); every
 storage is counted from where it is made to where it is freed. So there is no second account of what a mixer, a loss or
 a transformer layer keeps: what changes there, changes here. Small tensors whose values are known (positions, counts)
-are computed, since code may ask for them; an answer that nobody knows is 0.
+are computed, since code may ask for them; what nobody knows is 0, and one unknown number is above or below another
+wherever that is asked (so a memory that has taken in tokens is full).
 
 Not counted: what a library takes inside one operation, and what an allocator does not give back.
 """
@@ -38,6 +39,7 @@ from linearize.recovery.transfer import transfer
 SMALL = 2**18
 """Elements of a tensor whose values are kept where they are known."""
 _LIKE = {"new_zeros", "new_ones", "new_full"}
+_ORDER = {"gt", "ge", "lt", "le"}
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,11 @@ class _Watch(TorchDispatchMode):
             if size <= SMALL:
                 with unset_fake_temporarily():
                     return func(*args, **kwargs)
-        return func(*blank, **blank_kwargs)
+        made = func(*blank, **blank_kwargs)
+        if func.overloadpacket.__name__ in _ORDER and made.numel() <= SMALL:
+            with unset_fake_temporarily():
+                return torch.ones(made.shape, dtype=torch.bool)
+        return made
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
