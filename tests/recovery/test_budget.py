@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
 from helpers.tiny import save_source, tiny_model
 from helpers.training import command_line
 
@@ -14,6 +15,7 @@ from linearize.model.sizes import state_bytes
 from linearize.recipe.schema import Peft, Stage
 from linearize.recovery import footprint as counted
 from linearize.recovery.footprint import footprint
+from linearize.recovery.loop import prepare
 
 STAGE = Stage(seq_len=64, batch=2, tokens=128)
 MIXERS = [{"name": "gla", "window": 8, "sinks": 2}, {"name": "clusters", "window": 8, "sinks": 2, "clusters": 32}]
@@ -35,6 +37,24 @@ def test_weights_gradients_and_optimiser_are_counted_to_the_byte(mixer):
     assert own < adapters.weights < 2 * own and adapters.trained < whole.trained
     taught = footprint(build(mixer=mixer), Stage(seq_len=64, batch=2, tokens=128, peft=None))
     assert taught.weights == 2 * own and taught.source > 0 == whole.source
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer["name"])
+def test_a_step_without_values_holds_what_one_with_values_holds(mixer, monkeypatch):
+    class Watch(counted._Watch):
+        def _of_known(self, func, args, kwargs, given):
+            return func(*args, **kwargs)
+
+    monkeypatch.setattr("linearize.model.ops.clusters.PIECE", 64)  # several pieces, and clusters that merge
+    stage = Stage(seq_len=192, batch=2, micro_batch=2, tokens=384)
+    planned = footprint(build(mixer=mixer), stage)
+    student = prepare(linearize_(tiny_model(layers=2), mixer), stage)
+    ids = torch.arange(2 * 192).view(2, 192)
+    with Watch([ids, *student.parameters(), *student.buffers()]) as watch:
+        counted._step(student, student, ids, stage, watch.next, divided=False)
+    held = {"saved": watch.saved, "student": watch.peaks["student"], "backward": watch.peaks["backward"]}
+    for name, value in held.items():
+        assert getattr(planned, name) == pytest.approx(value, rel=1e-3), name
 
 
 @pytest.mark.slow
