@@ -112,8 +112,8 @@ class Budget:
 
     def text(self) -> str:
         """For a terminal: a table of the stages, and what it rests on."""
-        head = ("stage", "weights", "trained", "source", "student", "backward", "peak", "disk", "time")
-        table = [head if self.gpus == 1 else (*head[:7], "divided", *head[7:])]
+        head: tuple[str, ...] = ("stage", "weights", "trained", "source", "student", "backward", "peak", "disk", "time")
+        table: list[tuple[str, ...]] = [head if self.gpus == 1 else (*head[:7], "divided", *head[7:])]
         for row in self.rows:
             state = f"{row.trained / 1e6:,.1f} M: {format_bytes(row.state)}" if row.trained else ""
             parts = [format_bytes(part) if part else "" for part in (row.source, row.student, row.backward)]
@@ -244,10 +244,10 @@ def _largest(model: Any, matrices: bool = False) -> int:
 def _machine() -> Device:
     """This machine; its speed is that of a product here and now."""
     a = torch.ones(1024, 1024)
-    a @ a
+    torch.mm(a, a)
     started = time.perf_counter()
     for _ in range(3):
-        a @ a
+        torch.mm(a, a)
     rate = 3 * 2 * 1024**3 / (time.perf_counter() - started)
     return Device(memory(), rate, rate)
 

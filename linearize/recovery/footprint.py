@@ -143,10 +143,12 @@ def _run(build: Callable[[], Any], stage: Stage, divided: bool) -> Footprint:
             optimizer.step()
             optimizer.zero_grad()
     weights = sum(w.nbytes for each in {student, teacher or student} for w in each.parameters())
-    peaks = {name: watch.peaks.get(name, 0) for name in ("source", "student", "backward")}
+    source, learner, backward = (watch.peaks.get(name, 0) for name in ("source", "student", "backward"))
     step = watch.peaks["step"] - watch.live  # the state is there in every step but the first
     trained = sum(w.numel() for w in student.parameters() if w.requires_grad)
-    return Footprint(weights, trained, watch.live, *peaks.values(), step, watch.saved, flops, operations)
+    return Footprint(
+        weights, trained, watch.live, source, learner, backward, step, watch.saved, flops, operations
+    )  # fmt: skip
 
 
 def _step(
@@ -290,7 +292,9 @@ class _Fused(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            q, k, v = (*args, *((kwargs or {}).get(name) for name in ("query", "key", "value")[len(args) :]))[:3]
+            rest = ("query", "key", "value")[len(args) :]
+            given: list[Any] = [*args, *((kwargs or {}).get(name) for name in rest)]
+            q, k, v = given[:3]
             once = 2 * q.numel() * k.shape[-2]  # two products, half of which is masked
             self.watch.flops += once * (3.5 if torch.is_grad_enabled() and q.requires_grad else 1)
             return _Attention.apply(q, k, v)

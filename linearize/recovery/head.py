@@ -58,12 +58,13 @@ def logits_of(
         run: calls the model, or what wraps it, with the arguments that it is given; None: the model itself.
         inside: a context for every run of the model or its head, such as autocast.
     """
-    run, plain = run or model, _plain(model)
+    plain = _plain(model)
+    call: Callable[..., Any] = model if run is None else run
     step = piece(len(ids), plain.config.get_text_config().vocab_size)
     if ids.shape[1] <= step or not splits(model, ids, inside):
         with inside():
-            return run(input_ids=ids, use_cache=False).logits
-    output, _ = _watched(plain, run, ids, inside)
+            return call(input_ids=ids, use_cache=False).logits
+    output, _ = _watched(plain, call, ids, inside)
     weights = []
     if torch.is_grad_enabled():
         head = {id(weight) for weight in plain.get_output_embeddings().parameters()}

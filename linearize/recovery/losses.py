@@ -130,7 +130,8 @@ def likeliest(logits: Tensor | Deferred, k: int, temperature: float = 1.0) -> Li
     """
     if isinstance(logits, Deferred):
         starts = range(0, logits.hidden.shape[1], logits.step)
-        pieces = [likeliest(_cut(logits, slice(i, i + logits.step)), k, temperature) for i in starts]
+        cut: Any = (_cut(logits, slice(i, i + logits.step)) for i in starts)
+        pieces = [likeliest(each, k, temperature) for each in cut]
         return Likeliest(*(torch.cat(each, 1) for each in zip(*pieces, strict=True)))
     V = logits.shape[-1]
     parts = []
