@@ -1,4 +1,4 @@
-"""The slices of scripts/gpu_all.sh, which says what they are for.
+"""The slices of scripts/gpu_all.sh, which says what they are for. Not run yet.
 
 A slice is a command that writes its results itself, and either is short or goes on where it was stopped: training from
 its last checkpoint, an evaluation behind its last column. It is stopped (SIGTERM) when the time of the call is over.
@@ -45,7 +45,7 @@ def recipe(name: str, tiny: bool) -> tuple[str, list[str]]:
     base, changes = RECIPES[name]
     texts = sorted((STORE / "pack" / "text").glob("*"))
     data = [{"path": str(text)} for text in texts] or [{"path": "demo-text"}]
-    size = {"tokens": 512, "seq_len": 128, "batch": 2, "micro_batch": 2, "save_every": 1}
+    size: dict[str, object] = {"tokens": 512, "seq_len": 128, "batch": 2, "micro_batch": 2, "save_every": 1}
     if not tiny:
         size = {"tokens": 20_000_000, "seq_len": 2048, "batch": 8, "micro_batch": 8, "save_every": 50}
         size["dtype"] = "bfloat16"
