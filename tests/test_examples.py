@@ -19,6 +19,7 @@ import linearize
 from linearize import cli
 from linearize.evaluation import suite as suites
 from linearize.recipe import load as recipes
+from linearize.recipe import templates
 from linearize.recipe.resources import package_folder
 
 pytestmark = pytest.mark.slow
@@ -59,7 +60,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINEARIZE_CACHE", str(folder / "cache"))
         patch.chdir(folder)
-        patch.setattr(recipes, "package_folder", lambda name: shipped if name == "recipes" else package_folder(name))
+        patch.setattr(templates, "package_folder", lambda name: shipped if name == "recipes" else package_folder(name))
+        templates.shipped.cache_clear()
         patch.setattr(suites, "package_folder", lambda name: folder / name)
         linearize.convert("smollm2-135m", "runs/demo/0-converted")
         linearize.calibrate("runs/demo/0-converted", "runs/demo/0-calibrated")
@@ -71,6 +73,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             (folder / f"runs/{name}/results.json").write_bytes((folder / "runs/demo/merged/results.json").read_bytes())
         (folder / "runs/demo/results.json").write_bytes((folder / "runs/demo/merged/results.json").read_bytes())
         yield folder
+    templates.shipped.cache_clear()
 
 
 class Checker(doctest.OutputChecker):

@@ -133,6 +133,8 @@ class Budget:
             f"times assume {self.efficiency:.0%} of the device's peak, {LAUNCH * 1e6:.0f} us an operation or more on a "
             f"GPU, and a disk of {format_bytes(DISK)} a second; memory is that of the PyTorch forms of the mixers",
         ]
+        if self.gpu == "cpu":
+            lines.append("malloc may hold half as much again or more, unless MALLOC_MMAP_THRESHOLD_=65536 is set")
         return "\n".join([*lines, *self.needs])
 
 
