@@ -1,6 +1,6 @@
 """What `linearize plan` says of memory beside what training took: eight settings, each trained in a process of its own.
 
-    python scripts/check_plan.py                       # ten minutes on two cores, 6 GiB
+    python scripts/check_plan.py                       # a quarter of an hour on two busy cores, 7 GiB
     python scripts/check_plan.py --only full-lm kl-512
 
 Models have random weights: memory does not depend on values. A process opens the converted folder and trains two steps
