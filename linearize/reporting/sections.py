@@ -133,17 +133,16 @@ def _paired_rows(pairs: list[dict[str, Any]], names: dict[str, str]) -> list[lis
 
 
 def positions(shown: View) -> Figure | None:
-    """Perplexity by position, all columns."""
+    """Perplexity by position, all columns but the memory alone, which is so bad that the others would become one line."""
     series = {
         name: [(_middle(bucket), bucket["ppl"]) for bucket in column["perplexity"]["by_position"]]
         for name, column in shown.columns.items()
-        if "perplexity" in column
+        if "perplexity" in column and (name != "student/memory" or len(shown.columns) == 1)
     }
     if not series:
         return None
     note = (
-        "Left of the window, window and student see all that the source sees; right of it, only the memory can. "
-        "Lower is better; a point stands for the tokens of its range of positions."
+        "Lower is better. Left of the window, all see what the source sees; right of it, only the memory can know of it."
     )
     values = [y for points in series.values() for _, y in points]
     options = {"windows": shown.windows, "log_y": max(values) > 3 * min(values)}

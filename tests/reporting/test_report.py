@@ -25,7 +25,6 @@ SECTIONS = [
     "What it keeps of the source",
     "All numbers",
     "Paired differences",
-    "Perplexity by position",
     "Recall",
     "Behaviour",
     "Speed and memory by context",
@@ -180,7 +179,7 @@ def test_the_other_sections_hold_their_numbers(results: dict[str, Any], read: Pa
 
 def test_every_figure_is_there_in_order(results: dict[str, Any], read: Page) -> None:
     assert read.headings == SECTIONS
-    expected = ["Share of the source's score", "Differences of student", "Perplexity by the number of tokens"]
+    expected = ["Perplexity by the number of tokens", "Share of the source's score", "Differences of student"]
     expected += [
         f"Recall of {n} in {t}" for t in ("needle", "associative") for n in ("student", "student/window", "source")
     ]
@@ -232,13 +231,13 @@ def test_bars_are_shares_of_the_source_with_the_interval_of_the_paired_differenc
 def test_what_was_not_measured_is_left_out(small: dict[str, Any], undrawn: None) -> None:
     del small["layers"]
     found = Page(page.render([small]))
-    assert found.headings == [name for name in SECTIONS if name not in ("Recall", "Behaviour", "Layers", SECTIONS[6])]
+    assert found.headings == [name for name in SECTIONS if name not in ("Recall", "Behaviour", "Layers", SECTIONS[5])]
     small["columns"] = {
         "student": {"tasks": {}, "seconds": 1.0, "perplexity": small["columns"]["student"]["perplexity"]}
     }
     small["summary"] = statistics.summarize(small["columns"], 64)
     found = Page(page.render([small]))
-    assert found.headings == ["All numbers", "Perplexity by position", "Settings, machine, versions, data"]
+    assert found.headings == ["All numbers", "Settings, machine, versions, data"]
     assert "Cannot be told yet" in found.text
 
 
@@ -418,7 +417,7 @@ def test_the_sentence_by_hand(results: dict[str, Any]) -> None:
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
-PROBE = """({
+PROBE = """(page.querySelectorAll("details").forEach(part => { part.open = true }), {
   width: page.documentElement.scrollWidth,
   figures: [...page.querySelectorAll("figure > svg")].map(svg => {
     const box = svg.getBoundingClientRect(), texts = [...svg.querySelectorAll("text")];
@@ -467,3 +466,9 @@ def test_a_browser_draws_it_on_a_phone_and_asks_nobody(html: str, read: Page, tm
     found, log, addresses = opened(bad, tmp_path)
     assert addresses == {"http://example.invalid/a.png", "https://b.invalid/x"} and "CONSOLE" in log
     assert found["width"] > 390 and found["figures"][0]["shapes"] == 0
+
+
+@pytest.mark.skipif(browsers.browser() is None, reason="no Chromium or Chrome found: apt-get install chromium")
+def test_the_verdict_fits_the_first_screen_of_a_laptop(html: str) -> None:
+    probe = "page.querySelector('header').getBoundingClientRect().bottom"
+    assert float(browsers.measured(browsers.open_page(html, 1280, "--dump-dom", probe=probe))) <= 720
