@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from linearize import verbs
-from linearize.cli.app import Folder, Json, Out, Overwrite, Set, WithCode, app, note, show
+from linearize.cli.app import Folder, Json, Out, Overwrite, Set, WithCode, app, command, next_step, note, show
 
 
 @app.command()
@@ -52,6 +52,8 @@ def convert(
         show(plan.to_dict(), as_json, plan.text())
     else:
         show({"out": target, "plan": plan.to_dict()}, as_json, target)
+        recover = command("train", target, "--out", f"{target}-trained")
+        next_step(as_json, f"{command('generate', target)} to talk to it", f"{recover} to recover what it has lost")
 
 
 @app.command()
@@ -71,3 +73,4 @@ def export(
     """
     written = verbs.export(folder, to, out, link=link, overwrite=overwrite)
     show({"out": str(written)}, as_json, str(written))
+    next_step(as_json, "open it with transformers: nothing of linearize is in it")

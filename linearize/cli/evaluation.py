@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize import verbs
-from linearize.cli.app import Flags, Folder, Json, app, is_main, note, show
+from linearize.cli.app import Flags, Folder, Json, app, is_main, next_step, note, show
 from linearize.errors import InputError
 
 
@@ -139,6 +139,7 @@ def report(
     """
     written = verbs.report(files, out)
     show({"out": str(written)}, as_json, str(written))
+    next_step(as_json, "open it in a browser; it is one file and loads nothing")
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -152,9 +153,10 @@ def show_results(results: dict[str, Any], as_json: bool, file: Path | None) -> N
     """Print results; where they lie in a file, write the page beside it and say where."""
     from linearize.reporting import page, terminal
 
-    if file is not None:
-        note(f"report: {page.write([results], page.beside(file))}")
+    written = None if file is None else page.write([results], page.beside(file))
     if as_json:
         show(results, as_json)
     else:
         terminal.show(results)
+    if written is not None:
+        note(f"report: {written} (a page for a browser; its first lines are the verdict)")

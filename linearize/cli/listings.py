@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize import verbs
-from linearize.cli.app import Json, Set, app, note, show, table
+from linearize.cli.app import Json, Set, app, command, next_step, note, show, table
 
 
 @app.command()
@@ -74,6 +74,7 @@ def recipes(
         for recipe in map(load.load, load.names())
     ]
     show(rows, as_json, None if as_json else table(keys, [[row[key] for key in keys] for row in rows]))
+    next_step(as_json, "linearize recipes NAME prints one with every default", "linearize run NAME runs it")
 
 
 @app.command()
@@ -113,11 +114,13 @@ def mixers(
 
     if model is None:
         listed = costs.describe()
-        return show(listed, as_json, None if as_json else costs.mixers_table(listed))
+        show(listed, as_json, None if as_json else costs.mixers_table(listed))
+        return next_step(as_json, "linearize mixers --model NAME counts what each costs in a model")
     from linearize.recipe import load
 
     priced = costs.costs(load.resolve(model, set_ or ()))
     show(priced, as_json, None if as_json else costs.costs_table(priced))
+    next_step(as_json, command("convert", "--model", model, "--mixer", "NAME"))
 
 
 @app.command()
@@ -138,7 +141,8 @@ def archs(
         from linearize.conversion.probe import architectures
 
         known = architectures.record()
-        return show(known, as_json, None if as_json else _architectures(known))
+        show(known, as_json, None if as_json else _architectures(known))
+        return next_step(as_json, "linearize archs --probe MODEL checks any model, listed or not")
     from linearize.conversion import probe as probing
     from linearize.recipe import load
 
@@ -153,5 +157,7 @@ def _architectures(known: dict[str, Any]) -> Any:
     """What `record` holds as a table: the model types that pass, side by side, and why the others do not."""
     passes, columns = known["passes"], 4
     rows = [passes[start : start + columns] for start in range(0, len(passes), columns)]
-    grid = table([f"{len(passes)} model types of transformers {known['transformers']} pass", *[""] * 3], rows)
+    grid = table([""] * columns, rows)
+    grid.show_header, grid.title_justify = False, "left"
+    grid.title = f"{len(passes)} model types of transformers {known['transformers']} can be converted exactly"
     return grid

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from linearize import verbs
-from linearize.cli.app import Flags, Folder, Json, Out, Overwrite, Recipe, Resume, Set, app, note, show
+from linearize.cli.app import Flags, Folder, Json, Out, Overwrite, Recipe, Resume, Set, app, command, next_step, note, show
 
 Tokens = Annotated[int | None, typer.Option(help="How much text to read.  [default: the recipe's]")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in a block.  [default: the recipe's, else 1024]")]
@@ -33,6 +33,7 @@ def calibrate(
         folder, out, recipe=recipe, tokens=tokens, seq_len=seq_len, set=set_ or (), overwrite=overwrite
     )
     show({"out": str(written)}, as_json, str(written))
+    next_step(as_json, command("train", written, "--out", f"{written}-trained"))
 
 
 @app.command()
@@ -72,6 +73,8 @@ def select(
 
     written = None if out is None else str(out)
     show({"out": written, **choice}, as_json, text(choice) + (f"\n\n{written}" if written else ""))
+    train = command("train", written, "--out", f"{written}-trained")
+    next_step(as_json, train if written else "the same with --out DIR, which writes the folder")
 
 
 @app.command()
@@ -99,6 +102,8 @@ def train(
         folder, out, recipe=recipe, stage=stage, resume=resume, set=set_ or (), overwrite=overwrite, flags=flags or ()
     )
     show({"out": str(written)}, as_json, str(written))
+    adapter = (written / "adapter_config.json").is_file()
+    next_step(as_json, command("merge", written, "--out", f"{written}-merged") if adapter else command("eval", written))
 
 
 def _stage_verb(name: str, about: str) -> None:
@@ -139,6 +144,7 @@ def merge(folder: Folder, out: Out, overwrite: Overwrite = False, as_json: Json 
     """
     written = verbs.merge(folder, out, overwrite=overwrite)
     show({"out": str(written)}, as_json, str(written))
+    next_step(as_json, f"{command('eval', written)} to compare it with its source")
 
 
 @app.command()

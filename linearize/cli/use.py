@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize import verbs
-from linearize.cli.app import Folder, Json, WithCode, app, note, show
+from linearize.cli.app import Folder, Json, WithCode, app, next_step, note, show
 from linearize.errors import InputError
 
 
@@ -80,3 +80,5 @@ def push(
         return show(verbs.push_plan(folder, repo, with_code).to_dict(), as_json)
     answer = verbs.push(folder, repo, private=private, dry_run=dry_run, message=message, with_code=with_code)
     show({"url": answer}, as_json, answer)
+    if dry_run:
+        next_step(as_json, "the same without --dry-run, which uploads it")

@@ -67,18 +67,19 @@ def describe() -> dict[str, dict[str, Any]]:
 
 def mixers_table(rows: dict[str, dict[str, Any]]) -> Table:
     """What `describe` returns, without rules, states and settings, as a rich table."""
-    keys = ("mixer", "what it is", "arXiv", "perplexity beside the window control", "in eval/results")
-    return _grid(
-        keys, ((name, row["about"], "\n".join(row["papers"]), *_evidence(name, row)) for name, row in rows.items())
-    )
+    keys = ("mixer", "what it is", "arXiv", "perplexity beside\nthe window control")
+    grid = _grid(keys, ((name, row["about"], "\n".join(row["papers"]), _evidence(name, row)) for name, row in rows.items()))
+    grid.caption = "As measured on SmolLM2-135M; below 0 is better. --json names the results and the update rules."
+    grid.caption_justify = "left"
+    return grid
 
 
-def _evidence(name: str, row: dict[str, Any]) -> tuple[str, str]:
+def _evidence(name: str, row: dict[str, Any]) -> str:
     evidence = row["evidence"]
     if evidence is None:
-        return ("not measured" if MIXERS[name].recurrent else "a control"), ""
+        return "not measured" if MIXERS[name].recurrent else "a control"
     change = f"{evidence['change']:+.1%}: {evidence['perplexity']:.2f} for {evidence['window']:.2f}"
-    return change, evidence["result"].replace("eval/results/", "").replace(": ", ":\n")
+    return f"{change}, {evidence['result'].partition(':')[0]}"
 
 
 def _grid(keys: Iterable[str], rows: Iterable[Iterable[str]], numbers: bool = False) -> Table:

@@ -63,7 +63,7 @@ class Plan:
             "layers": f"{len(self.layers)} of {len(self.layers) + len(self.kept)} linearized"
             + (f"; softmax stays in {', '.join(map(str, self.kept))}" if self.kept else ""),
             "weights": f"{self.parameters / 1e6:,.1f} M, {self.new_parameters:,} new; dtype {self.dtype}",
-            "cache per token": f"{growth['linearized']:,} bytes (source {growth['source_kv']:,})",
+            "cache per token": f"{format_bytes(growth['linearized'])} (source {format_bytes(growth['source_kv'])})",
             "cache at 32K": f"{format_bytes(at_32k['linearized'])} (source {format_bytes(at_32k['source_kv'])}), "
             f"{share:.1%}",
         }
