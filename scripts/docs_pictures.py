@@ -66,7 +66,9 @@ class Panel:
         return "\n".join(parts)
 
 
-def _text(x: float, y: float, words: str, anchor: str = "start", size: int = 12, weight: int = 400, fill: str = INK) -> str:
+def _text(
+    x: float, y: float, words: str, anchor: str = "start", size: int = 12, weight: int = 400, fill: str = INK
+) -> str:
     return (
         f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' font-size='{size}' font-weight='{weight}' "
         f"fill='{fill}' {FONT}>{escape(words)}</text>"
@@ -97,7 +99,12 @@ def tradeoff() -> str:
     lost = {name: beyond(entry) or 0.0 for name, entry in entries.items()}
     right = {name: 100 * (recall(entry) or 0.0) for name, entry in entries.items()}
     bytes_ = [(2, "2 MiB"), (4, "4"), (8, "8"), (16, "16"), (32, "32"), (64, "64"), (128, "128")]
-    beside = {"source": ("end", -9, -9), "window": ("start", 10, 4), "gla": ("start", 10, 4), "clusters": ("start", 10, 4)}
+    beside = {
+        "source": ("end", -9, -9),
+        "window": ("start", 10, 4),
+        "gla": ("start", 10, 4),
+        "clusters": ("start", 10, 4),
+    }
     label = "cache at 2048 tokens (the source's grows with the text)"
     panels = [
         Panel(

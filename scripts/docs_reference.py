@@ -41,7 +41,11 @@ def _verb(name: str, command: Any) -> str:
         option = parameter.param_type_name == "option"
         word = f"{flag} {meta}" if option and not parameter.is_flag else flag if option else meta
         default = parameter.default
-        shown = "" if not option or parameter.is_flag or default in (None, ()) or callable(default) else f" Default: {default}."
+        shown = (
+            ""
+            if not option or parameter.is_flag or default in (None, ()) or callable(default)
+            else f" Default: {default}."
+        )
         text = re.sub(r"\s*\[default: (.*?)\]", r" Default: \1.", parameter.help or "")
         needed = " Required." if option and parameter.required else ""
         rows.append([f"`{word}`", _prose(text) + needed + shown])
@@ -74,7 +78,9 @@ def _keys(title: str, cls: type) -> str:
         for field in dataclasses.fields(cls)
     ]
     if not any(row[3] for row in rows):
-        return "\n\n".join([f"## {title}", _prose(about), table(("key", "type", "default"), [r[:3] for r in rows], left=3)])
+        return "\n\n".join(
+            [f"## {title}", _prose(about), table(("key", "type", "default"), [r[:3] for r in rows], left=3)]
+        )
     return "\n\n".join([f"## {title}", _prose(about), table(("key", "type", "default", "meaning"), rows, left=4)])
 
 
@@ -127,7 +133,8 @@ def recipes() -> str:
     from linearize.recipe import load
 
     rows = [
-        [f"`{each.name}`", each.description, f"`{each.source.id}`", each.status] for each in map(load.load, load.names())
+        [f"`{each.name}`", each.description, f"`{each.source.id}`", each.status]
+        for each in map(load.load, load.names())
     ]
     return table(("recipe", "what it makes", "source", "status"), rows, left=4)
 

@@ -116,7 +116,9 @@ def mixers() -> str:
         kind = "none" if name == "window" else "calibrated" if "calibrated" in untrained[name] else "as converted"
         ratios = [f"{values(name)[length] / source[length]:.3f} ×" for length in ("512", "2048")]
         change = known[name]["evidence"]
-        best = "the control" if change is None else f"{100 * change['change']:+.1f} % ({change['result'].split(':')[0]})"
+        best = (
+            "the control" if change is None else f"{100 * change['change']:+.1f} % ({change['result'].split(':')[0]})"
+        )
         cost = [format_bytes(priced[name]["state_bytes"]), f"{priced[name]['flops'] / 1e6:.1f}"]
         return [f"`{name}`", known[name]["about"], kind, *ratios, best, *cost]
 
@@ -133,9 +135,7 @@ def decoding() -> str:
     timed = [cell for cell in cells if cell["part"] == "decode" and cell["dtype"] == "float32"]
 
     def cell(kind: str, batch: int, context: int) -> dict[str, Any]:
-        return next(
-            each for each in timed if (each["kind"], each["batch"], each["context"]) == (kind, batch, context)
-        )
+        return next(each for each in timed if (each["kind"], each["batch"], each["context"]) == (kind, batch, context))
 
     rows = []
     for context in sorted({each["context"] for each in timed}):
@@ -154,16 +154,20 @@ def training() -> str:
     rows = []
     for name, file in (("gla", "bench-train.json"), ("clusters", "bench-train-clusters.json")):
         for length in (1024, 4096):
-            found = {
-                (cell["part"], cell["row"]): cell for cell in read(file)["cells"] if cell.get("length") == length
-            }
+            found = {(cell["part"], cell["row"]): cell for cell in read(file)["cells"] if cell.get("length") == length}
             seconds = [found["time", which]["seconds"] for which in ("source", "student+kl")]
             peak = found.get(("memory", "student+kl"), {}).get("peak_bytes")
             rows.append([
                 f"`{name}`", f"{length:,}", f"{seconds[0]:.1f} s", f"{seconds[1]:.1f} s",
                 "" if peak is None else f"{peak / 2**30:.1f} GiB",
             ])  # fmt: skip
-    header = ("mixer", "tokens in the block", "LoRA step of the source", "LoRA step with KL to the source", "peak memory")
+    header = (
+        "mixer",
+        "tokens in the block",
+        "LoRA step of the source",
+        "LoRA step with KL to the source",
+        "peak memory",
+    )
     return table(header, rows)
 
 
@@ -190,7 +194,9 @@ def results() -> str:
     for file in sorted(RESULTS.glob("*.json")):
         facts = read(file.name).get("environment") or {}
         if facts.get("commit"):
-            rows.append([f"`{file.name}`", facts["date"][:10], f"`{facts['commit'][:10]}`", facts["cpu"], facts["device"]])
+            rows.append(
+                [f"`{file.name}`", facts["date"][:10], f"`{facts['commit'][:10]}`", facts["cpu"], facts["device"]]
+            )
     return table(("file in `eval/results`", "date", "commit", "processor", "device"), rows, left=5)
 
 

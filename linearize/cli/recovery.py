@@ -6,7 +6,21 @@ from typing import Annotated
 import typer
 
 from linearize import verbs
-from linearize.cli.app import Flags, Folder, Json, Out, Overwrite, Recipe, Resume, Set, app, command, next_step, note, show
+from linearize.cli.app import (
+    Flags,
+    Folder,
+    Json,
+    Out,
+    Overwrite,
+    Recipe,
+    Resume,
+    Set,
+    app,
+    command,
+    next_step,
+    note,
+    show,
+)
 
 Tokens = Annotated[int | None, typer.Option(help="How much text to read.  [default: the recipe's]")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in a block.  [default: the recipe's, else 1024]")]

@@ -68,7 +68,9 @@ def describe() -> dict[str, dict[str, Any]]:
 def mixers_table(rows: dict[str, dict[str, Any]]) -> Table:
     """What `describe` returns, without rules, states and settings, as a rich table."""
     keys = ("mixer", "what it is", "arXiv", "perplexity beside\nthe window control")
-    grid = _grid(keys, ((name, row["about"], "\n".join(row["papers"]), _evidence(name, row)) for name, row in rows.items()))
+    grid = _grid(
+        keys, ((name, row["about"], "\n".join(row["papers"]), _evidence(name, row)) for name, row in rows.items())
+    )
     grid.caption = "As measured on SmolLM2-135M; below 0 is better. --json names the results and the update rules."
     grid.caption_justify = "left"
     return grid

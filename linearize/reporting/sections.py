@@ -133,7 +133,7 @@ def _paired_rows(pairs: list[dict[str, Any]], names: dict[str, str]) -> list[lis
 
 
 def positions(shown: View) -> Figure | None:
-    """Perplexity by position, all columns but the memory alone, which is so bad that the others would become one line."""
+    """Perplexity by position, all columns but the memory alone, beside which the others would become one line."""
     series = {
         name: [(_middle(bucket), bucket["ppl"]) for bucket in column["perplexity"]["by_position"]]
         for name, column in shown.columns.items()
@@ -141,9 +141,7 @@ def positions(shown: View) -> Figure | None:
     }
     if not series:
         return None
-    note = (
-        "Lower is better. Left of the window, all see what the source sees; right of it, only the memory can know of it."
-    )
+    note = "Lower is better. Left of the window, all see what the source sees; right of it, only the memory can."
     values = [y for points in series.values() for _, y in points]
     options = {"windows": shown.windows, "log_y": max(values) > 3 * min(values)}
     return _lines(shown, series, "Perplexity by the number of tokens before", note, "perplexity", **options)

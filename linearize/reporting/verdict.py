@@ -201,7 +201,9 @@ def _key_numbers(results: dict[str, Any]) -> list[tuple[str, str]]:
     if common := _common_speed(results["columns"]):
         student, beside_it = common
         where = f"cache at {student['context']} tokens"
-        shown.append((format_bytes(student["cache_bytes"]), f"{where} (source: {format_bytes(beside_it['cache_bytes'])})"))
+        shown.append(
+            (format_bytes(student["cache_bytes"]), f"{where} (source: {format_bytes(beside_it['cache_bytes'])})")
+        )
     kept, control = _recovery(results), _recovery(results, "window")
     if kept is not None:
         beside = "" if control is None else f" (window control: {percent(control)})"
@@ -238,8 +240,8 @@ def _saved(columns: dict[str, Any]) -> list[str]:
     sizes = [format_bytes(cell["cache_bytes"]) for cell in common]
     time = common[0]["token_seconds"] / common[1]["token_seconds"]
     return [
-        f"At a context of {common[0]['context']} tokens its cache takes {sizes[0]}, the source's {sizes[1]}, and a token takes "
-        f"{time:.2f} of the source's time."
+        f"At a context of {common[0]['context']} tokens its cache takes {sizes[0]}, the source's {sizes[1]}, and a "
+        f"token takes {time:.2f} of the source's time."
     ]
 
 
