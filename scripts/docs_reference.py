@@ -19,17 +19,17 @@ PACKAGE = ROOT / "linearize"
 
 def command_line() -> str:
     """Every verb: what it does, its example, its arguments and options."""
-    import click
     import typer
 
     from linearize.cli import app
 
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group) or hasattr(group, "commands")
-    return "\n\n".join(_verb(name, command) for name, command in group.commands.items())  # type: ignore[attr-defined]
+    commands: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+    functions = [info.callback for info in app.registered_commands]
+    return "\n\n".join(_verb(*each) for each in zip(commands, commands.values(), functions, strict=True))
 
 
-def _verb(name: str, command: Any) -> str:
+def _verb(name: str, command: Any, function: Any) -> str:
+    hints = typing.get_type_hints(function)
     about, _, example = inspect.cleandoc(command.help or "").partition("\b")
     example = "\n".join(line.strip() for line in example.replace("Example:", "").strip().splitlines())
     parts = [f"## linearize {name}", about.strip(), *([f"```bash\n{example}\n```"] if example else [])]
@@ -37,7 +37,7 @@ def _verb(name: str, command: Any) -> str:
     for parameter in command.params:
         if "--help" in parameter.opts:
             continue
-        flag, meta = parameter.opts[0], parameter.metavar or parameter.type.name.upper()
+        flag, meta = parameter.opts[0], parameter.metavar or _meta(hints[parameter.name])
         option = parameter.param_type_name == "option"
         word = f"{flag} {meta}" if option and not parameter.is_flag else flag if option else meta
         default = parameter.default
@@ -50,6 +50,12 @@ def _verb(name: str, command: Any) -> str:
         needed = " Required." if option and parameter.required else ""
         rows.append([f"`{word}`", _prose(text) + needed + shown])
     return "\n\n".join([*parts, table(("argument", "what it does"), rows, left=2)])
+
+
+def _meta(hint: Any) -> str:
+    """What stands for a value in a usage line."""
+    words = {int: "NUMBER", float: "NUMBER", Path: "PATH"}
+    return next((words[each] for each in (hint, *typing.get_args(hint)) if each in words), "TEXT")
 
 
 def _prose(text: str) -> str:
