@@ -60,7 +60,7 @@ def _meta(hint: Any) -> str:
 
 def _prose(text: str) -> str:
     """Text of a help line as Markdown: what is code in it stays code, nothing else is markup."""
-    return html.escape(" ".join(text.split()), quote=False).replace("*", "\\*")
+    return html.escape(" ".join(text.split()), quote=False).replace("*", "\\*").replace("``", "`")
 
 
 def recipe() -> str:
@@ -108,9 +108,9 @@ def _type(hint: Any) -> str:
     if hasattr(hint, "__metadata__"):
         return _type(arguments[0])
     if origin is typing.Literal:
-        return " \\| ".join(f"`{value}`" for value in arguments)
+        return " or ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
-        return f"list of {_type(arguments[0])}"
+        return "list" if dataclasses.is_dataclass(arguments[0]) else f"list of {_type(arguments[0])}"
     if arguments and type(None) in arguments:
         return f"{' or '.join(_type(each) for each in arguments if each is not type(None))}, or nothing"
     words = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "see below"}
@@ -152,7 +152,7 @@ def architectures() -> str:
     rows = [names[start : start + 5] for start in range(0, len(names), 5)]
     why: dict[str, list[str]] = {}
     for name, reason in known["fails"].items():
-        why.setdefault(re.sub(r"\s*\(.*|:.*", "", reason, flags=re.DOTALL), []).append(f"`{name}`")
+        why.setdefault(_reason(reason), []).append(f"`{name}`")
     failing = [[reason, ", ".join(types)] for reason, types in sorted(why.items(), key=lambda item: -len(item[1]))]
     return "\n\n".join([
         f"With transformers {known['transformers']}, {len(known['passes'])} model types pass:",
@@ -160,6 +160,15 @@ def architectures() -> str:
         f"{len(known['fails'])} do not. The first reason that the check met:",
         table(("reason", "model types"), failing, left=2),
     ])  # fmt: skip
+
+
+def _reason(text: str) -> str:
+    """Why a model type fails, without what is its own: short ones are names of checks."""
+    short = re.sub(r"\s*\(.*|[:;].*", "", text, flags=re.DOTALL)
+    if "query heads" in short:
+        return "its layers have different numbers of heads"
+    known = len(short.split()) > 5 or short.startswith(("no tiny", "is half"))
+    return short if known else f"fails the check “{short.partition(',')[0]}”"
 
 
 def messages() -> str:
