@@ -24,7 +24,7 @@ BLOCK = re.compile(
     r'(?:<!-- not run: (?P<why>[^>]+) -->\n)?^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```',
     flags=re.DOTALL | re.MULTILINE,
 )
-ELSEWHERE = re.compile(r"(pip install|mkdocs|\. \.venv|(bash|python) (?P<script>scripts/[\w.]+))( |$)")
+ELSEWHERE = re.compile(r"(pip install|mkdocs|\. \.venv/bin/activate|(bash|python) (?P<script>scripts/[\w.]+))( |$)")
 """Commands that no test repeats: they install something, or are scripts that only have to be there."""
 PLACEHOLDERS = ("my-org/my-model --tiny",)
 
@@ -67,6 +67,8 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     verb = arguments[1]
     if verb == "eval" and "--limit" not in arguments:
         arguments += ["--limit", "1"]
+    if verb == "generate" and "--max-new-tokens" not in arguments:
+        arguments += ["--max-new-tokens", "8"]
     if verb == "select" and "--tokens" not in arguments:
         arguments += ["--tokens", "512", "--seq-len", "256"]
     if "--out" in arguments and verb != "run":  # an example on another page has made it already
