@@ -27,11 +27,3 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = module.run(json.loads(path.read_text(encoding="utf-8")), smaller)
     printed = [cell["outputs"] for cell in done["cells"] if cell["cell_type"] == "code"]
     assert sum(map(bool, printed)) >= 3
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_kept_with_what_it_prints(path: Path) -> None:
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)], "run scripts/run_notebooks.py"
-    assert sum(bool(cell["outputs"]) for cell in code) >= 3
