@@ -71,7 +71,10 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if verb == "generate" and "--max-new-tokens" not in arguments:
         arguments += ["--max-new-tokens", "8"]
     if verb in ("transfer", "distil", "long"):
-        arguments += [f"--set=train.{verb}.{each}" for each in ("tokens=512", "seq_len=256", "batch=2")]
+        small = ("tokens=512", "seq_len=256", "batch=2")
+        arguments += [
+            f"--set=train.{verb}.{each}" for each in small if each.partition("=")[0] not in " ".join(arguments)
+        ]
     if verb == "select" and "--tokens" not in arguments:
         arguments += ["--tokens", "512", "--seq-len", "256"]
     if "--out" in arguments and verb != "run":  # an example on another page has made it already
