@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from .ops.rows import Rows
+from . import host
+from .ops.rows import Packed, Rows
 from .transformers_api import CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer, new_layer
 
 ROLLBACK = 32
@@ -38,6 +39,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     Attributes:
         rollback: r, how many tokens can be taken back; 0 unless past tokens are recorded.
         record_past: as of transformers' own layers.
+        waiting: what `pending` gives, where it is known.
         grown: [B, heads, N, width], all tokens of heads that stay softmax, token t of a row in slot t; None without
             such heads. The one part that grows.
     """
@@ -53,6 +55,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.grown: Tensor | None = None
         self.stack: Stack | None = None
         self.is_initialized = False
+        self.waiting: int | None = 0
         self._length: int | Tensor = 0
 
     def lazy_initialization(self, batch: int, like: Tensor, token_shape: tuple[int, int], state: tuple[Tensor, ...]):
@@ -76,8 +79,9 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if self.static:
             self._length = torch.zeros((), dtype=torch.int64, device=like.device)
         if not torch.compiler.is_compiling():
-            for x in self.tensors.values():
-                torch._dynamo.mark_static_address(x)
+            for x in (*self.tensors.values(), self._length):
+                if isinstance(x, Tensor):
+                    torch._dynamo.mark_static_address(x)
         self.is_initialized = True
 
     @property
@@ -176,7 +180,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.grown = x.detach()
         return x
 
-    def check_start(self, rows: Rows | None) -> None:
+    def check_start(self, rows: Rows | Packed | None) -> None:
         """Refuse packed documents behind other tokens, with a ValueError: they become rows of their own."""
         if rows is not None and rows.packed and self.is_initialized:
             raise ValueError("packed documents can only start an empty cache")
@@ -190,6 +194,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """
         self.tensors["count"] += lengths
         self._length += tokens
+        self.waiting = None
 
     # --- the contract of transformers
 
@@ -215,8 +220,8 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Forget all tokens; the slots stay allocated."""
         for x in self.tensors.values():
             x.zero_()
-        self.grown = None
-        self._length = self._length * 0
+        self.grown, self.waiting = None, 0
+        self._length = self._length.zero_() if isinstance(self._length, Tensor) else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last tokens of each row back, and make those that stay certain.
@@ -247,6 +252,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         recent.copy_(recent.roll(removed, 1))
         recent[:, :removed] = True
         self._length -= removed
+        self.waiting = None
         self.tensors["certain"].copy_(count)
         if self.grown is not None:
             self.grown = self.grown[:, :, : self.grown.shape[2] - removed]
@@ -279,7 +285,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             recent = torch.ones(len(count), ROLLBACK, dtype=torch.bool, device=self.device)
             self.tensors |= {"tokens": x, "settled": count.clone(), "certain": count.clone(), "recent": recent}
             self.stack = None
-        self.rollback = ROLLBACK
+        self.rollback, self.waiting = ROLLBACK, 0
 
     def remember(self, real: Tensor | None, tokens: int) -> None:
         """Note which of the last positions [B, tokens] hold tokens; None: all."""
@@ -289,13 +295,22 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             recent.copy_(torch.cat([recent, new.to(recent.dtype)], 1)[:, -self.rollback :])
 
     def pending(self) -> int:
-        """Tokens of the longest wait: they have left the window and are not in the state yet."""
-        return int((self.tensors["count"] - self.tensors["settled"]).max()) if self.rollback else 0
+        """Tokens of the longest wait: they have left the window and are not in the state yet. A forward pass asks for
+        all layers at once (`decoding.settle`)."""
+        if self.rollback and self.waiting is None:
+            self.waiting = host.read((self.tensors["count"] - self.tensors["settled"]).max())[0]
+        return self.waiting or 0
+
+    def settle(self) -> None:
+        """Note that all tokens are in the state."""
+        if self.rollback:
+            self.tensors["settled"].copy_(self.tensors["count"])
+            self.waiting = 0
 
     def _map(self, f) -> None:
         self.tensors = {n: f(x) for n, x in self.tensors.items()}
         self.grown = None if self.grown is None else f(self.grown)
-        self.stack = None
+        self.stack = self.waiting = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take row `beam_idx[b]`, int64 [B], as row b."""
@@ -341,12 +356,15 @@ class Stack:
             views = ({n: x.chunk(len(layers)) for n, x in self.tensors.items()}).items()
             for i, layer in enumerate(layers):
                 layer.tensors = {n: parts[i] for n, parts in views}
-        for layer in layers:
-            layer.stack = self
+        if not torch.compiler.is_compiling():  # a graph that changes it would be compiled anew for the next token
+            for layer in layers:
+                layer.stack = self
 
     @classmethod
     def of(cls, layers: list[LinearizedCacheLayer]) -> "Stack":
         """The stack of exactly these layers, made anew where one has left it."""
+        if torch.compiler.is_compiling():
+            return cls(layers)
         stack = layers[0].stack
         same = stack is not None and stack.layers == layers and all(layer.stack is stack for layer in layers)
         return stack if stack is not None and same else cls(layers)
@@ -361,6 +379,7 @@ class Stack:
         self.tensors["count"] += 1
         for layer in self.layers:
             layer._length += 1
+            layer.waiting = None
             layer.remember(None, 1)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from .decoding import Step
-from .ops.rows import Rows
+from .ops.rows import Packed, Rows
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Context:
     softcap: float | None
     extra: Tensor | None
     unrotate: Callable[[Tensor], Tensor]
-    rows: Rows | None
+    rows: Rows | Packed | None
     cache: Cache | None
     branch: str
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -73,9 +73,10 @@ class Pass(NamedTuple):
     lengths: Tensor
 
     def parted(self, last: int) -> "tuple[Pass, Pass, Callable[[Tensor, Tensor], Tensor]]":
-        """All but the last so many tokens of each row, those, and what puts their outputs together again."""
+        """All but the last so many tokens of each row, those, and what puts their outputs together again; for a pass
+        of more tokens than that."""
         first = (self.lengths - last).clamp(min=0)
-        n = int(first.max())
+        n = self.q.shape[2] - last  # no row has more, and what a row does not have does not exist
         index = first[:, None] + torch.arange(last, device=first.device)
 
         def take(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..cache import LinearizedCacheLayer, Stack, cache_layer
 from ..decoding import Step
+from ..ops.rows import Rows, in_parts
 from ..ops.window import slot_attention, window_attention
 from ..passes import Branch, Context, Pass
 from ..tokens import Geometry, Tokens
@@ -208,25 +209,28 @@ class Mixer(nn.Module):
         if past is not None and T == 1 and rows is None:
             return self._step(q, k, v, context, past)
         query, tokens = self._prepare(q, k, v, context)
-        lengths = torch.full((q.shape[0],), T, device=q.device)
-        real = None
-        if rows is not None:
-            q, query, tokens.x = (rows.gather(x) for x in (q, query, tokens.x))
-            real, lengths = rows.valid, rows.valid.sum(1)
-        block = Pass(q, query, tokens.x, real, lengths)
-        if layer is None:
-            y = self._join(*self._block(block, context, None)[:2], q, context)
-        elif layer.rollback and block.q.shape[2] > layer.rollback:
-            certain, rest, put_together = block.parted(layer.rollback)
-            y = put_together(self._cached(certain, context, layer, True), self._cached(rest, context, layer, False))
-        else:
-            y = self._cached(block, context, layer, not layer.rollback)
+
+        def run(part: Rows | None, layer: LinearizedCacheLayer | None) -> Tensor:
+            if part is None:
+                lengths = torch.full((q.shape[0],), T, device=q.device)
+                return self._pass(Pass(q, query, tokens.x, None, lengths), context, layer)
+            gathered = (part.gather(x) for x in (q, query, tokens.x))
+            return part.scatter(self._pass(Pass(*gathered, part.valid, part.valid.sum(1)), context, layer))
+
+        y = in_parts(rows, layer, run)
         if layer is not None:
             layer.advance(0, T)
             layer.remember(None if rows is None or rows.packed else rows.real, T)
-            if rows is not None and rows.packed:
-                layer.batch_select_indices(rows.last)
-        return y if rows is None else rows.scatter(y)
+        return y
+
+    def _pass(self, block: "Pass", context: Context, layer: LinearizedCacheLayer | None) -> Tensor:
+        """A block of tokens, of an empty cache, or behind those in the layer, which then holds them; y [B, H, T, V]."""
+        if layer is None:
+            return self._join(*self._block(block, context, None)[:2], block.q, context)
+        if layer.rollback and block.q.shape[2] > layer.rollback:
+            certain, rest, put_together = block.parted(layer.rollback)
+            return put_together(self._cached(certain, context, layer, True), self._cached(rest, context, layer, False))
+        return self._cached(block, context, layer, not layer.rollback)
 
     def _cached(self, block: "Pass", context: Context, layer: LinearizedCacheLayer, certain: bool) -> Tensor:
         """A block of tokens behind those in the cache, which then holds them too; y [B, H, T, V].
@@ -248,8 +252,7 @@ class Mixer(nn.Module):
         if certain:
             for cached, final in zip(layer.state, state, strict=True):
                 cached.copy_(final.detach())
-            if layer.rollback:
-                layer.tensors["settled"].copy_(layer.tensors["count"])
+            layer.settle()
         return y
 
     def branches(
@@ -297,7 +300,7 @@ class Mixer(nn.Module):
                 # Those that wait come first, with queries that ask nothing.
                 entering, query = x[:, :, skip : wait + T], F.pad(query, (0, 0, wait, 0))
                 if past is not None or keep is not None:
-                    token = torch.as_tensor(seen, device=q.device).view(-1, 1) - W
+                    token = (seen.view(-1, 1) if isinstance(seen, Tensor) else seen) - W
                     left = token + torch.arange(skip - wait, T, device=q.device) >= s
                     if wait and past is not None:
                         new = token + torch.arange(-wait, T, device=q.device) >= past.tensors["settled"][:, None] - W
