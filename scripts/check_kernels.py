@@ -6,8 +6,8 @@
 Calls go through linearize's own dispatch, to kernels that Triton's interpreter runs (triton_on_cpu.py says what that
 does not cover); of linearize, only the question whether a tensor lies on a GPU is answered with yes. A cell is the
 largest difference from the definition of the recurrence in fp64, as a share of the largest number: of outputs, final
-states, and the gradients of all inputs and initial states. Mixers, which read packed texts, are held to their own PyTorch
-form in fp32.
+states, and the gradients of all inputs and initial states. Mixers, which read packed texts, are held to their own
+PyTorch form in fp32.
 
 Writes eval/results/NAME.json after every cell, and a table (.md) beside it at the end.
 """

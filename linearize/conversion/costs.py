@@ -91,7 +91,9 @@ def _grid(keys: Iterable[str], rows: Iterable[Iterable[str]], numbers: bool = Fa
 
 
 def _kernels_run_here() -> bool:
-    return torch.cuda.is_available() and fla_backend.missing() is None
+    if not torch.cuda.is_available() or fla_backend.missing():
+        return False
+    return fla_backend.unsound(torch.device("cuda")) is None
 
 
 def _has_kernels(name: str) -> bool:

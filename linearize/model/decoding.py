@@ -81,9 +81,7 @@ class Step:
         self.stack.advance()
 
 
-def enter(
-    mixer: "Mixer", stack: Stack, first: Tensor, last: Tensor, state: tuple[Tensor, ...], most: int
-) -> None:
+def enter(mixer: "Mixer", stack: Stack, first: Tensor, last: Tensor, state: tuple[Tensor, ...], most: int) -> None:
     """Take tokens that have left the window into a state, in place, in the order in which they left.
 
     Args:
