@@ -276,10 +276,9 @@ def compared(
         stack.enter_context(mock.patch.object(fla_backend, "kernel", noted))
         stack.enter_context(triton_on_cpu.tf32() if how.tf32 else nullcontext())
         try:
-            made = run()
+            worst, what = error(run(), truth())
         except Exception as failed:
             return cell | {"holds": False, "why": f"{type(failed).__name__}: {failed}"[:300]}
-    worst, what = error(made, truth())
     cell |= {"error": float(f"{worst:.1e}"), "of": what, "kernels": sorted(set(called))}
     return cell | {"holds": bool(called) and worst <= how.limit, "seconds": round(time.monotonic() - start, 1)}
 

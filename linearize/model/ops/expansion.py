@@ -23,7 +23,7 @@ leaves the output as it is and the log weight too small by q·c.
 import torch
 from torch import Tensor
 
-from . import additive, chooses_fla, fla_backend, run_additive
+from . import chooses_fla, fla_backend, run_additive
 
 State = tuple[Tensor, ...]
 """S, m and n of `initial_state`."""
@@ -66,7 +66,7 @@ def run(
     part = torch.cat([mean_v, torch.ones_like(n)], -1) * n
     x, S = run_additive(q, k, v1, log_decay, whole)
     one = torch.ones_like(log_decay, dtype=q.dtype)
-    sums, m = additive.chunked(one, one, v1, log_decay, part)
+    sums, m = run_additive(one, one, v1.to(q.dtype), log_decay, part)  # not in 16 bits, which cannot count to 300
     x, sums = x.view(B, G, H // G, T, -1), sums[:, :, None]
     n, count = _count(sums)
     mean = x[..., -1:] / count

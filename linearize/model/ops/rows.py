@@ -69,8 +69,7 @@ class Rows:
         starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
         if restarts_only:
             starts[:, 1:] &= position_ids[:, 1:] == 0
-        read = starts.cpu()
-        return Packed(read, torch.ones_like(read), starts.device) if bool(read[:, 1:].any()) else None
+        return Packed.where_several(starts)
 
     @property
     def documents(self) -> int:
@@ -168,6 +167,12 @@ class Packed:
         self.last = document.view(starts.shape)[:, -1]
         self._parts: dict[bool, list[Rows]] = {}
         self._moved: dict[torch.device, Packed] = {device: self}
+
+    @classmethod
+    def where_several(cls, starts: Tensor) -> "Packed | None":
+        """Of starts [B, T] bool, on any device, where all tokens are real; None where no item holds several."""
+        there = starts.cpu()
+        return cls(there, torch.ones_like(there), starts.device) if bool(there[:, 1:].any()) else None
 
     @property
     def packed(self) -> bool:

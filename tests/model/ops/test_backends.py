@@ -86,7 +86,7 @@ def kernels(monkeypatch) -> list[str]:
 
     def delta(q, k, v, beta, **rest):
         assert q.dtype != torch.float32
-        return gated_delta(q, k, v, torch.zeros_like(beta), beta, **rest)
+        return gated_delta(q, k, v, torch.zeros_like(beta, dtype=torch.float32), beta, **rest)
 
     def gated_delta(q, k, v, g, beta, initial_state, **rest):
         check_arguments(q, k, v, g, initial_state)
@@ -132,7 +132,7 @@ def inputs(decay: str = "channel", dtype: torch.dtype = torch.float32, tokens: i
 def assert_close(got, expected, limit: float = 1e-5) -> None:
     for a, b in zip(got, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        assert float((a.float() - b.float()).abs().max()) <= limit * max(1.0, float(b.abs().max()))
+        assert float((a.detach().float() - b.detach().float()).abs().max()) <= limit * max(1.0, float(b.abs().max()))
 
 
 @pytest.mark.parametrize("decay", ["none", "head", "fixed", "channel"])
