@@ -214,8 +214,9 @@ class Mixer(nn.Module):
             if part is None:
                 lengths = torch.full((q.shape[0],), T, device=q.device)
                 return self._pass(Pass(q, query, tokens.x, None, lengths), context, layer)
-            gathered = (part.gather(x) for x in (q, query, tokens.x))
-            return part.scatter(self._pass(Pass(*gathered, part.valid, part.valid.sum(1)), context, layer))
+            own = [part.gather(x) for x in (q, query, tokens.x)]
+            block = Pass(own[0], own[1], own[2], part.valid, part.valid.sum(1))
+            return part.scatter(self._pass(block, context, layer))
 
         y = in_parts(rows, layer, run)
         if layer is not None:
