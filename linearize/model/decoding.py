@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import host
-from .cache import LinearizedCacheLayer, Stack
+from .cache import LinearizedCacheLayer
+from .stack import Stack
 from .tokens import Tokens
 
 if TYPE_CHECKING:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..cache import LinearizedCacheLayer, Stack, cache_layer
+from ..cache import LinearizedCacheLayer, cache_layer
 from ..decoding import Step
 from ..ops.rows import Rows, in_parts
 from ..ops.window import slot_attention, window_attention
 from ..passes import Branch, Context, Pass
+from ..stack import Stack
 from ..tokens import Geometry, Tokens
 from .config import MixerConfig
 
