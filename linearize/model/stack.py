@@ -1,4 +1,4 @@
-"""Cache layers that are alike, as one: what all of them do at the same time is one operation."""
+"""Cache layers that are alike, as one, for what decoding does to all of them (decoding.py)."""
 
 import torch
 from torch import Tensor
