@@ -92,6 +92,7 @@ def inputs(
 
     x: Inputs = {"q": normal(B, H, T, K), "k": normal(B, G, T, K), "v": normal(B, G, T, V)}
     there = (torch.rand(B, 1, T, 1) > 0.3 * absent).double()
+    there[:, :, 0] = 1.0  # an average of no tokens has no value, and no gradient
     x["k"], x["v"] = x["k"] * there, x["v"] * there
     M = min(K, 12)
     shape = {"none": None, "head": (B, G, T, 1), "fixed": (G, 1, 1), "channel": (B, G, T, K), "slots": (B, G, T, M)}

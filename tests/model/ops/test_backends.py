@@ -132,7 +132,8 @@ def inputs(decay: str = "channel", dtype: torch.dtype = torch.float32, tokens: i
 def assert_close(got, expected, limit: float = 1e-5) -> None:
     for a, b in zip(got, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        assert float((a.detach().float() - b.detach().float()).abs().max()) <= limit * max(1.0, float(b.abs().max()))
+        a, b = a.detach().float(), b.detach().float()
+        assert float((a - b).abs().max()) <= limit * max(1.0, float(b.abs().max()))
 
 
 @pytest.mark.parametrize("decay", ["none", "head", "fixed", "channel"])
