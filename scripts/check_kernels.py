@@ -158,7 +158,8 @@ def outcome(form: Callable[..., tuple], x: Inputs) -> dict[str, Tensor]:
     def leaf(name: str, value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(leaf(f"{name} {i}", each) for i, each in enumerate(value))
-        leaves[name] = value.detach().clone().requires_grad_(name != "exists")
+        # A fixed decay and a bonus are constants in all mixers; only what has tokens or is a state has a gradient.
+        leaves[name] = value.detach().clone().requires_grad_(name != "exists" and value.ndim == 4)
         return leaves[name]
 
     made = [each for part in form(**{name: leaf(name, value) for name, value in x.items()}) for each in flat(part)]
