@@ -61,7 +61,7 @@ def run(
     mean_k, mean_v, centre = S[..., -1:], m[..., :-1], None
     if chooses_fla(q, fla_backend.restriction(q, v1)):
         centre = _mean_key(k1)
-        k, mean_k = k - centre * k1[..., K:], mean_k - centre.mT
+        k, mean_k = k - centre * k1[..., K:].detach(), mean_k - centre.mT
     whole = torch.cat([S[..., :-1] + mean_k * mean_v, mean_k], -1) * n
     part = torch.cat([mean_v, torch.ones_like(n)], -1) * n
     x, S = run_additive(q, k, v1, log_decay, whole)
