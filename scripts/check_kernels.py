@@ -136,8 +136,9 @@ def expansion_inputs(mean: float, **sizes: Any) -> Inputs:
 SCALING, STRENGTH = 0.25, 1.5
 
 
-def run_expansion(**x: Any) -> tuple:
-    return expansion.run(**x, scaling=SCALING, strength=STRENGTH)
+def run_expansion(k1: Tensor, v1: Tensor, **x: Any) -> tuple:
+    there = k1[..., -1:].detach()  # as mixers have it, what does not exist has no gradient
+    return expansion.run(k1=k1 * there, v1=v1 * there, **x, scaling=SCALING, strength=STRENGTH)
 
 
 FORMS: dict[str, tuple[Callable[..., tuple], Callable[..., tuple]]] = {
