@@ -232,6 +232,16 @@ class Lossless:
             self._streamer.end()
         return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)  # type: ignore[arg-type]
 
+    def resume(self, cache: Any, ids: list[int]) -> None:
+        """Draft behind a state of the student's that is at hand.
+
+        Args:
+            cache: the student's, which is taken as it is.
+            ids: the tokens that it holds.
+        """
+        cache.activate_past_recording()
+        self._cache, self._read = cache, ids
+
     # --- the source
 
     @staticmethod
