@@ -52,8 +52,8 @@ def bench_lossless(
 
     Returns:
         settings, and rows: context, seconds and tokens per second of each, their ratios to the source, of both ways of
-        drafting tokens per pass, drafts and the share of them that was kept, whether the text is the source's, and, where it is not, how near a tie the two tokens
-        were.
+        drafting tokens per pass, drafts and the share of them that was kept, whether the text is the source's, and,
+        where it is not, how near a tie the two tokens were.
 
     Raises:
         InputError: the folder cannot draft, or the text is shorter than a context.
@@ -88,8 +88,8 @@ def line(row: dict[str, Any]) -> str:
     same = "the source's text" if row["same"] else f"differs at a tie of {row['tie']['gap']:.2g}"
     return (
         f"{row['context']:>7} tokens: source {row['source']['tokens_per_second']:.1f} tokens/s, lossless "
-        f"{row['ratio']['lossless']:.2f} x ({row['per_pass']['lossless']:.2f} tokens per pass), with the student's state "
-        f"at hand {row['ratio']['resumed']:.2f} x ({row['per_pass']['resumed']:.2f}; {row['kept']['resumed']:.0%} of "
+        f"{row['ratio']['lossless']:.2f} x ({row['per_pass']['lossless']:.2f} tokens per pass), with the student's "
+        f"state at hand {row['ratio']['resumed']:.2f} x ({row['per_pass']['resumed']:.2f}; {row['kept']['resumed']:.0%} of "
         f"{row['drafted']['resumed']} drafts kept), student {row['ratio']['student']:.2f} x; {same}"
     )
 
