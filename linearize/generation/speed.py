@@ -89,8 +89,9 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['context']:>7} tokens: source {row['source']['tokens_per_second']:.1f} tokens/s, lossless "
         f"{row['ratio']['lossless']:.2f} x ({row['per_pass']['lossless']:.2f} tokens per pass), with the student's "
-        f"state at hand {row['ratio']['resumed']:.2f} x ({row['per_pass']['resumed']:.2f}; {row['kept']['resumed']:.0%} of "
-        f"{row['drafted']['resumed']} drafts kept), student {row['ratio']['student']:.2f} x; {same}"
+        f"state at hand {row['ratio']['resumed']:.2f} x ({row['per_pass']['resumed']:.2f}; "
+        f"{row['kept']['resumed']:.0%} of {row['drafted']['resumed']} drafts kept), student "
+        f"{row['ratio']['student']:.2f} x; {same}"
     )
 
 
