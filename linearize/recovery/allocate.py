@@ -263,8 +263,8 @@ def text(choice: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{formats.format_bytes(choice['cache'][choice['better']])} of cache for {len(sizes)} layers: KL to the "
-            f"source {kl['allocated']:.4g} allocated, {kl['equal']:.4g} in equal shares of {choice['equal']} (nats per token, "
-            f"text that nothing was chosen on); {choice['better']} is kept",
+            f"source {kl['allocated']:.4g} allocated, {kl['equal']:.4g} in equal shares of {choice['equal']} (nats per "
+            f"token, text that nothing was chosen on); {choice['better']} is kept",
             "",
             *formats.aligned(rows),
             "",
