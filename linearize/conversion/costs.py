@@ -210,7 +210,7 @@ def decoder(mixer: Mixer, like: Tensor, batch: int = 1) -> Callable[[], Tensor]:
     )
     past = DynamicCache()
     layer = cache_layer(past, 0, mixer.config.window, mixer.config.sinks)
-    layer.lazy_initialization(batch, k, mixer.token_shape, mixer.initial_state(batch, k.device))
+    layer.lazy_initialization(batch, k, mixer.token_shape, mixer.stored_state(batch, k.device))
     return lambda: mixer(q, k, v, context(q, past))
 
 

@@ -183,6 +183,17 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.grown = x.detach()
         return x
 
+    def entered(self, late: bool, passed: int) -> int | None:
+        """How many tokens the state of a row holds at most, or None where only the device knows.
+
+        Args:
+            late: whether a token enters it when it leaves the window.
+            passed: tokens of the forward pass under way, which are not counted yet.
+        """
+        if self.static:
+            return None
+        return max(int(self._length) + passed - late * (self.window + self.sinks), 0)
+
     def check_start(self, rows: Rows | Packed | None) -> None:
         """Refuse packed documents behind other tokens, with a ValueError: they become rows of their own."""
         if rows is not None and rows.packed and self.is_initialized:

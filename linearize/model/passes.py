@@ -27,6 +27,8 @@ class Context:
         cache: the Cache to continue and update, or None.
         branch: all | window (without the memory) | memory (without the window).
         attend: the source's own attention over (q, k, v), for the control; y [B, H, T, V].
+        taken: tokens that the state of a row holds at most before those of a `scan`.
+        whole: whether every token of a `scan` exists and every row's state holds exactly `taken`.
         steps: layer index -> the decoding step it shares with other layers, and its index among them.
     """
 
@@ -39,6 +41,8 @@ class Context:
     cache: Cache | None
     branch: str
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    taken: int | None = None
+    whole: bool = False
     steps: dict[int, tuple[Step, int]] = field(default_factory=dict)
 
 
