@@ -29,13 +29,7 @@ READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 PACKED = torch.cat([torch.arange(n) for n in (9, 40, 1, 14)])[None]
 MIXTURES = [
-    pytest.param(
-        {"name": name, "combine": combine, "window": 8, "sinks": 2},
-        id=f"{name}-{combine}",
-        marks=pytest.mark.xfail(strict=True, reason="merging still asks how many tokens there are"),
-    )
-    if name == "clusters"
-    else pytest.param({"name": name, "combine": combine, "window": 8, "sinks": 2}, id=f"{name}-{combine}")
+    pytest.param({"name": name, "combine": combine, "window": 8, "sinks": 2}, id=f"{name}-{combine}")
     for name, cls in MIXERS.items()
     for combine in cls.combines
     if combine == cls.combines[0] or name in ("gla", "gsa")
