@@ -107,14 +107,15 @@ class Story:
     more: tuple[tuple[str, str], ...] = ()
 
 
-def _sentences(rng: random.Random) -> Iterator[str]:
+def sentences(rng: random.Random) -> Iterator[str]:
+    """Filler without end, none of whose words is an answer to anything."""
     while True:
         yield " ".join(rng.choice(part) for part in FILLER) + "."
 
 
 def filler_words(rng: random.Random) -> list[str]:
     """Words of one sentence more, the last of which fill a prompt up."""
-    return next(_sentences(rng)).split()
+    return next(sentences(rng)).split()
 
 
 def _spread(rng: random.Random, count: int, end: float = 1.0) -> list[float | None]:
@@ -127,7 +128,7 @@ def _needles(rng: random.Random, count: int) -> Story:
     asked = f"the secret code of {cities[0]}"
     question = f"Question: What is {asked}? Answer: T{asked[1:]} is"
     shares = [None, *_spread(rng, count - 1)]
-    return Story("Remember the codes in this text.", facts, shares, question, f" {codes[0]}", _sentences(rng))
+    return Story("Remember the codes in this text.", facts, shares, question, f" {codes[0]}", sentences(rng))
 
 
 def _needle(rng: random.Random) -> Story:
@@ -145,7 +146,7 @@ def _mqar(rng: random.Random) -> Story:
     asked, answer = pairs[2].split(":")
     question = "\n".join(["Again:", *pairs[:2], f"{asked}:"])
     shares: list[float | None] = [rng.random() for _ in range(3)]
-    filler = itertools.chain(pairs[3:], _sentences(rng))
+    filler = itertools.chain(pairs[3:], sentences(rng))
     return Story("All the numbers:", pairs[:3], shares, question, answer, filler, "\n")
 
 
@@ -154,7 +155,7 @@ def _copy(rng: random.Random) -> Story:
     answer = " " + " ".join(rest)
     fact = f"The list of words is: {first}{answer}."
     question = f"Question: What is the list of words? Answer: The list of words is: {first}"
-    return Story("Remember the list of words in this text.", [fact], [None], question, answer, _sentences(rng))
+    return Story("Remember the list of words in this text.", [fact], [None], question, answer, sentences(rng))
 
 
 def _variables(rng: random.Random) -> Story:
@@ -167,7 +168,7 @@ def _variables(rng: random.Random) -> Story:
     facts = [chains[chain][order[:i].count(chain)] for i, chain in enumerate(order)]
     question = f"Question: Which number is {names[2]}? Answer: The number {names[2]} is"
     head = "Remember the number of each letter in this text."
-    return Story(head, facts, _spread(rng, 6), question, f" {values[0]}", _sentences(rng))
+    return Story(head, facts, _spread(rng, 6), question, f" {values[0]}", sentences(rng))
 
 
 def _babi(rng: random.Random) -> Story:
@@ -180,7 +181,7 @@ def _babi(rng: random.Random) -> Story:
     subject = f"the {thing}" if asked == holder else asked
     question = f"Question: Where is {subject}? Answer: {subject[0].upper()}{subject[1:]} is in the"
     head = "Remember where everybody goes in this text."
-    return Story(head, facts, _spread(rng, 7), question, f" {rooms[asked][1]}", _sentences(rng))
+    return Story(head, facts, _spread(rng, 7), question, f" {rooms[asked][1]}", sentences(rng))
 
 
 def _multivalue(rng: random.Random) -> Story:
@@ -189,7 +190,7 @@ def _multivalue(rng: random.Random) -> Story:
     question = f"Question: What are the secret codes of {city}? Answer: The secret codes of {city} are"
     more = tuple((",", f" {code}") for code in codes[1:])
     head = "Remember the codes in this text."
-    return Story(head, facts, _spread(rng, 4), question, f" {codes[0]}", _sentences(rng), more=more)
+    return Story(head, facts, _spread(rng, 4), question, f" {codes[0]}", sentences(rng), more=more)
 
 
 def _multiquery(rng: random.Random) -> Story:
@@ -201,7 +202,7 @@ def _multiquery(rng: random.Random) -> Story:
     question = f"Question: What are the secret codes of {asked}? Answer: The secret code of {first} is"
     more = tuple((f". The secret code of {city} is", f" {code}") for city, code in others)
     head = "Remember the codes in this text."
-    return Story(head, facts, _spread(rng, 4), question, f" {answer}", _sentences(rng), more=more)
+    return Story(head, facts, _spread(rng, 4), question, f" {answer}", sentences(rng), more=more)
 
 
 @cache
@@ -238,7 +239,7 @@ def _no_shared_words(rng: random.Random) -> Story:
     question = f"Question: Who lives in {asked[0]}? Answer: The one who lives in {asked[0]} is"
     shares = [None, *_spread(rng, 3)]
     head = "Remember where everybody lives in this text."
-    return Story(head, facts, shares, question, f" {people[0]}", _sentences(rng))
+    return Story(head, facts, shares, question, f" {people[0]}", sentences(rng))
 
 
 def _phonebook(rng: random.Random) -> Story:
@@ -248,7 +249,7 @@ def _phonebook(rng: random.Random) -> Story:
     asked, answer = entries[0].split(":")
     question = "\n".join(["Again:", *entries[1:3], f"{asked}:"])
     shares = [None, *_spread(rng, 2)]
-    filler = itertools.chain(entries[3:], _sentences(rng))
+    filler = itertools.chain(entries[3:], sentences(rng))
     return Story("The phone book:", entries[:3], shares, question, answer, filler, "\n")
 
 
