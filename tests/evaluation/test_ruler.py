@@ -9,8 +9,11 @@ from typing import Any
 
 import lm_eval.tasks
 import pytest
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tiny import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from linearize.checkpoint.open import open_tokenizer
 from linearize.errors import InputError
 from linearize.evaluation import tasks
 from linearize.evaluation.suite import TaskSpec
@@ -35,6 +38,17 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "lm_eval.tasks.ruler.prepare_niah", raising=False)
 
 
+@pytest.fixture(scope="module")
+def folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has one token for each word: lm-eval's generators do not end where words take many."""
+    made = tmp_path_factory.mktemp("words") / "model"
+    shutil.copytree(llama_folder, made)
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>").save_pretrained(made)
+    return made
+
+
 def load(task: str, folder: Path, seed: int = 0) -> tasks.Loaded:
     (entry,) = tasks.load([TaskSpec(task)], FOLDER, str(folder), seed)
     return entry
@@ -42,33 +56,35 @@ def load(task: str, folder: Path, seed: int = 0) -> tasks.Loaded:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", OFFLINE)
-def test_a_task_runs_by_name(task: str, packages: None, llama_folder: Path) -> None:
-    entry = load(task, llama_folder)
-    docs: list[Any] = [*entry.tasks[task].test_docs()]
-    assert [doc["input"] for doc in docs] == [doc["input"] for doc in load(task, llama_folder).tasks[task].test_docs()]
-    assert docs[0]["input"] != next(iter(load(task, llama_folder, 1).tasks[task].test_docs()))["input"]
-    for doc in docs[:3]:
-        assert len(tiny_tokenizer()(doc["input"])["input_ids"]) > 2500
+def test_a_task_runs_by_name(task: str, packages: None, folder: Path) -> None:
+    entry, tokenizer = load(task, folder), open_tokenizer(folder)
+    for doc in [*entry.tasks[task].test_docs()][:3]:
+        assert 2500 < len(tokenizer(doc["input"])["input_ids"]) <= 4096
         assert all(answer in doc["input"] for answer in doc["outputs"])
     model = linearize_(tiny_model(layers=1, max_position_embeddings=8192), {"name": "gla", "window": 16, "sinks": 2})
-    score = tasks.run(tasks.Scorer(model.eval(), tiny_tokenizer(), 2, Bar(False)), entry, 2, 0)
-    assert (score["metric"], score["n"], score["chance"]) == ("4096", 2, 0.0)
-    assert score["items"] is not None and score["value"] == sum(score["items"]) / 2 and 0 <= score["value"] <= 1
+    score = tasks.run(tasks.Scorer(model.eval(), tokenizer, 2, Bar(False)), entry, 2, 0)
+    assert (score["metric"], score["n"], score["chance"], score["value"]) == ("4096", 2, 0.0, 0.0)
+
+
+@pytest.mark.slow
+def test_the_seed_decides_what_is_drawn(packages: None, folder: Path) -> None:
+    first, same, other = (load("ruler_vt", folder, seed).tasks["ruler_vt"].test_docs() for seed in (0, 0, 1))
+    assert [*first] == [*same] != [*other]
 
 
 @pytest.mark.parametrize("task", ["niah_single_1", "ruler_cwe"])
 def test_a_package_that_is_missing_is_named_with_the_command(
-    task: str, packages: None, monkeypatch: pytest.MonkeyPatch, llama_folder: Path
+    task: str, packages: None, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "wonderwords", None)
     with pytest.raises(InputError) as error:
-        load(task, llama_folder)
+        load(task, folder)
     assert str(error.value) == (
         f"tasks: {task!r} needs the package wonderwords, which is not installed; run `pip install 'lm_eval[ruler]'`"
     )
 
 
-def test_essays_need_a_network(packages: None, monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> None:
+def test_essays_need_a_network(packages: None, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach 'baber/paul_graham_essays' on the Hub")
 
@@ -76,17 +92,17 @@ def test_essays_need_a_network(packages: None, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(
         InputError, match="items of 'niah_single_2' could not be loaded .*paul_graham.*check the network"
     ):
-        load("niah_single_2", llama_folder)
+        load("niah_single_2", folder)
 
 
-def test_code_beside_the_tokenizer_is_not_run(packages: None, llama_folder: Path, tmp_path: Path) -> None:
+def test_code_beside_the_tokenizer_is_not_run(packages: None, folder: Path, tmp_path: Path) -> None:
     """lm-eval opens it with trust_remote_code=True."""
-    folder = tmp_path / "strange"
-    shutil.copytree(llama_folder, folder)
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
-    settings = folder / "tokenizer_config.json"
+    strange = tmp_path / "strange"
+    shutil.copytree(folder, strange)
+    (strange / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
+    settings = strange / "tokenizer_config.json"
     settings.write_text(
         json.dumps({**json.loads(settings.read_text()), "auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}})
     )
-    load("ruler_fwe", folder)
+    load("ruler_fwe", strange)
     assert not (tmp_path / "ran").exists()
