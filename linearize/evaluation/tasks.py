@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import isclose, isfinite
@@ -19,9 +20,8 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks.ruler import common_utils as ruler
+from transformers import AutoTokenizer
 
-from linearize.checkpoint.open import open_tokenizer
 from linearize.errors import InputError, suggest
 from linearize.evaluation import rotation
 from linearize.evaluation.suite import TaskSpec, names
@@ -121,9 +121,8 @@ def _known(specs: list[TaskSpec], include_path: str | Path | None, model: str, s
 
 def _load(manager: TaskManager, spec: TaskSpec, seed: int) -> list[Loaded]:
     _seed(seed)  # of items that are drawn while they are loaded, as RULER's are
-    ruler.get_tokenizer.cache_clear()
     try:
-        with mock.patch.object(ruler, "AutoTokenizer", _Tokenizers):
+        with mock.patch.object(AutoTokenizer, "from_pretrained", _without_code(AutoTokenizer.from_pretrained)):
             named = manager.load([spec.task])
     except InputError:
         raise
@@ -161,12 +160,9 @@ def _load(manager: TaskManager, spec: TaskSpec, seed: int) -> list[Loaded]:
     ]
 
 
-class _Tokenizers:
-    """In place of transformers' AutoTokenizer for RULER, which would run code that a folder brings along."""
-
-    @staticmethod
-    def from_pretrained(name: str, **_: Any) -> Any:
-        return open_tokenizer(name)
+def _without_code(opening: Callable[..., Any]) -> Callable[..., Any]:
+    """How a tokenizer is opened, for tasks that would run code that a folder brings along: RULER's."""
+    return lambda *arguments, **options: opening(*arguments, **{**options, "trust_remote_code": False})
 
 
 def _seed(seed: int) -> None:

@@ -35,7 +35,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     module.RandomWord = lambda: SimpleNamespace(_categories=known)
     monkeypatch.setitem(sys.modules, "wonderwords", module)
     monkeypatch.setattr("nltk.download", lambda *_: False)
-    monkeypatch.delitem(sys.modules, "lm_eval.tasks.ruler.prepare_niah", raising=False)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ruler.")]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,8 @@ def folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(llama_folder, made)
     words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>").save_pretrained(made)
+    special = dict.fromkeys(("unk_token", "pad_token", "eos_token"), "<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(made)
     return made
 
 
@@ -99,7 +101,7 @@ def test_code_beside_the_tokenizer_is_not_run(packages: None, folder: Path, tmp_
     """lm-eval opens it with trust_remote_code=True."""
     strange = tmp_path / "strange"
     shutil.copytree(folder, strange)
-    (strange / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
+    (strange / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     settings = strange / "tokenizer_config.json"
     settings.write_text(
         json.dumps({**json.loads(settings.read_text()), "auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}})
