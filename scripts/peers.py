@@ -208,6 +208,8 @@ def main() -> None:
     given = arguments()
     results, target = common.begin(given)
     given.work.mkdir(parents=True, exist_ok=True)
+    for key in ("folder", "python", "work"):  # where things lie here, which is nobody's concern later
+        del results["settings"][key]
     config, tokenizer = open_config(given.folder), open_tokenizer(given.folder)
     window = (window_of(config) or (recall.WINDOW, 0))[0]
     located = sources.fetch(sources.relocate(config.linearize["source"]))
