@@ -282,8 +282,8 @@ def run(
 def bench(
     folder: Name, *,
     contexts: Sequence[int] = (1024, 8192, 32768), batches: Sequence[int] = (1,), steps: int = 12,
-    source: str | None = None, out: Name | None = None, dtype: str = "auto", plot: Name | None = None,
-    lossless: bool = False,
+    source: str | None = None, out: Name | None = None, dtype: str = "auto", quantize: str | None = None,
+    plot: Name | None = None, lossless: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure speed and memory by context length, beside the source and the window control.
 
@@ -295,6 +295,7 @@ def bench(
         source: the model that was converted; None: the recorded one.
         out: results file; None writes none.
         dtype: float32, bfloat16, float16, or auto: as in `folder`.
+        quantize: hold the weights of all models as int8, int4 or nf4.
         plot: also draw it: FILE.png, .svg or .pdf.
         lossless: measure lossless mode instead, on real text: `steps` tokens, batch 1, no picture.
 
@@ -310,10 +311,10 @@ def bench(
     if lossless:
         from linearize.generation.speed import bench_lossless
 
-        if plot is not None or list(batches) != [1] or source is not None:
+        if plot is not None or list(batches) != [1] or source is not None or quantize is not None:
             raise InputError(
                 "bench: lossless writes one text at a time, from the recorded source, and draws nothing; leave out "
-                "batches, source and plot"
+                "batches, source, quantize and plot"
             )
         return bench_lossless(folder, contexts, steps, dtype, out)
     from linearize.evaluation.evaluate import bench as run
@@ -322,7 +323,7 @@ def bench(
 
     if plot is not None:
         check_target(Path(plot))  # before the measurement, which takes minutes
-    results = run(folder, contexts, batches, steps, source, out, dtype=dtype)
+    results = run(folder, contexts, batches, steps, source, out, dtype=dtype, quantize=quantize)
     if plot is not None:
         draw_speed(terminal.speed_panels(results), Path(plot))
     return results

@@ -281,6 +281,7 @@ def process_peak(models: Models, column: str, context: int, batch: int) -> Cell:
         return {}
     dtype = str(models.dtype).removeprefix("torch.")
     opening = {"folder": models.folder, "located": models.located, "dtype": dtype, "seed": models.seed}
+    opening |= {"quantize": models.quantize}
     task = {"models": opening, "threads": torch.get_num_threads(), "seed": models.seed}
     command = ["-m", "linearize.evaluation.speed"]
     return in_process(command, {**task, "column": column, "context": context, "batch": batch})

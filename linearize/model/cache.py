@@ -42,6 +42,8 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             such heads. The one part that grows.
     """
 
+    __slots__ = ("stack",)  # not among `vars`, of which exporters make trees: the stack points back at its layers
+
     is_sliding = False
     supports_early_init = False
 
@@ -51,7 +53,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.rollback = 0
         self.tensors: dict[str, Tensor] = {}
         self.grown: Tensor | None = None
-        self.stack: Stack | None = None
+        self.stack: Stack | None = None  # pyright: ignore[reportAttributeAccessIssue]
         self.is_initialized = False
         self._length: int | Tensor = 0
 
@@ -347,8 +349,11 @@ class Stack:
     @classmethod
     def of(cls, layers: list[LinearizedCacheLayer]) -> "Stack":
         """The stack of exactly these layers, made anew where one has left it."""
-        stack = layers[0].stack
-        same = stack is not None and stack.layers == layers and all(layer.stack is stack for layer in layers)
+        stacks = [
+            getattr(layer, "stack", None) for layer in layers
+        ]  # a layer made of its tensors has no such attribute
+        stack = stacks[0]
+        same = stack is not None and stack.layers == layers and all(other is stack for other in stacks)
         return stack if stack is not None and same else cls(layers)
 
     @property
