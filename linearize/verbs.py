@@ -166,6 +166,38 @@ def calibrate(
     return run(folder, wanted, out, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
 
 
+def prune(
+    folder: Name, out: Name, *,
+    sparsity: str = "0.5", recipe: Name | None = None, tokens: int | None = None, seq_len: int | None = None,
+    set: Iterable[str] = (), overwrite: bool = False,
+) -> Path:  # fmt: skip
+    """Set the weights that matter least to zero, by Wanda: without training, after a look at a little text.
+
+    Args:
+        folder: a converted or merged folder.
+        out: folder to appear; its manifest tells what the loss of other text was before and after.
+        sparsity: share of the weights, such as "0.5", or "2:4".
+        recipe: name or file; None: `folder`/recipe.yaml.
+        tokens: how much text to read; None: the recipe's `calibrate`.
+        seq_len: tokens in a block; None: the recipe's.
+        set: changes of the recipe.
+        overwrite: replace a model folder in the place of `out`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: an impossible sparsity, or bad input.
+
+    Example:
+        >>> linearize.prune("runs/demo/merged", "runs/demo/pruned", sparsity="2:4")
+    """
+    from linearize.recovery.prune import prune as run
+
+    wanted = _recipe_of(folder, recipe, set, out)
+    return run(folder, wanted, out, sparsity=sparsity, tokens=tokens, seq_len=seq_len, overwrite=overwrite)[0]
+
+
 def select(
     folder: Name, out: Name | None = None, *,
     keep: int | None = None, per: str | None = None, by: str | None = None, plot: Name | None = None,
@@ -329,12 +361,13 @@ def bench(
     return results
 
 
-def inspect(folder: Name, plot: Name | None = None) -> dict[str, Any]:
+def inspect(folder: Name, plot: Name | None = None, *, outliers: bool = False) -> dict[str, Any]:
     """Describe what a model folder is made of, from its headers.
 
     Args:
         folder: any model folder, GGUF file or Hub id.
         plot: also draw it: FILE.png, .svg or .pdf.
+        outliers: also run a linearized model over a text, and tell of outliers in its activations and states.
 
     Returns:
         JSON-safe: layers, sizes, cache by context length; see `linearize.checkpoint.describe.inspect`.
@@ -353,6 +386,10 @@ def inspect(folder: Name, plot: Name | None = None) -> dict[str, Any]:
         from linearize.reporting.plot import draw
 
         draw(description, Path(plot))
+    if outliers:
+        from linearize.evaluation.outliers import outliers as look
+
+        description["outliers"] = look(folder)
     return description
 
 

@@ -21,7 +21,7 @@ from linearize.errors import InputError, suggest
 FORMATS = ("onnx", "pt2", "source")
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 REFUSED = {
-    "openvino": "transformers' exporter to OpenVINO ends in an error of its own on these models; take onnx, which OpenVINO reads",
+    "openvino": "not carried by transformers' exporter yet; take onnx, which OpenVINO reads",
     "executorch": "ExecuTorch is not carried yet; take pt2",
 }
 
@@ -35,8 +35,8 @@ def export(
     Args:
         folder: what `linearize convert` or `merge` wrote.
         to: ``source``: the architecture it was converted from, with softmax attention and the weights that the folder
-            holds, byte for byte. ``onnx``: graphs that onnxruntime runs, without torch. ``pt2``: the same as programs of
-            torch.export, for AOTInductor.
+            holds, byte for byte. ``onnx``: graphs that onnxruntime runs, without torch. ``pt2``: the same as programs
+            of torch.export, for AOTInductor.
         out: folder to appear.
         overwrite: replace a model folder in its place.
         link: hard-link the weights instead of copying them (source).

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,8 @@ from linearize.model.sizes import text_sizes
 from linearize.progress import step_progress
 
 State = dict[str, Tensor]
+LARGE = 4096
+"""Bytes from which a weight lies beside its graph, where two graphs share it."""
 MANIFEST = "graph.json"
 FORMAT = 1
 STEPWISE = ("clusters",)
@@ -138,17 +141,18 @@ def write(
         piece: tokens that `prefill` reads at a time.
         quantize: int8, or None.
     """
-    traced = Piece(model).eval()
+    traced, known = Piece(model).eval(), {}
     lengths = {"step": 1}
     if not any(m.mixer.name in STEPWISE for m in linearized_modules(model)):
         lengths["prefill"] = piece
     with step_progress("tracing", len(lengths)) as advance:
         for name, tokens in lengths.items():
             file = work / f"{name}.{to}"
-            (_onnx if to == "onnx" else _pt2)(traced, tokens, file, quantize)
+            if to == "onnx":
+                onnx(traced, tokens, file, quantize, known)
+            else:
+                torch.export.save(program(traced, tokens), str(file))
             advance()
-    if to == "onnx" and len(lengths) > 1:
-        _share(work / "step.onnx", work / "prefill.onnx")
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise InputError(f"{work}: its tokenizer has no tokenizer.json, and a graph runs with the package tokenizers")
@@ -187,23 +191,69 @@ def program(piece: Piece, tokens: int) -> Any:
         return DynamoExporter().export(piece, inputs, DynamoConfig(dynamic_shapes=shapes)).program  # type: ignore
 
 
-def _pt2(piece: Piece, tokens: int, file: Path, quantize: str | None) -> None:
-    torch.export.save(program(piece, tokens), str(file))
+def onnx(piece: Piece, tokens: int, file: Path, quantize: str | None, known: dict[str, Any]) -> None:
+    """Write the graph that reads so many tokens of each row, with its weights beside it.
 
-
-def _onnx(piece: Piece, tokens: int, file: Path, quantize: str | None) -> None:
+    Args:
+        piece: what is traced.
+        tokens: how many.
+        file: to write; weights that no graph before has go to FILE.data.
+        quantize: int8, or None.
+        known: weights of graphs before by their content, whose files this one names; grows by its own.
+    """
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
     from transformers.exporters.quantizers.quantizer_onnxruntime import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
     inputs, shapes = _sample(piece, tokens)
-    quantizer = None
-    if quantize:
-        quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul"], per_channel=True))
     with _quiet():
-        config = OnnxConfig(dynamic_shapes=shapes, quantizer=quantizer)
-        graph = OnnxExporter().export(piece, inputs, config).program  # type: ignore[arg-type]
-        _transposed(graph)
-        OnnxExporter.save_program(graph, file)
+        graph: Any = OnnxExporter().export(piece, inputs, OnnxConfig(dynamic_shapes=shapes)).program  # type: ignore
+        _fold_transposes(graph)
+        if quantize:
+            config = OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul", "Gather"], per_channel=True)
+            graph = OnnxRuntimeQuantizer(config).quantize(graph, {}, None)  # type: ignore[arg-type]
+        _save(graph, file, known)
+
+
+def _fold_transposes(graph: Any) -> None:
+    """Store weights as products read them: a quantiser, and a runtime that packs them, look for constants."""
+    import onnx_ir
+
+    for node in list(graph.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.const_value is None:
+            continue
+        order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
+        array = np.ascontiguousarray(weight.const_value.numpy().transpose(order))
+        name = f"{weight.name}.transposed"
+        folded = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(array, name=name))
+        folded.shape, folded.type = onnx_ir.Shape(array.shape), weight.type
+        if name not in graph.graph.initializers:
+            graph.graph.initializers[name] = folded
+        node.outputs[0].replace_all_uses_with(graph.graph.initializers[name])
+        graph.graph.remove(node, safe=True)
+    used = {id(x) for node in graph.graph for x in node.inputs}
+    for name, value in list(graph.graph.initializers.items()):
+        if id(value) not in used:
+            del graph.graph.initializers[name]
+
+
+def _save(graph: Any, file: Path, known: dict[str, Any]) -> None:
+    import onnx_ir
+    from onnx_ir.external_data import convert_tensors_to_external
+
+    large = [value for value in graph.graph.initializers.values() if value.const_value.nbytes >= LARGE]
+    keys = [hashlib.sha256(value.const_value.tobytes()).hexdigest() for value in large]
+    new = {key: value.const_value for key, value in zip(keys, large, strict=True) if key not in known}
+    if new:
+        written = convert_tensors_to_external(list(new.values()), file.parent, f"{file.name}.data")
+        known |= dict(zip(new, written, strict=True))
+    for key, value in zip(keys, large, strict=True):
+        same = known[key]
+        value.const_value = onnx_ir.ExternalTensor(
+            same.location, same.offset, same.length, value.const_value.dtype,
+            shape=value.const_value.shape, name=str(value.name), base_dir=str(file.parent),
+        )  # fmt: skip
+    onnx_ir.save(graph, str(file))
 
 
 @contextlib.contextmanager

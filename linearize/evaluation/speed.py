@@ -261,8 +261,8 @@ def worker(task: dict[str, Any]) -> Cell:
         raise
 
 
-def _models(folder: str, located: Located, dtype: str, seed: int) -> Models:
-    return Models(folder, read_config(folder), located, dtype, "cpu", seed)
+def _models(folder: str, located: Located, dtype: str, seed: int, quantize: str | None) -> Models:
+    return Models(folder, read_config(folder), located, dtype, "cpu", seed, quantize=quantize)
 
 
 def process_peak(models: Models, column: str, context: int, batch: int) -> Cell:

@@ -19,7 +19,6 @@ from linearize.generation.lossless import Lossless
 from linearize.generation.result import Generation, Message, asked, wrong_settings
 from linearize.generation.store import StateStore
 
-
 EXACT = "lossless writes what the source's own weights write; leave quantize out"
 
 

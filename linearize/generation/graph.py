@@ -46,8 +46,8 @@ class Graph:
         self.facts = facts = read_json(self.folder / MANIFEST, AGAIN)
         if facts.get("graph") != "onnx" or facts.get("format") != FORMAT:
             raise InputError(
-                f"{folder}: holds a graph of the kind {facts.get('graph')!r}, format {facts.get('format')}; this version "
-                f"runs onnx, format {FORMAT}: export the model again with --to onnx"
+                f"{folder}: holds a graph of the kind {facts.get('graph')!r}, format {facts.get('format')}; this "
+                f"version runs onnx, format {FORMAT}: export the model again with --to onnx"
             )
         with reading(self.folder / MANIFEST, "is no complete manifest of an exported graph", "export the model again"):
             self.rows, self.ends, self.piece = int(facts["rows"]), set(facts["ends"]), facts["piece"]

@@ -223,8 +223,8 @@ def _check_processes(stage: Stage, accelerator: Accelerator) -> None:
     working = DIVIDED.get(accelerator.distributed_type, OPTIMIZERS)
     if stage.quantize and accelerator.distributed_type in DIVIDED:
         raise InputError(
-            f"train.{stage.name}.quantize: weights in 4 bits cannot be divided by {accelerator.distributed_type.value}; "
-            "run the stage without FSDP and DeepSpeed, or leave quantize out"
+            f"train.{stage.name}.quantize: weights in 4 bits cannot be divided by "
+            f"{accelerator.distributed_type.value}; run the stage without FSDP and DeepSpeed, or leave quantize out"
         )
     if stage.optimizer not in working:
         raise InputError(
