@@ -96,7 +96,8 @@ def report(results: dict[str, Any]) -> list[str]:
     head = ("column", "weights", *(f"perplexity, {n}" for n in about["lengths"]), "recall", "MiB", "ms per token")
     machine = results["environment"]
     lines = [
-        f"`{about['folder']}`, {machine['cpu']}, {about['threads']} threads, commit {machine['commit']}, seed {about['seed']}."
+        f"`{about['folder']}`, {machine['cpu']}, {about['threads']} threads, commit {machine['commit']}, "
+        f"seed {about['seed']}."
     ]
     return [*lines, *common.table(head, rows, 2)]
 

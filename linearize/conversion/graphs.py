@@ -176,10 +176,11 @@ def write(
 
 
 def _sample(piece: Piece, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs to trace with, and which of their sizes may be another: the rows."""
-    rows = {0: torch.export.Dim("batch", min=1, max=1 << 16)}
+    """Inputs to trace with, and which of their sizes may be another: the rows, and what a source has read."""
+    rows, read = torch.export.Dim("batch", min=1, max=1 << 16), torch.export.Dim("read", min=1, max=1 << 24)
+    shapes = {n: {0: rows, 2: read} if n.endswith((".keys", ".values")) else {0: rows} for n in piece.state}
     inputs = {"input_ids": torch.zeros(2, tokens, dtype=torch.int64), "state": dict(piece.state)}
-    return inputs, {"input_ids": rows, "state": dict.fromkeys(piece.state, rows)}
+    return inputs, {"input_ids": {0: rows}, "state": shapes}
 
 
 def program(piece: Piece, tokens: int) -> Any:
