@@ -184,7 +184,8 @@ else:
     from linearize.generation import generate
 said = generate(folder, "The river rose in the night.", raw=True, temperature=0, max_new_tokens=32)
 first = time.perf_counter() - started - (said.seconds - said.prefill_seconds)
-print(json.dumps({"first_token_seconds": first, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"first_token_seconds": first, "peak_bytes": peak}))
 """
 """A new process, until the first token of a short prompt, and its peak after 32 tokens."""
 
