@@ -190,14 +190,14 @@ class GraphChat:
         messages = [*self.messages, {"role": "user", "content": content}]
         rendered = agreed.render(self.graph.tokenizer, messages, add_generation_prompt=True)
         goes_on = bool(self._text) and rendered.startswith(self._text)
-        rest = rendered[len(self._text) * goes_on :]
-        ids = [*(self._last if goes_on else []), *agreed.numbers(self.graph.tokenizer, rest, self.graph.rows)]
+        read = agreed.numbers(self.graph.tokenizer, rendered[len(self._text) * goes_on :], self.graph.rows)
+        ids = [*(self._last if goes_on else []), *read]
         state = self._state if goes_on else self.graph.empty()
         new, state, times = self.graph.write(ids, state, self.choose, self.limit, stream)
         answer = self.graph.tokenizer.decode(new)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         self._text, self._last, self._state = rendered + self.graph.tokenizer.decode(new, False), new[-1:], state
-        return _report([answer], [len(ids)], [len(new)], [times])
+        return _report([answer], [len(read)], [len(new)], [times])
 
 
 def generate(

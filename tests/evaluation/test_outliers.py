@@ -13,16 +13,16 @@ from linearize.verbs import inspect
 
 def test_a_weight_that_makes_one_channel_huge_is_named(converted: Path, tmp_path: Path) -> None:
     model, tokenizer = load(converted)
-    down = model.model.layers[1].mlp.down_proj
+    down = model.model.layers[0].mlp.down_proj
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[5] *= 1e4
+        model.model.layers[0].mlp.up_proj.weight[5] *= 1e4
         down.weight[3, 5] = 100.0
     model.save_pretrained(tmp_path / "super")
     tokenizer.save_pretrained(tmp_path / "super")
     rows = outliers(tmp_path / "super")
-    (weight,) = rows[1]["super_weights"]
-    assert (weight["row"], weight["column"]) == (3, 5) and rows[1]["source"]["super_weights"]
-    assert rows[0]["super_weights"] == [] and rows[2]["activation"] > 2 * rows[0]["activation"]
+    (weight,) = rows[0]["super_weights"]
+    assert (weight["row"], weight["column"]) == (3, 5) and rows[0]["source"]["super_weights"]
+    assert rows[1]["super_weights"] == [] and rows[1]["activation"] > 2 * rows[0]["activation"]
     assert all(row["state"] >= 1 for row in rows) and "(3, 5)" in text(rows)
 
 
