@@ -8,6 +8,7 @@ made: `step` reads one token, `prefill` a piece of fixed length.
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import logging
 import warnings
@@ -265,7 +266,7 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # its progress
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.conversion import run
+from helpers.tiny import save_converted
 from transformers import AutoModelForCausalLM
 
 from linearize.checkpoint.manifest import verify
@@ -27,8 +28,8 @@ PROMPT = "Anna brought the boat to the mill, and the miller said the river would
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
-    return run(llama_folder, tmp_path_factory.mktemp("graphs") / "converted", mixer=MIXER)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_converted(tmp_path_factory.mktemp("graphs") / "converted", MIXER)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,7 @@ def test_two_graphs_share_their_weights_and_are_recorded(folder: Path, exported:
     assert verify(exported) == []
 
 
+@pytest.mark.slow
 def test_int8_weights_are_smaller_and_near(folder: Path, exported: Path, tmp_path: Path) -> None:
     small = export(folder, "onnx", tmp_path / "int8", piece=8, quantize="int8")
     sizes = [sum(file.stat().st_size for file in each.glob("*.data")) for each in (small, exported)]
@@ -94,6 +96,7 @@ def test_int8_weights_are_smaller_and_near(folder: Path, exported: Path, tmp_pat
     assert 0 < np.linalg.norm(ours - theirs) < 0.1 * np.linalg.norm(theirs)
 
 
+@pytest.mark.slow
 def test_a_program_of_torch_export_runs_without_this_package(folder: Path, tmp_path: Path) -> None:
     out = export(folder, "pt2", tmp_path / "pt2", piece=8)
     model, _ = load(folder, device="cpu")
@@ -110,13 +113,14 @@ def test_a_program_of_torch_export_runs_without_this_package(folder: Path, tmp_p
 
 
 @pytest.mark.xfail(strict=True, reason="the prefill of clusters chooses its way by its numbers, which no graph can")
-def test_clusters_have_a_prefill(llama_folder: Path, tmp_path: Path) -> None:
-    made = run(llama_folder, tmp_path / "made", mixer={**MIXER, "name": "clusters", "clusters": 8, "chunk": 2})
+def test_clusters_have_a_prefill(tmp_path: Path) -> None:
+    made = save_converted(tmp_path / "made", {**MIXER, "name": "clusters", "clusters": 8, "chunk": 2})
     graphs.program(graphs.Piece(AutoModelForCausalLM.from_pretrained(made).eval()), 8)
 
 
-def test_clusters_read_step_by_step(llama_folder: Path, tmp_path: Path) -> None:
-    made = run(llama_folder, tmp_path / "made", mixer={**MIXER, "name": "clusters", "clusters": 8, "chunk": 2})
+@pytest.mark.slow
+def test_clusters_read_step_by_step(tmp_path: Path) -> None:
+    made = save_converted(tmp_path / "made", {**MIXER, "name": "clusters", "clusters": 8, "chunk": 2})
     out = export(made, "onnx", tmp_path / "onnx")
     assert not (out / "prefill.onnx").exists()
     settings: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0}
