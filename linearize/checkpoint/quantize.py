@@ -5,6 +5,7 @@ must lose what its student loses. Embeddings, the output layer and the mixers' o
 transformers' own configurations of both packages; so does the cache.
 """
 
+import math
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 from linearize.errors import InputError, suggest
 
 PACKAGES = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
-"""Name -> who does it: int8 per output channel; int4 in groups of `GROUP` inputs; nf4 in blocks of 64 (QLoRA, arXiv
+"""Name -> who does it: int8 per output channel; int4 in groups of `GROUP` inputs, or as
+many as divide them; nf4 in blocks of 64 (QLoRA, arXiv
 2305.14314)."""
 GROUP = 32
 
@@ -67,9 +69,12 @@ def quantize_(model: Any, name: str | None) -> Any:
 
     config: Any = Int8WeightOnlyConfig()
     if name == "int4":
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
-        if odd := [path for path, layer in layers.items() if layer.in_features % GROUP]:
-            raise InputError(f"--quantize int4: {odd[0]} has inputs that are no multiple of {GROUP}; take int8 or nf4")
+        group = math.gcd(GROUP, *(layer.in_features for layer in layers.values()))
+        if group < 8:
+            raise InputError(
+                f"--quantize int4: layers of this model have inputs in no groups of {GROUP}; take int8 or nf4"
+            )
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
     chosen = {id(layer) for layer in layers.values()}
     quantize_(model, config, filter_fn=lambda module, _: id(module) in chosen)
     return model

@@ -15,7 +15,7 @@ from linearize.model.modeling import linearize_
 
 pytest.importorskip("torchao")
 pytest.importorskip("bitsandbytes")
-NEAR = {"int8": 0.02, "int4": 0.25, "nf4": 0.25}
+NEAR = {"int8": 0.02, "int4": 0.2, "nf4": 0.2}
 
 
 @pytest.mark.parametrize("name", NEAR)
@@ -24,13 +24,17 @@ def test_a_quantised_model_is_near_and_smaller(name: str, mixer: str | None) -> 
     model = tiny_model(layers=2).eval()
     if mixer:
         linearize_(model, {"name": mixer, "window": 8, "sinks": 2})
-    ids, before = torch.randint(4, 300, (2, 30)), held_bytes(model)
+    ids, before, layers = torch.randint(4, 300, (2, 30)), held_bytes(model), linear_layers(model)
+    inputs = {path: torch.randn(5, layer.in_features) for path, layer in layers.items()}
     with torch.no_grad():
-        expected = model(ids).logits
-        layers = sum(layer.weight.nbytes for layer in linear_layers(model).values())
-        got = quantize_(model, name)(ids).logits
-    assert 0 < (got - expected).norm() / expected.norm() < NEAR[name]
-    assert before - held_bytes(model) > (0.7 if name == "int8" else 0.6) * layers
+        expected = {path: layer(inputs[path]) for path, layer in layers.items()}
+        plain = sum(layer.weight.nbytes for layer in layers.values())
+        quantize_(model, name)
+        for path, y in expected.items():
+            got = model.get_submodule(path)(inputs[path])
+            assert 0 < (got - y).norm() / y.norm() < NEAR[name]
+        assert model(ids).logits.isfinite().all()
+    assert before - held_bytes(model) > 0.6 * plain
     assert model.generate(ids[:, :5], max_new_tokens=3, do_sample=False).shape == (2, 8)
 
 
