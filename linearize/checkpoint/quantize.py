@@ -18,7 +18,7 @@ PACKAGES = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
 """Name -> who does it: int8 per output channel; int4 in groups of `GROUP` inputs, or as
 many as divide them; nf4 in blocks of 64 (QLoRA, arXiv
 2305.14314)."""
-GROUP = 32
+GROUP, BLOCK = 32, 64
 
 
 def check(name: str | None, where: str = "--quantize") -> None:
@@ -61,6 +61,11 @@ def quantize_(model: Any, name: str | None) -> Any:
     if not layers:
         raise InputError(f"--quantize {name}: this model keeps no weights in linear layers, which alone are quantised")
     if name == "nf4":
+        if odd := [path for path, layer in layers.items() if layer.in_features % BLOCK]:
+            # On a CPU bitsandbytes packs such layers wrongly, and says nothing.
+            raise InputError(
+                f"--quantize nf4: {odd[0]} has {layers[odd[0]].in_features} inputs, no multiple of {BLOCK}; take int8"
+            )
         for path, layer in layers.items():
             parent, _, own = path.rpartition(".")
             setattr(model.get_submodule(parent), own, _nf4(layer))

@@ -61,7 +61,7 @@ def least(weight: Tensor, norms: Tensor, share: float, group: int | None) -> Ten
     """
     worth = (weight.abs().float() * norms).unflatten(1, (-1, group or weight.shape[1]))
     count = round(share * worth.shape[2])
-    order = worth.argsort(-1, stable=True)[..., :count]
+    order = worth.argsort(dim=-1, stable=True)[..., :count]
     return torch.zeros_like(worth, dtype=torch.bool).scatter_(2, order, True).flatten(1)
 
 

@@ -21,7 +21,7 @@ NEAR = {"int8": 0.02, "int4": 0.2, "nf4": 0.2}
 @pytest.mark.parametrize("name", NEAR)
 @pytest.mark.parametrize("mixer", [None, "gla", "clusters"])
 def test_a_quantised_model_is_near_and_smaller(name: str, mixer: str | None) -> None:
-    model = tiny_model(layers=2).eval()
+    model = tiny_model(layers=2, hidden_size=64, intermediate_size=128).eval()
     if mixer:
         linearize_(model, {"name": mixer, "window": 8, "sinks": 2})
     ids, before, layers = torch.randint(4, 300, (2, 30)), held_bytes(model), linear_layers(model)
@@ -42,6 +42,11 @@ def test_a_folder_opens_quantised(converted: Path) -> None:
     assert generate(converted, "The river", quantize="int8", max_new_tokens=3).new_tokens == [3]
     with pytest.raises(InputError, match="leave quantize out"):
         generate(converted, "The river", quantize="int8", lossless=True)
+
+
+def test_layers_that_bitsandbytes_packs_wrongly_are_refused() -> None:
+    with pytest.raises(InputError, match="48 inputs, no multiple of 64"):
+        quantize_(tiny_model(layers=2, hidden_size=48), "nf4")
 
 
 def test_what_cannot_be_is_refused(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,20 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny import MIXER, tiny_model, tiny_tokenizer
 from helpers.training import losses, recipe_for
 
 from linearize.checkpoint.open import load
 from linearize.checkpoint.quantize import held_bytes, linear_layers
 from linearize.errors import InputError
+from linearize.model.modeling import linearize_
 from linearize.recovery import loop
 from linearize.recovery.merge import merge
 from linearize.recovery.train import train
 
 
-def test_adapters_learn_beside_weights_in_4_bits(
-    converted: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapters_learn_beside_weights_in_4_bits(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
+    converted = tmp_path / "converted"
+    linearize_(tiny_model(layers=2, hidden_size=64, intermediate_size=128), MIXER).save_pretrained(converted)
+    tiny_tokenizer().save_pretrained(converted)
     students, opened = [], loop.open_student
     monkeypatch.setattr(loop, "open_student", lambda *given: students.append(opened(*given)) or students[-1])
     train(converted, recipe_for(text, steps=30, lm=0.5, quantize="nf4"), None, tmp_path / "out")
