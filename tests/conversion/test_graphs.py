@@ -37,6 +37,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     return export(folder, "onnx", tmp_path_factory.mktemp("graphs") / "onnx", piece=8)
 
 
+@pytest.mark.slow
 def test_pieces_and_steps_are_the_model(folder: Path, exported: Path) -> None:
     model, _ = load(folder, device="cpu")
     graph, ids = Graph(exported), torch.randint(4, 300, (3, 29))
@@ -47,6 +48,7 @@ def test_pieces_and_steps_are_the_model(folder: Path, exported: Path) -> None:
     assert sum(x.numpy().nbytes for x in state.values()) == sum(x.numpy().nbytes for x in graph.empty(3).values())
 
 
+@pytest.mark.slow
 def test_text_is_that_of_the_folder_it_was_exported_from(folder: Path, exported: Path) -> None:
     settings: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0}
     ours, theirs = (generate(each, PROMPT, **settings) for each in (exported, folder))
@@ -55,6 +57,7 @@ def test_text_is_that_of_the_folder_it_was_exported_from(folder: Path, exported:
     assert several.texts == [generate(folder, each, raw=True, **settings).texts[0] for each in (PROMPT, "A")]
 
 
+@pytest.mark.slow
 def test_a_chat_reads_only_what_is_new(folder: Path, exported: Path) -> None:
     talks = GraphChat(Graph(exported), max_new_tokens=12, temperature=0), None
     model, tokenizer = load(folder, device="cpu")
@@ -65,6 +68,7 @@ def test_a_chat_reads_only_what_is_new(folder: Path, exported: Path) -> None:
     assert talks[0].messages == theirs.messages
 
 
+@pytest.mark.slow
 def test_torch_is_not_imported(exported: Path) -> None:
     code = (
         "import sys; from linearize.cli import main; sys.argv = sys.argv[1:]\n"
@@ -80,12 +84,14 @@ def test_torch_is_not_imported(exported: Path) -> None:
     assert done.returncode == 0 and done.stdout.startswith("> "), done.stderr
 
 
+@pytest.mark.slow
 def test_two_graphs_share_their_weights_and_are_recorded(folder: Path, exported: Path) -> None:
     weights = (folder / "model.safetensors").stat().st_size
     assert sum(file.stat().st_size for file in exported.glob("*.data")) < 1.5 * weights
     assert verify(exported) == []
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_int8_weights_are_smaller_and_near(folder: Path, exported: Path, tmp_path: Path) -> None:
     small = export(folder, "onnx", tmp_path / "int8", piece=8, quantize="int8")
@@ -104,10 +110,10 @@ def test_a_program_of_torch_export_runs_without_this_package(folder: Path, tmp_p
     state = {n: torch.zeros(1, *x["shape"], dtype=getattr(torch, x["dtype"])) for n, x in facts["state"].items()}
     ids = torch.randint(4, 300, (1, 9))
     step, prefill = (torch.export.load(str(out / f"{name}.pt2")).module() for name in ("step", "prefill"))
-    state = prefill(input_ids=ids[:, :8], state=state)["state"]
     with torch.no_grad():
-        expected = model(ids, use_cache=False).logits[:, -1]
-    assert torch.allclose(step(input_ids=ids[:, 8:], state=state)["logits"], expected, atol=1e-5)
+        state = prefill(input_ids=ids[:, :8], state=state)["state"]
+        got, expected = step(input_ids=ids[:, 8:], state=state)["logits"], model(ids, use_cache=False).logits[:, -1]
+    assert torch.allclose(got, expected, atol=1e-5)
     with pytest.raises(InputError, match="of the kind 'pt2'"):
         generate(out, PROMPT)
 
@@ -145,6 +151,7 @@ def test_what_a_graph_cannot_be_is_refused(llama_folder: Path, folder: Path, tmp
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_what_a_graph_does_not_do_is_refused(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lossless, save_state: a graph has no such thing"):
         generate(exported, PROMPT, lossless=True, save_state=tmp_path / "state")

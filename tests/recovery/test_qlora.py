@@ -23,7 +23,7 @@ def test_adapters_learn_beside_weights_in_4_bits(text: Path, tmp_path: Path, mon
     tiny_tokenizer().save_pretrained(converted)
     students, opened = [], loop.open_student
     monkeypatch.setattr(loop, "open_student", lambda *given: students.append(opened(*given)) or students[-1])
-    train(converted, recipe_for(text, steps=30, lm=0.5, quantize="nf4"), None, tmp_path / "out")
+    train(converted, recipe_for(text, steps=30, lm=0.5, lr=1e-2, quantize="nf4"), None, tmp_path / "out")
     lm, _ = losses(tmp_path / "out").T
     assert lm[-5:].mean() < lm[:5].mean() - 0.1
     merged, _ = load(merge(tmp_path / "out", tmp_path / "merged"))
