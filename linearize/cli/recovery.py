@@ -53,13 +53,11 @@ def prune(
     Example:
       linearize prune runs/demo/merged --sparsity 2:4 --out runs/demo/pruned
     """
-    from linearize.checkpoint.manifest import facts_of
-
     written = verbs.prune(
         folder, out, sparsity=sparsity, recipe=recipe, tokens=tokens, seq_len=seq_len, set=set_ or (),
         overwrite=overwrite,
     )  # fmt: skip
-    made = facts_of(written)["pruning"]
+    made = verbs.facts_of(written)["pruning"]
     note(
         f"{made['zeros']:.1%} of {made['layers']} layers' weights are zero; loss of other text "
         f"{made['loss_before']:.3f}, now {made['loss_after']:.3f}"

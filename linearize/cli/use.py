@@ -9,7 +9,6 @@ import typer
 from linearize import verbs
 from linearize.cli.app import Folder, Json, WithCode, app, note, show
 from linearize.errors import InputError
-from linearize.generation import graph
 
 
 @app.command()
@@ -41,14 +40,14 @@ def generate(
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed
     }  # fmt: skip
-    exported = graph.is_graph(folder)  # torch stays out then
+    exported = verbs.is_graph(folder)  # torch stays out then
     if prompt is None:
         if as_json:
             raise InputError("generate --json: needs --prompt; a chat on the terminal is not one result")
         if lossless and quantize:
             raise InputError("generate: lossless writes what the source's own weights write; leave quantize out")
         if exported:
-            graph.chat(
+            verbs.graph_chat(
                 folder,
                 sys.stdin,
                 sys.stdout,
@@ -65,7 +64,7 @@ def generate(
         return
     settings |= {"system": system, "raw": raw, "quantize": quantize, "lossless": lossless}
     settings |= {"state": state, "save_state": save_state}
-    run = graph.generate if exported else verbs.generate
+    run = verbs.graph_generate if exported else verbs.generate
     answer = run(folder, prompt, stream=None if as_json else sys.stdout, **settings)
     if as_json:
         show(answer.to_dict(), as_json)
