@@ -6,6 +6,7 @@ transformers' own configurations of both packages; so does the cache.
 """
 
 import math
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -70,18 +71,18 @@ def quantize_(model: Any, name: str | None) -> Any:
             parent, _, own = path.rpartition(".")
             setattr(model.get_submodule(parent), own, _nf4(layer))
         return model
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
-
-    config: Any = Int8WeightOnlyConfig()
+    torchao: Any = import_module("torchao.quantization")  # both packages are optional
+    config: Any = torchao.Int8WeightOnlyConfig()
     if name == "int4":
         group = math.gcd(GROUP, *(layer.in_features for layer in layers.values()))
         if group < 8:
             raise InputError(
                 f"--quantize int4: layers of this model have inputs in no groups of {GROUP}; take int8 or nf4"
             )
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
+        int4 = getattr(torch, "int4")  # noqa: B009  (torch does not declare it)
+        config = torchao.IntxWeightOnlyConfig(weight_dtype=int4, granularity=torchao.PerGroup(group))
     chosen = {id(layer) for layer in layers.values()}
-    quantize_(model, config, filter_fn=lambda module, _: id(module) in chosen)
+    torchao.quantize_(model, config, filter_fn=lambda module, _: id(module) in chosen)
     return model
 
 
@@ -96,13 +97,12 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
 
 
 def _nf4(layer: nn.Linear) -> Any:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    made = Linear4bit(
+    packed: Any = import_module("bitsandbytes.nn")
+    made = packed.Linear4bit(
         layer.in_features, layer.out_features, layer.bias is not None, layer.weight.dtype,
         quant_type="nf4", device="meta",
     )  # fmt: skip
-    made.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=made)
+    made.weight = packed.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=made)
     made.bias = layer.bias
     return made.to(layer.weight.device)  # which packs them
 

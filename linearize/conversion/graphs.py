@@ -186,7 +186,8 @@ def _sample(piece: Piece, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def program(piece: Piece, tokens: int) -> Any:
     """The `torch.export` program that reads so many tokens of each row."""
-    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
 
     inputs, shapes = _sample(piece, tokens)
     with _quiet():
@@ -203,7 +204,8 @@ def onnx(piece: Piece, tokens: int, file: Path, quantize: str | None, known: dic
         quantize: int8, or None.
         known: weights of graphs before by their content, whose files this one names; grows by its own.
     """
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
     from transformers.exporters.quantizers.quantizer_onnxruntime import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
     inputs, shapes = _sample(piece, tokens)

@@ -105,7 +105,9 @@ def _down(row: dict[str, Any]) -> Any:
 
 def text(rows: list[dict[str, Any]]) -> str:
     """What `outliers` returned, for a terminal."""
-    table = [("layer", "activation", "source's", "state", "super weights (row, column)", "source's")]
+    table: list[tuple[str, ...]] = [
+        ("layer", "activation", "source's", "state", "super weights (row, column)", "source's")
+    ]
     for row in rows:
         weights = (
             ", ".join(f"({w['row']}, {w['column']})" for w in each["super_weights"]) or "-"
