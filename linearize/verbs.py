@@ -75,9 +75,9 @@ def __getattr__(name: str) -> Any:
 def convert(
     model: Name, out: Name | None = None, *,
     recipe: Name | None = None, mixer: str | None = None, window: int | None = None, sinks: int | None = None,
-    combine: str | None = None, layers: str | Sequence[int] | None = None, dtype: str | None = None,
-    revision: str | None = None, link: bool = False, allow_pickle: bool = False, with_code: bool = False,
-    set: Iterable[str] = (), dry_run: bool = False, overwrite: bool = False,
+    combine: str | None = None, layers: str | Sequence[int] | None = None, cache: str | int | None = None,
+    dtype: str | None = None, revision: str | None = None, link: bool = False, allow_pickle: bool = False,
+    with_code: bool = False, set: Iterable[str] = (), dry_run: bool = False, overwrite: bool = False,
     on_plan: Callable[..., None] | None = None,
 ) -> "Path | Plan":  # fmt: skip
     """Convert a model: same weights, other attention.
@@ -91,6 +91,7 @@ def convert(
         sinks: first tokens that stay visible to all.
         combine: memory, liger or none.
         layers: full, all, a list of numbers, "0-11,20" or "keep:20,23".
+        cache: bytes of the linearized layers' cache of one row, "8MiB", in the place of a number of clusters.
         dtype: float32, bfloat16, float16 or auto, as stored.
         revision: branch, tag or commit on the Hub.
         link: hard-link unchanged weights instead of copying them.
@@ -121,7 +122,8 @@ def convert(
     from linearize.recipe import load as recipes
 
     flags = {"mixer.window": window, "mixer.sinks": sinks, "mixer.combine": combine, "layers": layers, "dtype": dtype}
-    flags = {f"convert.{key}": value for key, value in flags.items()} | {"source.revision": revision}
+    flags = {f"convert.{key}": value for key, value in {**flags, "cache": cache}.items()}
+    flags["source.revision"] = revision
     wanted = recipes.with_flags(str(model), recipe, mixer, flags, set)
     located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
     planned = plan(located, wanted)
@@ -168,6 +170,47 @@ def calibrate(
 
     wanted = _recipe_of(folder, recipe, set, out)
     return run(folder, wanted, out, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
+
+
+def allocate(
+    folder: Name, out: Name | None = None, *,
+    cache: str | int | None = None, plot: Name | None = None,
+    recipe: Name | None = None, tokens: int | None = None, seq_len: int | None = None,
+    set: Iterable[str] = (), overwrite: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Divide a budget of cache over the layers by what each gains, and compare it with equal shares.
+
+    Args:
+        folder: a converted folder, not calibrated yet.
+        out: folder to appear; None: only measure.
+        cache: bytes of cache of one row, "8MiB"; None: the recipe's, else as many as the folder has.
+        plot: also draw it: FILE.png, .svg or .pdf.
+        recipe: name or file; None: `folder`/recipe.yaml.
+        tokens: how much text to measure on; None: the recipe's.
+        seq_len: tokens in a block; None: the recipe's.
+        set: changes of the recipe.
+        overwrite: replace a model folder in the place of `out`.
+
+    Returns:
+        JSON-safe: the size of each layer, KL of both divisions, and what was predicted; see
+        `linearize.recovery.allocate.choose`.
+
+    Raises:
+        InputError: a budget that cannot be divided, too little text, or bad input.
+
+    Example:
+        >>> linearize.allocate("runs/demo/0-converted", cache="8MiB")["kl"]
+    """
+    from linearize.recovery.allocate import allocate as run
+    from linearize.reporting.plot import check_target, draw_allocation
+
+    if plot is not None:
+        check_target(Path(plot))  # before the measurement, which takes minutes
+    wanted = _recipe_of(folder, recipe, set, out)
+    chosen = run(folder, wanted, out, cache=cache, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
+    if plot is not None:
+        draw_allocation(chosen, Path(plot))
+    return chosen
 
 
 def prune(
@@ -286,7 +329,7 @@ def run(
     model: Name, out: Name | None = None, *,
     set: Iterable[str] = (), overwrite: bool = False, flags: Sequence[str] = (), note: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run a whole recipe: convert, calibrate and select if it says so, train, merge, evaluate.
+    """Run a whole recipe: convert, allocate, calibrate and select if it says so, train, merge, evaluate.
 
     Finished stages are kept: after an interruption the same call goes on where it stopped.
 

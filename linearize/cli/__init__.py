@@ -23,7 +23,7 @@ from linearize.launch import stoppable
 __all__ = ["app", "conversion", "evaluation", "listings", "main", "recovery", "use"]
 
 ORDER = (
-    *("convert", "calibrate", "select", "train", "transfer", "distil", "long", "merge", "prune", "run"),
+    *("convert", "allocate", "calibrate", "select", "train", "transfer", "distil", "long", "merge", "prune", "run"),
     *("eval", "bench", "report", "generate", "push", "export"),
 )
 """Of the verbs in `--help`: as data flow. Those that only tell come last."""

@@ -19,6 +19,7 @@ def convert(
     sinks: Annotated[int | None, typer.Option(help="First tokens that stay visible to all.")] = None,
     combine: Annotated[str | None, typer.Option(help="memory, liger or none.")] = None,
     layers: Annotated[str | None, typer.Option(help="full, all, 0-11,20, or keep:20,23.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Bytes of cache of one row, such as 8MiB.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link unchanged weights instead of copying.")] = False,
@@ -44,8 +45,8 @@ def convert(
 
     verbs.convert(
         model, out, recipe=recipe, mixer=mixer, window=window, sinks=sinks, combine=combine, layers=layers,
-        dtype=dtype, revision=revision, link=link, allow_pickle=allow_pickle, with_code=with_code, set=set_ or (),
-        dry_run=dry_run, overwrite=overwrite, on_plan=on_plan,
+        cache=cache, dtype=dtype, revision=revision, link=link, allow_pickle=allow_pickle, with_code=with_code,
+        set=set_ or (), dry_run=dry_run, overwrite=overwrite, on_plan=on_plan,
     )  # fmt: skip
     plan, target = planned["plan"], str(planned["out"])
     if dry_run:

@@ -1,4 +1,4 @@
-"""The verbs that recover what a conversion costs: calibrate, select, the training stages, merge, and whole recipes."""
+"""The verbs that recover what a conversion costs: allocate, calibrate, select, training, merge, and whole recipes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +33,39 @@ def calibrate(
         folder, out, recipe=recipe, tokens=tokens, seq_len=seq_len, set=set_ or (), overwrite=overwrite
     )
     show({"out": str(written)}, as_json, str(written))
+
+
+@app.command()
+def allocate(
+    folder: Folder,
+    cache: Annotated[
+        str | None, typer.Option(help="Bytes of one row, such as 8MiB.  [default: the recipe's, else the folder's]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.  [default: only print]")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: FILE.png, .svg or .pdf.")] = None,
+    recipe: Recipe = None,
+    tokens: Tokens = None,
+    seq_len: SeqLen = None,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Divide a budget of cache over the layers by what each gains, and compare it with equal shares.
+
+    \b
+    Example:
+      linearize allocate runs/demo/0-converted --cache 8MiB --out runs/demo/allocated
+    """
+    choice = verbs.allocate(
+        folder, out, cache=cache, plot=plot, recipe=recipe, tokens=tokens, seq_len=seq_len, set=set_ or (),
+        overwrite=overwrite,
+    )  # fmt: skip
+    if plot is not None:
+        note(f"picture: {plot}")
+    from linearize.recovery.allocate import text
+
+    written = None if out is None else str(out)
+    show({"out": written, **choice}, as_json, text(choice) + (f"\n\n{written}" if written else ""))
 
 
 @app.command()
@@ -180,7 +213,7 @@ def run(
     as_json: Json = False,
     flags: Flags = None,
 ) -> None:
-    """Run a whole recipe: convert, calibrate and select if it says so, train, merge, eval.
+    """Run a whole recipe: convert, allocate, calibrate and select if it says so, train, merge, eval.
 
     Finished stages are kept: after an interruption the same command goes on where it stopped. Flags after -- go to
     `accelerate launch` for the training stages.

@@ -91,7 +91,9 @@ def _grid(keys: Iterable[str], rows: Iterable[Iterable[str]], numbers: bool = Fa
 
 
 def _kernels_run_here() -> bool:
-    return torch.cuda.is_available() and fla_backend.missing() is None
+    if not torch.cuda.is_available() or fla_backend.missing():
+        return False
+    return fla_backend.unsound(torch.device("cuda")) is None
 
 
 def _has_kernels(name: str) -> bool:
@@ -208,7 +210,7 @@ def decoder(mixer: Mixer, like: Tensor, batch: int = 1) -> Callable[[], Tensor]:
     )
     past = DynamicCache()
     layer = cache_layer(past, 0, mixer.config.window, mixer.config.sinks)
-    layer.lazy_initialization(batch, k, mixer.token_shape, mixer.initial_state(batch, k.device))
+    layer.lazy_initialization(batch, k, mixer.token_shape, mixer.stored_state(batch, k.device))
     return lambda: mixer(q, k, v, context(q, past))
 
 

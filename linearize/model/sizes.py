@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import InputError
 from . import architectures, softmax_heads
-from .mixers import MIXERS, build_config
+from .mixers import MIXERS, read_config
 
 
 class TextSizes(NamedTuple):
@@ -68,7 +68,7 @@ def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_by
         if values is None or MIXERS[values["name"]].keeps_source_cache:
             per_layer.append(grown)
             continue
-        config_of_layer = build_config(values)
+        config_of_layer = read_config(values)
         with torch.device("meta"):
             rest = softmax_heads.others(g, config_of_layer.softmax_heads)
             own = MIXERS[values["name"]](config_of_layer, rest).state_bytes(batch, dtype_bytes)

@@ -22,6 +22,7 @@ from linearize.recipe.resources import package_folder
 from linearize.recipe.schema import (
     DEFAULT_MIXER,
     STAGES,
+    Allocate,
     Calibrate,
     Convert,
     Data,
@@ -272,7 +273,7 @@ def _explain(problem: Any) -> str:
 def _fields(location: list[str]) -> list[str]:
     """The keys that are allowed at a location in the recipe."""
     kinds: dict[str, Any] = {"source": Source, "convert": Convert, "data": Data, "calibrate": Calibrate}
-    kinds |= {"select": Select, "train": Stage, "eval": Eval, "peft": Peft}
+    kinds |= {"allocate": Allocate, "select": Select, "train": Stage, "eval": Eval, "peft": Peft}
     parts = [part for part in location if part in kinds]
     return [field.name for field in fields(kinds[parts[-1]] if parts else Recipe)]
 

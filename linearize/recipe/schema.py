@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.dataclasses import dataclass
 
 from linearize.errors import InputError, suggest
-from linearize.formats import plain
+from linearize.formats import parse_bytes, plain
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 LARGEST = 10**15
@@ -75,6 +75,11 @@ def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
     return check
 
 
+def _bytes(text: str | int) -> str | int:
+    parse_bytes(text)
+    return text
+
+
 def one_folder(name: str) -> str:
     """A name that becomes that of a folder or file: one part of a path, never a way to another place.
 
@@ -105,11 +110,13 @@ class Source:
 
 @dataclass(frozen=True, config=STRICT)
 class Convert:
-    """What replaces softmax attention, where, and in which dtype the converted folder is written."""
+    """What replaces softmax attention, where, and in which dtype the converted folder is written. ``cache``: bytes that
+    the linearized layers' cache of one row takes, such as 8MiB, in the place of the mixer's own number."""
 
     mixer: dict[str, Any] = Field(default_factory=lambda: dict(DEFAULT_MIXER))
     layers: Annotated[Any, BeforeValidator(parse_layers)] = "full"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    cache: Annotated[str | int, AfterValidator(_bytes)] | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -152,6 +159,19 @@ class Select(Reading):
     keep: Annotated[int, Field(ge=0, le=LARGEST)] = 4
     by: Annotated[str, AfterValidator(_one_of(CRITERIA))] = "sensitivity"
     per: Annotated[str, AfterValidator(_one_of(PER))] = "layers"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Allocate(Reading):
+    """How many bytes of cache are divided over the layers, on how much text.
+
+    Attributes:
+        cache: as ``convert.cache``; None: as many as the folder has.
+    """
+
+    tokens: Positive = 8192
+    seq_len: Annotated[int, Field(ge=2, le=LARGEST)] = 2048
+    cache: Annotated[str | int, AfterValidator(_bytes)] | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -279,6 +299,7 @@ class Recipe:
     status: Literal["run", "not yet run at full size"] = "not yet run at full size"
     convert: Convert = Field(default_factory=Convert)
     data: tuple[Data, ...] = Field(default_factory=lambda: (Data(),))
+    allocate: Allocate | None = None
     calibrate: Calibrate | None = None
     select: Select | None = None
     train: tuple[Stage, ...] = Field(default_factory=lambda: (Stage(),))
@@ -289,7 +310,7 @@ class Recipe:
         names = [stage.name for stage in self.train]
         if len(set(names)) < len(names):
             raise ValueError(f"train: two stages share a name ({', '.join(names)}); each stage needs its own")
-        if (self.train or self.calibrate or self.select) and not self.data:
+        if (self.train or self.allocate or self.calibrate or self.select) and not self.data:
             raise ValueError("data: found no entry; training needs at least one")
         return self
 
