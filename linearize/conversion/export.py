@@ -97,7 +97,7 @@ def _graphs(folder: Path, to: str, out: Path, overwrite: bool, piece: int, quant
     from linearize.conversion import graphs
 
     model, tokenizer = load(folder, "float32", "cpu")
-    graphs.check(model, folder)
+    graphs.check(model, folder, to)
     with atomic.output_folder(out, overwrite) as work:
         graphs.write(model, tokenizer, to, work, piece, quantize)
         for licence in folder.glob("LICENSE*"):

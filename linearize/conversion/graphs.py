@@ -34,8 +34,6 @@ LARGE = 4096
 """Bytes from which a weight lies beside its graph, where two graphs share it."""
 MANIFEST = "graph.json"
 FORMAT = 1
-STEPWISE = ("clusters",)
-"""Mixers whose prefill looks at its numbers to choose its way, which no graph can: they read by `step` alone."""
 SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Settings of generation_config.json that a graph's answers follow."""
 LEFT = (
@@ -106,13 +104,25 @@ def _with_tensors(layer: Any, index: int, state: State) -> Any:
     return made
 
 
-def check(model: PreTrainedModel, folder: Path) -> None:
+def check(model: PreTrainedModel, folder: Path, to: str) -> None:
     """Refuse a model whose graph would not be the model.
 
+    Args:
+        model: linearized.
+        folder: where it is, for the error.
+        to: onnx or pt2.
+
     Raises:
-        InputError: a layer's cache grows with the text, or generation_config.json asks for what its answers cannot do.
+        InputError: a layer's cache grows with the text, onnxruntime has no operators for the dtype of a state, or
+            generation_config.json asks for what its answers cannot do.
     """
     modules = linearized_modules(model)
+    rounded = {m.mixer.config.state_dtype for m in modules} - {"float32"}
+    if to == "onnx" and rounded:
+        raise InputError(
+            f"{folder}: its states are kept in {', '.join(sorted(rounded))}, for which onnxruntime lacks operators; convert "
+            "with --set convert.mixer.state_dtype=float32, or export --to pt2"
+        )
     grown = [m.layer_idx for m in modules if m.softmax_heads or m.mixer.keeps_source_cache]
     depth = text_sizes(model.config).layers
     grown += sorted(set(range(depth)) - {m.layer_idx for m in modules})
@@ -143,9 +153,7 @@ def write(
         quantize: int8, or None.
     """
     traced, known = Piece(model).eval(), {}
-    lengths = {"step": 1}
-    if not any(m.mixer.name in STEPWISE for m in linearized_modules(model)):
-        lengths["prefill"] = piece
+    lengths = {"step": 1, "prefill": piece}
     with step_progress("tracing", len(lengths)) as advance:
         for name, tokens in lengths.items():
             file = work / f"{name}.{to}"

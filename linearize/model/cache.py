@@ -192,7 +192,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             late: whether a token enters it when it leaves the window.
             passed: tokens of the forward pass under way, which are not counted yet.
         """
-        if self.static:
+        if self.static or torch.compiler.is_compiling():
             return None
         return max(int(self._length) + passed - late * (self.window + self.sinks), 0)
 

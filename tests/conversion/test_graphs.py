@@ -118,17 +118,11 @@ def test_a_program_of_torch_export_runs_without_this_package(folder: Path, tmp_p
         generate(out, PROMPT)
 
 
-@pytest.mark.xfail(strict=True, reason="the prefill of clusters chooses its way by its numbers, which no graph can")
-def test_clusters_have_a_prefill(tmp_path: Path) -> None:
-    made = save_converted(tmp_path / "made", {**MIXER, "name": "clusters", "clusters": 8, "chunk": 2})
-    graphs.program(graphs.Piece(AutoModelForCausalLM.from_pretrained(made).eval()), 8)
-
-
 @pytest.mark.slow
-def test_clusters_read_step_by_step(tmp_path: Path) -> None:
-    made = save_converted(tmp_path / "made", {**MIXER, "name": "clusters", "clusters": 8, "chunk": 2})
-    out = export(made, "onnx", tmp_path / "onnx")
-    assert not (out / "prefill.onnx").exists()
+def test_clusters_merge_in_a_graph(tmp_path: Path) -> None:
+    mixer = {**MIXER, "name": "clusters", "clusters": 16, "chunk": 4}
+    made = save_converted(tmp_path / "made", mixer)
+    out = export(made, "onnx", tmp_path / "onnx", piece=8)
     settings: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0}
     assert generate(out, PROMPT, **settings).texts == generate(made, PROMPT, **settings).texts
 
