@@ -25,6 +25,7 @@ SECTIONS = (
     sections.paired,
     sections.positions,
     sections.recall,
+    sections.capacity,
     sections.behaviour,
     sections.speed,
     sections.layers,

@@ -27,6 +27,7 @@ SECTIONS = [
     "Paired differences",
     "Perplexity by position",
     "Recall",
+    "Pairs remembered",
     "Behaviour",
     "Speed and memory by context",
     "Layers",
@@ -119,7 +120,7 @@ def small(results: dict[str, Any]) -> dict[str, Any]:
     """Without what takes long to draw."""
     found = copy.deepcopy(results)
     for column in found["columns"].values():
-        for section in ("recall", "behaviour", "speed"):
+        for section in ("recall", "capacity", "behaviour", "speed"):
             column.pop(section, None)
     return found
 
@@ -166,7 +167,11 @@ def test_the_other_sections_hold_their_numbers(results: dict[str, Any], read: Pa
             assert [*start, f"{1000 * entry['token_seconds']:.2f}"] in [row[:5] for row in rows]
         if "recall" in column:
             mean = 100 * sum(entry["value"] for entry in column["recall"]) / len(column["recall"])
-            assert [name, f"{mean:.1f}"] in [[row[0], row[-1]] for row in rows]
+            within = [
+                entry["value"] for entry in column["recall"] if entry["multiple"] * (1 - (entry["depth"] or 0)) > 1
+            ]
+            told = [name, f"{mean:.1f}", f"{100 * sum(within) / len(within):.1f}"]
+            assert told in [[row[0], row[-2], row[-1].split(" ± ")[0]] for row in rows]
             for entry in column["recall"]:
                 task = f"Recall of {name} in {entry['task']}."
                 (label,) = (label for label in read.figures if label.startswith(task))
@@ -184,6 +189,7 @@ def test_every_figure_is_there_in_order(results: dict[str, Any], read: Page) -> 
     expected += [
         f"Recall of {n} in {t}" for t in ("needle", "associative") for n in ("student", "student/window", "source")
     ]
+    expected += ["Pairs remembered, by the number of pairs", "Most pairs remembered, by the cache"]
     expected += ["KL to the source", "Share of prompts still equal", "Norm of the memory", "Effective rank"]
     expected += [f"{t}, {n}" for n in ("1 row", "8 rows") for t in ("Time per decoded token", "Peak memory", "Cache")]
     expected += ["Layers of student"]
@@ -202,6 +208,7 @@ def test_what_could_not_be_measured_leaves_its_figure_out(results: dict[str, Any
         for row in column["behaviour"]["state"] or ():
             row["effective_rank"] = None
         column.pop("recall", None)
+        column.pop("capacity", None)
         for score in column["tasks"].values():
             for key in Score.__optional_keys__ & score.keys():
                 del score[key]
@@ -232,7 +239,9 @@ def test_bars_are_shares_of_the_source_with_the_interval_of_the_paired_differenc
 def test_what_was_not_measured_is_left_out(small: dict[str, Any], undrawn: None) -> None:
     del small["layers"]
     found = Page(page.render([small]))
-    assert found.headings == [name for name in SECTIONS if name not in ("Recall", "Behaviour", "Layers", SECTIONS[6])]
+    assert found.headings == [
+        name for name in SECTIONS if not name.startswith(("Recall", "Pairs", "Behaviour", "Layers", "Speed"))
+    ]
     small["columns"] = {
         "student": {"tasks": {}, "seconds": 1.0, "perplexity": small["columns"]["student"]["perplexity"]}
     }
