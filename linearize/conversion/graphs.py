@@ -120,8 +120,8 @@ def check(model: PreTrainedModel, folder: Path, to: str) -> None:
     rounded = {m.mixer.config.state_dtype for m in modules} - {"float32"}
     if to == "onnx" and rounded:
         raise InputError(
-            f"{folder}: its states are kept in {', '.join(sorted(rounded))}, for which onnxruntime lacks operators; convert "
-            "with --set convert.mixer.state_dtype=float32, or export --to pt2"
+            f"{folder}: its states are kept in {', '.join(sorted(rounded))}, for which onnxruntime lacks operators; "
+            "convert with --set convert.mixer.state_dtype=float32, or export --to pt2"
         )
     grown = [m.layer_idx for m in modules if m.softmax_heads or m.mixer.keeps_source_cache]
     depth = text_sizes(model.config).layers

@@ -12,11 +12,9 @@ import pytest
 import torch
 from helpers.conversion import run
 from helpers.tiny import save_converted
-from transformers import AutoModelForCausalLM
 
 from linearize.checkpoint.manifest import verify
 from linearize.checkpoint.open import load
-from linearize.conversion import graphs
 from linearize.conversion.export import export
 from linearize.errors import InputError
 from linearize.generation import Chat, generate
