@@ -60,18 +60,22 @@ def convert(
 @app.command()
 def export(
     folder: Folder,
-    to: Annotated[str, typer.Option(help="source: back to the architecture it was converted from.")],
+    to: Annotated[str, typer.Option(help="source (the architecture it was converted from), onnx or pt2.")],
     out: Out,
+    piece: Annotated[int, typer.Option(help="Tokens that a graph's prefill reads at a time.")] = 64,
+    quantize: Annotated[str | None, typer.Option(help="int8 weights (onnx).")] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the weights instead of copying.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a folder in another format; tensors stay as they are, byte for byte.
+    """Write a folder in another format: the source's own, byte for byte, or graphs for other runtimes.
+
+    `linearize generate` runs a folder of --to onnx with onnxruntime alone.
 
     \b
     Example:
       linearize export runs/demo/merged --to source --out runs/demo/as-source
     """
-    written = verbs.export(folder, to, out, link=link, overwrite=overwrite)
+    written = verbs.export(folder, to, out, link=link, overwrite=overwrite, piece=piece, quantize=quantize)
     show({"out": str(written)}, as_json, str(written))
     next_step(as_json, "open it with transformers: nothing of linearize is in it")

@@ -25,6 +25,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of few-shot examples and samples.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as in DIR.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="Hold the weights of all models as int8, int4 or nf4.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run has finished.")] = False,
     fail_under: Annotated[
@@ -53,7 +54,8 @@ def evaluate(
     if target is not None:
         page.check_target(page.beside(target))
     options: dict[str, Any] = {"suite": suite, "source": source, "against": against, "out": out, "columns": columns}
-    options |= {"limit": limit, "batch_size": batch_size, "seed": seed, "dtype": dtype, "include_path": include_path}
+    options |= {"limit": limit, "batch_size": batch_size, "seed": seed, "dtype": dtype, "quantize": quantize}
+    options |= {"include_path": include_path}
     if flags:
         results = _launched(folder, options, flags, resume, as_json, target, bool(limits))
     else:
@@ -99,6 +101,7 @@ def bench(
     source: Annotated[str | None, typer.Option(help="Source to compare with.  [default: the recorded one]")] = None,
     out: Annotated[Path | None, typer.Option(help="Results file to write.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as in DIR.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="Hold the weights of all models as int8, int4 or nf4.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: FILE.png, .svg or .pdf.")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Measure lossless mode, on real text, instead.")] = False,
     as_json: Json = False,
@@ -111,7 +114,7 @@ def bench(
     """
     results = verbs.bench(
         folder, contexts=_numbers("--contexts", contexts), batches=_numbers("--batches", batches), steps=steps,
-        source=source, out=out, dtype=dtype, plot=plot, lossless=lossless,
+        source=source, out=out, dtype=dtype, quantize=quantize, plot=plot, lossless=lossless,
     )  # fmt: skip
     if plot is not None:
         note(f"picture: {plot}")

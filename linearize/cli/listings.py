@@ -15,6 +15,9 @@ def inspect(
         str, typer.Argument(metavar="DIR", help="Any model folder, GGUF file or Hub id.", show_default=False)
     ],
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: FILE.png, .svg or .pdf.")] = None,
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="Also run it over a text and look for outliers.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a model folder is made of, from its headers.
@@ -25,10 +28,15 @@ def inspect(
     """
     from linearize.reporting.terminal import inspection
 
-    description = verbs.inspect(folder, plot)
+    description = verbs.inspect(folder, plot, outliers=outliers)
     if plot is not None:
         note(f"picture: {plot}")
-    show(description, as_json, inspection(description))
+    shown = inspection(description)
+    if outliers:
+        from linearize.evaluation.outliers import text
+
+        shown += f"\n\n{text(description['outliers'])}"
+    show(description, as_json, shown)
 
 
 @app.command()

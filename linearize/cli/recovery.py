@@ -84,6 +84,36 @@ def allocate(
 
 
 @app.command()
+def prune(
+    folder: Folder,
+    out: Out,
+    sparsity: Annotated[str, typer.Option(help="Share of the weights, such as 0.5, or 2:4.")] = "0.5",
+    recipe: Recipe = None,
+    tokens: Tokens = None,
+    seq_len: SeqLen = None,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Set the weights that matter least to zero, by Wanda, without training.
+
+    \b
+    Example:
+      linearize prune runs/demo/merged --sparsity 2:4 --out runs/demo/pruned
+    """
+    written = verbs.prune(
+        folder, out, sparsity=sparsity, recipe=recipe, tokens=tokens, seq_len=seq_len, set=set_ or (),
+        overwrite=overwrite,
+    )  # fmt: skip
+    made = verbs.facts_of(written)["pruning"]
+    note(
+        f"{made['zeros']:.1%} of {made['layers']} layers' weights are zero; loss of other text "
+        f"{made['loss_before']:.3f}, now {made['loss_after']:.3f}"
+    )
+    show({"out": str(written), "pruning": made}, as_json, str(written))
+
+
+@app.command()
 def select(
     folder: Folder,
     keep: Annotated[int | None, typer.Option(help="How many stay softmax.  [default: the recipe's, else 4]")] = None,

@@ -41,6 +41,7 @@ class Options:
     batch_size: int = 1
     seed: int = 0
     dtype: str = "auto"
+    quantize: str | None = None
     device: str | None = None
     include_path: str | Path | None = None
     resume: bool = False

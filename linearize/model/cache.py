@@ -47,6 +47,8 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             such heads. The one part that grows.
     """
 
+    __slots__ = ("stack",)  # not among `vars`, of which exporters make trees: the stack points back at its layers
+
     is_sliding = False
     supports_early_init = False
 
@@ -56,7 +58,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.rollback = 0
         self.tensors: dict[str, Tensor] = {}
         self.grown: Tensor | None = None
-        self.stack: Stack | None = None
+        self.stack: Stack | None = None  # pyright: ignore[reportAttributeAccessIssue]
         self.is_initialized = False
         self.waiting: int | None = 0
         self._length: int | Tensor = 0
@@ -190,7 +192,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             late: whether a token enters it when it leaves the window.
             passed: tokens of the forward pass under way, which are not counted yet.
         """
-        if self.static:
+        if self.static or torch.compiler.is_compiling():
             return None
         return max(int(self._length) + passed - late * (self.window + self.sinks), 0)
 

@@ -49,8 +49,9 @@ class Step:
         self.one = tokens.new_ones(B, heads, 1, 1)
         if mixer.windowed:
             kept = Tokens(tokens, mixer.geometry)
-            size = B * heads
-            self.slots = list(zip(kept.k.flatten(0, 1).mT.split(size), kept.v.flatten(0, 1).split(size), strict=True))
+            parts = (kept.k.flatten(0, 1).mT, kept.v.flatten(0, 1))
+            parts = (x.unflatten(0, (len(stack.layers), -1)).unbind() for x in parts)
+            self.slots = list(zip(*parts, strict=True))
         self._ahead: list[tuple[Tensor, ...]] | None = None
         if mixer.delayed and first.rollback:
             if stack.ahead is None:

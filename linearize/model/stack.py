@@ -37,8 +37,9 @@ class Stack:
         """The stack of exactly these layers, made anew where one has left it."""
         if torch.compiler.is_compiling():
             return cls(layers)
-        stack = layers[0].stack
-        same = stack is not None and stack.layers == layers and all(layer.stack is stack for layer in layers)
+        stacks = [getattr(layer, "stack", None) for layer in layers]  # an exporter makes layers without it
+        stack = stacks[0]
+        same = stack is not None and stack.layers == layers and all(other is stack for other in stacks)
         return stack if stack is not None and same else cls(layers)
 
     @property

@@ -220,6 +220,8 @@ class Stage:
         decay: share of the steps in which warmup_stable_decay falls to zero at the end, or infinite falls to its
             constant after the warmup; the other schedules need none.
         weight_decay: of matrices; vectors and scalars have none.
+        quantize: nf4 holds the frozen weights in 4 bits while adapters are trained (QLoRA, arXiv 2305.14314), those of
+            the source in kl and transfer too; merging folds the adapters into the weights as they were.
         betas: of AdamW, also where muon leaves a weight to it.
     """
 
@@ -246,6 +248,7 @@ class Stage:
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["nf4"] | None = None
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     save_every: Positive = 100
@@ -268,6 +271,8 @@ class Stage:
                 "top_k is about kl, which must be above 0, and spares the run of the source, which transfer needs in "
                 "every step; set transfer to 0 or leave top_k out"
             )
+        if self.quantize and (self.peft is None or self.peft.method not in ("lora", "rslora")):
+            problems.append("quantize keeps frozen weights in 4 bits, which goes with peft.method lora or rslora")
         if self.keep != "last" and not self.watch:
             problems.append(f"keep: {self.keep} needs what watch measures; set watch above 0")
         if self.schedule in ("warmup_stable_decay", "infinite") and self.warmup + self.decay > 1:

@@ -19,7 +19,7 @@ from linearize.recipe import load as recipes
 from linearize.recipe.schema import Reading
 from linearize.recovery.data import blocks
 
-KEPT = ("source", HASHES, "training", "merged", "allocation", "calibration", "selection")
+KEPT = ("source", HASHES, "training", "merged", "allocation", "calibration", "selection", "pruning")
 """Facts of a manifest that a folder made from another one keeps."""
 
 

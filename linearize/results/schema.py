@@ -286,6 +286,7 @@ class Settings(TypedDict, total=False):
     seed: int
     batch_size: int
     dtype: str
+    quantize: str | None  # int8, int4 or nf4; earlier versions do not say: as they are
     device: str
     window: int | None
     sinks: int | None

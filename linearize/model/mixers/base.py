@@ -389,8 +389,9 @@ class Mixer(nn.Module):
             width = min(new.x.shape[-1], cached.shape[-1])
             cached.scatter_(2, step.slot[..., :width], new.x[..., :width])
         if self.windowed and context.branch != "memory":
+            keys, values = step.slots[index]
             y = slot_attention(
-                q, *step.slots[index], step.bias,
+                q, keys, values, step.bias,
                 scaling=context.scaling, softcap=context.softcap, extra=context.extra, memory=memory,
             )  # fmt: skip
             near = Branch(y, None)

@@ -170,7 +170,7 @@ def _run(
     length = M + merges * chunk if merges else first + T
     at = torch.arange(length, device=q.device)
     on = ((at >= taken) & (at < taken + count))[:, None, :, None]
-    order = None if whole else real.logical_not().sort(dim=1, stable=True).indices
+    order = None if whole else real.logical_not().long().sort(dim=1, stable=True).indices
     token = None if order is None else order.gather(1, (at - taken).clamp(0, T - 1))[:, None, :, None]
 
     def lay(x: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ def _partners(means: Tensor, n: Tensor, metric: Tensor, rule: Rule) -> tuple[Ten
     into = own.scatter(2, gone, partner)
     for _ in range((chunk - 1).bit_length()):  # where a partner goes too, to where it goes
         into = into.gather(2, into)
-    order = torch.sort(into != own, dim=2, stable=True).indices
+    order = torch.sort((into != own).long(), dim=2, stable=True).indices
     return into, order, order[:, :, -chunk:]
 
 
