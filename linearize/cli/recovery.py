@@ -69,7 +69,8 @@ def allocate(
 
     \b
     Example:
-      linearize allocate runs/demo/0-converted --cache 8MiB --out runs/demo/allocated
+      linearize convert --model smollm2-135m-best --out runs/best/0-converted
+      linearize allocate runs/best/0-converted --out runs/best/allocated
     """
     choice = verbs.allocate(
         folder, out, cache=cache, plot=plot, recipe=recipe, tokens=tokens, seq_len=seq_len, set=set_ or (),

@@ -228,7 +228,7 @@ def allocate(
         InputError: bad input; see `choose`.
 
     Example:
-        >>> allocate("runs/demo/0-converted", recipe.load("smollm2-135m"), "runs/demo/0-allocated", cache="8MiB")["kl"]
+        >>> allocate("runs/best/0-converted", recipe.load("smollm2-135m-best"), tokens=1024, seq_len=256)["kl"]
     """
     folder = Path(model_dir)
     if out is not None:

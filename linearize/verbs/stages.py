@@ -70,7 +70,7 @@ def allocate(
         InputError: a budget that cannot be divided, too little text, or bad input.
 
     Example:
-        >>> linearize.allocate("runs/demo/0-converted", cache="8MiB")["kl"]
+        >>> linearize.allocate("runs/best/0-converted", tokens=1024, seq_len=256)["kl"]
     """
     from linearize.recovery.allocate import allocate as run
     from linearize.reporting.plot import check_target, draw_allocation

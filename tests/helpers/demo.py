@@ -45,6 +45,7 @@ def enter_demo(folder: Path, patch: pytest.MonkeyPatch) -> None:
 def make_runs(folder: Path) -> None:
     """Do in `folder`/runs what the quickstart does."""
     linearize.convert("smollm2-135m", "runs/demo/0-converted")
+    linearize.convert("smollm2-135m-best", "runs/best/0-converted")
     linearize.calibrate("runs/demo/0-converted", "runs/demo/0-calibrated")
     linearize.train("runs/demo/0-converted", "runs/demo/1-distil")
     linearize.merge("runs/demo/1-distil", "runs/demo/merged")
