@@ -1,7 +1,7 @@
 """A whole recipe as one resumable chain of folders, and one training stage with or without a launcher.
 
-    OUT/0-converted [-> OUT/0-calibrated] [-> OUT/0-selected] -> OUT/1-<stage> -> OUT/2-<stage> ... -> OUT/merged
-    -> OUT/results.json
+    OUT/0-converted [-> OUT/0-allocated] [-> OUT/0-calibrated] [-> OUT/0-selected] -> OUT/1-<stage> -> OUT/2-<stage>
+    ... -> OUT/merged -> OUT/results.json
 
 A folder appears by one rename when it is complete and holds the recipe that made it; so a stage is finished when its
 folder is there and the parts of the recipe it depends on are unchanged.
@@ -26,7 +26,7 @@ from linearize.recipe.schema import Recipe
 if TYPE_CHECKING:
     from linearize.recovery.budget import Budget
 
-BEFORE = {"calibrate": "0-calibrated", "select": "0-selected"}
+BEFORE = {"allocate": "0-allocated", "calibrate": "0-calibrated", "select": "0-selected"}
 """Blocks of a recipe that are a stage before training where they are there, in this order, and the stage's folder."""
 
 
@@ -39,7 +39,7 @@ def run(
     note: Callable[[str], None] = print,
     reads: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Convert, calibrate and select if the recipe says so, train, merge and evaluate.
+    """Convert, allocate, calibrate and select if the recipe says so, train, merge and evaluate.
 
     Args:
         wanted: the resolved recipe.
@@ -149,7 +149,7 @@ def problems(wanted: Recipe, whole: bool = False) -> list[str]:
     if whole or Path(source.id).expanduser().exists():
         model = attempt(lambda: build(locate(source.id, source.revision, package=source.package), wanted))
     if model is not None:
-        blocks = {"calibrate": wanted.calibrate, "select": wanted.select}
+        blocks = {block: getattr(wanted, block) for block in BEFORE}
         blocks |= {f"train.{stage.name}": stage for stage in wanted.train}
         for where, block in blocks.items():
             if block is not None:
@@ -165,7 +165,7 @@ def problems(wanted: Recipe, whole: bool = False) -> list[str]:
         attempt(suites.read_text, spec.text)
     if suite is not None and whole:
         attempt(tasks.check, suite.tasks)
-    for part in wanted.data if wanted.train or wanted.calibrate or wanted.select else ():
+    for part in wanted.data if wanted.train or any(getattr(wanted, block) for block in BEFORE) else ():
         attempt(documents.check, part, whole)
     return lines
 
@@ -232,10 +232,11 @@ def _make(
         note(plan(located, wanted).text())
         convert(located, wanted, target, overwrite=overwrite)
         return
+    from linearize.recovery.allocate import allocate
     from linearize.recovery.calibrate import calibrate
     from linearize.recovery.select import select
 
-    {"calibrate": calibrate, "select": select}[after](folder, wanted, target, overwrite=overwrite)
+    {"allocate": allocate, "calibrate": calibrate, "select": select}[after](folder, wanted, target, overwrite=overwrite)
 
 
 def train_stage(

@@ -145,12 +145,12 @@ def _kernels() -> Row:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            missing = fla_backend.missing()
+            missing = fla_backend.missing() or fla_backend.unsound(torch.device("cuda"))
     except Exception as error:  # what breaks while its kernels are imported is not ours to foresee
         missing = f"flash-linear-attention breaks when it is imported ({reason(error)})"
     if missing:
         return _row("kernels", f"PyTorch, several times slower than they need be: {missing}", WARNING)
-    return _row("kernels", f"flash-linear-attention, for heads up to {fla_backend.WIDEST} wide; PyTorch beyond")
+    return _row("kernels", f"flash-linear-attention, for keys up to {min(fla_backend.WIDEST.values())} wide")
 
 
 def _caches() -> Iterator[Row]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from ..errors import InputError
 from . import architectures, softmax_heads
 from .cache import ROLLBACK
-from .mixers import MIXERS, Mixer, build_config
+from .mixers import MIXERS, Mixer, read_config
 
 
 class TextSizes(NamedTuple):
@@ -69,7 +69,7 @@ def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_by
         if values is None or MIXERS[values["name"]].keeps_source_cache:
             per_layer.append(grown)
             continue
-        config_of_layer = build_config(values)
+        config_of_layer = read_config(values)
         with torch.device("meta"):
             rest = softmax_heads.others(g, config_of_layer.softmax_heads)
             mixer = MIXERS[values["name"]](config_of_layer, rest)

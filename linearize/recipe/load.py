@@ -21,6 +21,7 @@ from linearize.formats import plain, quoted
 from linearize.recipe.schema import (
     DEFAULT_MIXER,
     STAGES,
+    Allocate,
     Calibrate,
     Convert,
     Data,
@@ -260,7 +261,7 @@ def _explain(problem: Any) -> str:
 def _fields(location: list[str]) -> list[str]:
     """The keys that are allowed at a location in the recipe."""
     kinds: dict[str, Any] = {"source": Source, "convert": Convert, "data": Data, "calibrate": Calibrate}
-    kinds |= {"select": Select, "train": Stage, "eval": Eval, "peft": Peft}
+    kinds |= {"allocate": Allocate, "select": Select, "train": Stage, "eval": Eval, "peft": Peft}
     parts = [part for part in location if part in kinds]
     return [field.name for field in fields(kinds[parts[-1]] if parts else Recipe)]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from linearize.checkpoint import adapters
 from linearize.checkpoint.describe import check_positions
 from linearize.checkpoint.open import is_adapter, open_model
+from linearize.checkpoint.quantize import quantize_
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
 from linearize.recipe.schema import Stage
@@ -51,10 +52,11 @@ def open_student(folder: Path, stage: Stage) -> Any:
 def prepare(model: Any, stage: Stage, trained: Path | None = None) -> Any:
     """A linearized model with what the stage trains, in training mode; arguments and errors as of `adapters.attach`."""
     compute = getattr(torch, stage.dtype)
+    quantize_(model, stage.quantize)
     if stage.peft:
         model = adapters.attach(model, stage.peft, trained)
     for weight in model.parameters():
-        if not weight.requires_grad:
+        if not weight.requires_grad and weight.is_floating_point():  # else 4 bits, packed
             weight.data = weight.data.to(compute)
     if stage.gradient_checkpointing:
         # transformers has renamed it and warns at the old name, the only one that earlier releases know.

@@ -110,7 +110,8 @@ def _machine(results: dict[str, Any]) -> str:
     )
     device = "" if settings["device"] == "cpu" else f"{environment['device']}; "
     machine = f"{device}{environment['cpu']}, {environment['threads']} threads"
-    return f"{machine}; {settings['dtype']}; {versions}; commit {environment['commit'] or 'unknown'}"
+    weights = " ".join(filter(None, (settings["dtype"], settings.get("quantize"))))
+    return f"{machine}; {weights}; {versions}; commit {environment['commit'] or 'unknown'}"
 
 
 def speed_panels(results: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float, int]]]]:
