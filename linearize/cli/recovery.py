@@ -69,7 +69,6 @@ def allocate(
 
     \b
     Example:
-      linearize convert --model smollm2-135m-best --out runs/best/0-converted
       linearize allocate runs/best/0-converted --out runs/best/allocated
     """
     choice = verbs.allocate(
