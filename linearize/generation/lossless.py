@@ -223,8 +223,9 @@ class Lossless:
             if stopped:
                 break
             left = most - ids.shape[1]
-            number = self._decide(left, ids.shape[1], ids.shape[1] - start >= retry)
-            if number == 0 and self._read and self.always is None:
+            may = self.pace.step is not None and ids.shape[1] - start >= retry
+            number = self._decide(left, ids.shape[1], may)
+            if number == 0 and may and self._read and self.always is None:
                 retry, pause = ids.shape[1] - start + pause, 2 * pause
             drafts = self._draft(ids, number, logits_processor) if number else ids.new_empty(1, 0)
             start_time = time.perf_counter()
@@ -270,7 +271,7 @@ class Lossless:
         """How many tokens to draft now, with so many left to write behind so many; `may`: whether drafting is on."""
         if self.always is not None:
             return max(min(self.always, left - 1), 0)
-        if self.pace.step is None or not may:
+        if not may or self.pace.step is None:
             return 0
         if self.pace.draft is None:
             self._try_step()
