@@ -199,7 +199,7 @@ def program(piece: Piece, tokens: int) -> Any:
 
     inputs, shapes = _sample(piece, tokens)
     with _quiet():
-        return DynamoExporter().export(piece, inputs, DynamoConfig(dynamic_shapes=shapes)).program  # type: ignore
+        return DynamoExporter().export(piece, inputs, DynamoConfig(dynamic_shapes=shapes)).program  # type: ignore[arg-type]
 
 
 def onnx(piece: Piece, tokens: int, file: Path, quantize: str | None, known: dict[str, Any]) -> None:
@@ -218,7 +218,7 @@ def onnx(piece: Piece, tokens: int, file: Path, quantize: str | None, known: dic
 
     inputs, shapes = _sample(piece, tokens)
     with _quiet():
-        graph: Any = OnnxExporter().export(piece, inputs, OnnxConfig(dynamic_shapes=shapes)).program  # type: ignore
+        graph: Any = OnnxExporter().export(piece, inputs, OnnxConfig(dynamic_shapes=shapes)).program  # type: ignore[arg-type]
         _fold_transposes(graph)
         if quantize:
             config = OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul", "Gather"], per_channel=True)

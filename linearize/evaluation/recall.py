@@ -193,8 +193,8 @@ def right(
                 "dtype is too narrow: check them with `linearize inspect`, or evaluate in float32 (--dtype float32)"
             )
         for row, span, predicted in zip(rows, spans, logits.argmax(-1).tolist(), strict=True):
-            found = [predicted[start - first : end - first] == row[start:end] for start, end in span]
-            scores.append(sum(found) / len(found))
+            hits = [predicted[start - first : end - first] == row[start:end] for start, end in span]
+            scores.append(sum(hits) / len(hits))
         advance(len(batch))
     return scores
 

@@ -38,8 +38,6 @@ from linearize.recovery.select import measure
 
 LEVELS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Sizes that are tried, in equal shares. Layers of one size decode together, so few sizes are fast."""
-HELD_BACK = 1
-"""Share of the blocks on which the two divisions are compared: one of this many and one more."""
 
 
 class Tried(nn.Module):
@@ -158,7 +156,7 @@ def choose(model: PreTrainedModel, ids: Tensor, cache: str | int) -> dict[str, A
     sizes = sorted({max(first.config.least, round(equal * level / step) * step) for level in LEVELS} | {equal})
     layers = sorted(modules)
     linearize_(model, build_config({**values, key: equal}), layers)
-    held = max(len(ids) // 4, HELD_BACK)
+    held = max(len(ids) // 4, 1)
     read, other = ids[:-held], ids[-held:]
     with progress.step_progress(f"{len(sizes)} sizes of each layer", len(read)) as advance:
         seen = errors(model, read, sizes, advance)
