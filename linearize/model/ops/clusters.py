@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import host
+from . import chooses_fla, clusters_backend
 from .window import normalise, scores
 
 State = tuple[Tensor, ...]
@@ -96,7 +97,7 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
     full = (sizes[:, :, -1:, :1] > 0) & here
     # Where a look at a value is not free, it is merged at every step, and what is needed is kept.
     if not host.is_free(means) or bool(full.any()):
-        kept, size = _merge(opened(state).clone(), sizes.clone(), queries, rule)  # of copies, for autograd
+        kept, size = _merge(opened(state).clone(), sizes.clone(), queries, full, rule)  # of copies, for autograd
         merged = *_stored(kept, k.shape[-1], means.dtype), size
         for x, new in zip((means, *state[3:], sizes), merged, strict=True):
             x.copy_(torch.where(full, new, x))
@@ -230,6 +231,9 @@ class _Merges(torch.autograd.Function):
     @staticmethod
     def backward(ctx, means, _):  # type: ignore[override]
         (sizes,) = ctx.saved_tensors
+        if isinstance(ctx.to, Tensor):
+            g, tape = clusters_backend.gradient(means, sizes, ctx.to, ctx.chunk)
+            return g, None, tape, None, None, None, None, None
         counts, g, tape = sizes[..., :1], means[-1], []
         for i, to in reversed(list(enumerate(ctx.to))):
             tape.append(g[:, :, -ctx.chunk :])
@@ -242,7 +246,7 @@ class _Merges(torch.autograd.Function):
 def _merges(
     means: Tensor, sizes: Tensor, tape: Tensor, one: Tensor, metric: Tensor, goes_on: Tensor, rule: Rule,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[Tensor] | Tensor]:  # fmt: skip
     """Clusters before the first merge and after each, filled up with the chunk of the tape that follows it.
 
     Args:
@@ -259,6 +263,8 @@ def _merges(
         means [S + 1, B, G, M, K + V] and sizes [S + 1, B, G, M, 2]; and of each merge where each cluster went, as an
         index [B, G, M] into all rows.
     """
+    if _has_kernels(means, metric.shape[-1] // 2):
+        return clusters_backend.merges(means, sizes, tape, one, metric, goes_on, rule, dtype)
     every, counts, chunk = [means], [sizes], rule.chunk
     stay, went = torch.arange(sizes[..., 0].numel(), device=sizes.device).view(sizes.shape[:3]), []
     for i in range(goes_on.shape[1]):
@@ -272,6 +278,13 @@ def _merges(
         every.append(means)
         counts.append(sizes)
     return torch.stack(every), torch.stack(counts), went
+
+
+def _has_kernels(means: Tensor, key_width: int) -> bool:
+    """Whether clusters are merged by Triton kernels; what is compiled has the operations, which it fuses."""
+    if torch.compiler.is_compiling():
+        return False
+    return chooses_fla(means, clusters_backend.restriction(means, key_width), missing=clusters_backend.missing)
 
 
 def _seen(q: Tensor, groups: int) -> Tensor:
@@ -297,8 +310,13 @@ def _read(q: Tensor, means: Tensor, sizes: Tensor, seen: Tensor | None, rule: Ru
     return y.view(B, H, L, -1), weight.view(B, H, L)
 
 
-def _merge(means: Tensor, sizes: Tensor, queries: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """M taken clusters -> M − C taken ones, in their order, and C free ones."""
+def _merge(means: Tensor, sizes: Tensor, queries: Tensor, full: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """M taken clusters -> M − C taken ones, in their order, and C free ones; of rows that are `full`."""
+    if _has_kernels(means, queries.shape[-1] // 2):
+        nothing = means.new_zeros(*means.shape[:2], rule.chunk, means.shape[-1])
+        given = nothing, nothing[..., :2], queries[..., :-1], full[:, 0, 0], rule, means.dtype
+        every, sizes, *_ = (_Merges.apply if torch.is_grad_enabled() else _merges)(means, sizes, *given)
+        return every[1], sizes[1]
     return _joined(means, sizes, queries[..., :-1], rule)[:2]
 
 
