@@ -93,12 +93,13 @@ def merges(
         every, counts, went, tape.contiguous(), one.contiguous(), metric.contiguous(),
         goes_on.contiguous().view(torch.uint8), real, whole, tickets, float(rule.expected),
     )  # fmt: skip
+    rest = S, G, metric.shape[2]
     kernel = _kernels().merge_all[(N * P,)]
     if not SPLIT:
-        kernel(*given, 0, S, S, G, **compiled, PART=0, **flags)
+        kernel(*given, 0, S, *rest, **compiled, PART=0, **flags)
     for i in range(S if SPLIT else 0):
         for part in (1, 2):
-            kernel(*given, i, i + 1, S, G, **compiled, PART=part, **flags)
+            kernel(*given, i, i + 1, *rest, **compiled, PART=part, **flags)
     return every, counts, went
 
 

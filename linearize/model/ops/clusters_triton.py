@@ -96,7 +96,7 @@ def _find(means, metric, real, least, partner, tile, M: tl.constexpr, K: tl.cons
     """For the clusters of a tile of rows the earlier one that each costs least to join."""
     row = tile * R + tl.arange(0, R)
     best, at = tl.full([R], float("inf"), tl.float32), tl.zeros([R], tl.int32)
-    for start in range(0, tl.minimum(tile * R + R, M), W):
+    for start in range(0, tl.where(tile * R < M, tl.minimum(tile * R + R, M), 0), W):
         column = start + tl.arange(0, W)
         cost = _cost(means, metric, real, row, column, M, K, V, MP, KP, VP, R, W, INNER, PRECISION)
         low, where = tl.min(cost, 1, return_indices=True, return_indices_tie_break_left=True)
@@ -245,12 +245,12 @@ def _settle(means, sizes, next_means, next_sizes, tape, one, metric, own, went, 
 
 
 @triton.jit
-def merge_all(every, counts, went, tape, one, metric, goes_on, real, whole, tickets, alpha, first, last, S, G,
+def merge_all(every, counts, went, tape, one, metric, goes_on, real, whole, tickets, alpha, first, last, S, G, L,
               M: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr,
               KP: tl.constexpr, VP: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, WEIGHS: tl.constexpr,
               DTYPE: tl.constexpr, JUMPS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, INNER: tl.constexpr,
               JOINED: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr):  # fmt: skip
-    """Merges `first` to `last`. PART 0: all of it; 1: only costs; 2: only what follows from them."""
+    """Merges `first` to `last`, of L in `metric`. PART 0: all of it; 1: only costs; 2: only what follows from them."""
     p, me = tl.program_id(0) // P, tl.program_id(0) % P
     N = tl.num_programs(0) // P
     least, partner = real + p * (3 * P + 1) * MP, whole + p * (6 * P + 1) * MP
@@ -258,12 +258,13 @@ def merge_all(every, counts, went, tape, one, metric, goes_on, real, whole, tick
     for i in range(first, last):
         at = (i * N + p).to(tl.int64) * M
         means, sizes = every + at * (K + V), counts + at * 2
-        square = metric + (p * (S + 1) + i) * 2 * K
+        square = metric + (p * L + i) * 2 * K
         on = tl.load(goes_on + (p // G) * S + i)
         if PART != 2:  # noqa: SIM102 — decided when it is compiled
             if on != 0:
                 _weigh(means, sizes, square, weights, alpha, M, K, V, MP, KP, VP, HEADS, R)
-                for tile in range(me, (M + R - 1) // R, P):
+                for turn in range(0, (M + R * P - 1) // (R * P)):  # there and back: later tiles have more columns
+                    tile = turn * P + tl.where(turn % 2 == 0, me, P - 1 - me)
                     _find(means, square, weights, least, partner, tile, M, K, V, MP, KP, VP, R, W, INNER, PRECISION)
         if PART == 0:
             _meet(tickets + p, (2 * (i - first) + 1) * P, P)
