@@ -93,11 +93,14 @@ def opened(state: State) -> Tensor:
 def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule) -> None:
     """Take in one token (T = 1; shapes as of `run`). `state` is updated in place."""
     means, sizes, queries = state[:3]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, *state))
+    if not learns and _has_kernels(sizes, k, v):
+        return clusters_backend.take_in(k, v, exists, state, rule)
     here = exists > 0
     full = (sizes[:, :, -1:, :1] > 0) & here
     # Where a look at a value is not free, it is merged at every step, and what is needed is kept.
     if not host.is_free(means) or bool(full.any()):
-        kept, size = _merge(opened(state).clone(), sizes.clone(), queries, full, rule)  # of copies, for autograd
+        kept, size = _merge(opened(state).clone(), sizes.clone(), queries, rule)  # of copies, for autograd
         merged = *_stored(kept, k.shape[-1], means.dtype), size
         for x, new in zip((means, *state[3:], sizes), merged, strict=True):
             x.copy_(torch.where(full, new, x))
@@ -263,14 +266,15 @@ def _merges(
         means [S + 1, B, G, M, K + V] and sizes [S + 1, B, G, M, 2]; and of each merge where each cluster went, as an
         index [B, G, M] into all rows.
     """
-    if _has_kernels(means, metric.shape[-1] // 2):
+    K = metric.shape[-1] // 2
+    if _has_kernels(sizes, means[..., :K], means[..., K:]):
         return clusters_backend.merges(means, sizes, tape, one, metric, goes_on, rule, dtype)
     every, counts, chunk = [means], [sizes], rule.chunk
     stay, went = torch.arange(sizes[..., 0].numel(), device=sizes.device).view(sizes.shape[:3]), []
     for i in range(goes_on.shape[1]):
         on, fill = goes_on[:, i].view(-1, 1, 1, 1), slice(i * chunk, (i + 1) * chunk)
         merged, size, to = _joined(means, sizes, metric[:, :, i : i + 1], rule)
-        means = torch.where(on, _rounded(merged, metric.shape[-1] // 2, dtype), means)
+        means = torch.where(on, _rounded(merged, K, dtype), means)
         sizes = torch.where(on, size, sizes)
         went.append(torch.where(on[..., 0], to, stay))
         means = torch.cat([means[:, :, :-chunk], means[:, :, -chunk:] + tape[:, :, fill]], 2)
@@ -280,11 +284,13 @@ def _merges(
     return torch.stack(every), torch.stack(counts), went
 
 
-def _has_kernels(means: Tensor, key_width: int) -> bool:
-    """Whether clusters are merged by Triton kernels; what is compiled has the operations, which it fuses."""
+def _has_kernels(sizes: Tensor, *parts: Tensor) -> bool:
+    """Whether clusters are merged by Triton kernels, given keys and values; what is compiled has the operations, which
+    it fuses."""
     if torch.compiler.is_compiling():
         return False
-    return chooses_fla(means, clusters_backend.restriction(means, key_width), missing=clusters_backend.missing)
+    restriction = clusters_backend.restriction(sizes, max(x.shape[-1] for x in parts))
+    return chooses_fla(sizes, restriction, missing=clusters_backend.missing)
 
 
 def _seen(q: Tensor, groups: int) -> Tensor:
@@ -310,13 +316,8 @@ def _read(q: Tensor, means: Tensor, sizes: Tensor, seen: Tensor | None, rule: Ru
     return y.view(B, H, L, -1), weight.view(B, H, L)
 
 
-def _merge(means: Tensor, sizes: Tensor, queries: Tensor, full: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """M taken clusters -> M − C taken ones, in their order, and C free ones; of rows that are `full`."""
-    if _has_kernels(means, queries.shape[-1] // 2):
-        nothing = means.new_zeros(*means.shape[:2], rule.chunk, means.shape[-1])
-        given = nothing, nothing[..., :2], queries[..., :-1], full[:, 0, 0], rule, means.dtype
-        every, sizes, *_ = (_Merges.apply if torch.is_grad_enabled() else _merges)(means, sizes, *given)
-        return every[1], sizes[1]
+def _merge(means: Tensor, sizes: Tensor, queries: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """M taken clusters -> M − C taken ones, in their order, and C free ones."""
     return _joined(means, sizes, queries[..., :-1], rule)[:2]
 
 

@@ -45,11 +45,11 @@ def _kernels() -> Any:
     return clusters_triton
 
 
-def restriction(means: Tensor, key_width: int) -> str | None:
-    """What about means [B, G, M, K + V] the kernels cannot do, or None."""
-    M, widest = means.shape[2], max(key_width, means.shape[-1] - key_width)
-    if means.dtype != torch.float32:
-        return f"they compute in fp32, and the clusters are {means.dtype}"
+def restriction(sizes: Tensor, widest: int) -> str | None:
+    """What about clusters of `sizes` [B, G, M, 2], with the wider of K and V, the kernels cannot do, or None."""
+    M = sizes.shape[2]
+    if sizes.dtype != torch.float32:
+        return f"they compute in fp32, and the clusters are {sizes.dtype}"
     if widest > WIDEST:
         return f"keys and values may be {WIDEST} wide, and these are {widest}"
     return f"there may be {MOST} clusters, and these are {M}" if M > MOST else None
@@ -101,6 +101,22 @@ def merges(
         for part in (1, 2):
             kernel(*given, i, i + 1, *rest, **compiled, PART=part, **flags)
     return every, counts, went
+
+
+def take_in(k: Tensor, v: Tensor, exists: Tensor, state: tuple[Tensor, ...], rule: Any) -> None:
+    """`clusters.update_state`, with its arguments, where nothing has a gradient."""
+    means, sizes, queries, *scales = state
+    (B, G, M, D), K = means.shape, k.shape[-1]
+    compiled = constants(M, K, D - K, rule, means.dtype, 1)
+    opened, merged, counts = (sizes.new_empty(B, G, M, width) for width in (D, D, 2))
+    real = sizes.new_empty(B * G, 4, compiled["MP"])
+    whole = torch.empty(B * G, 7, compiled["MP"], device=means.device, dtype=torch.int32)
+    assert all(x.is_contiguous() for x in state)  # it is changed in place
+    token = (x.to(sizes.dtype).contiguous() for x in (k, v, exists))
+    _kernels().take_in[(B * G,)](
+        means, scales[0] if scales else sizes, sizes, queries, *token, opened, merged, counts, real, whole,
+        float(rule.expected), **compiled, **FLAGS,
+    )  # fmt: skip
 
 
 def gradient(given: Tensor, counts: Tensor, went: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

@@ -153,15 +153,22 @@ def _choose(least, partner, own, M: tl.constexpr, MP: tl.constexpr, C: tl.conste
 
 
 @triton.jit
+def _codes(x):
+    """Rows in int8: whole numbers, and the scale [·, 1] of each."""
+    scale = tl.div_rn(tl.max(tl.abs(x), 1), 127.0).to(tl.bfloat16).to(tl.float32)[:, None]
+    code = tl.div_rn(x, tl.maximum(scale, 1.1754943508222875e-38) + tl.zeros_like(x))
+    code = (code + 12582912.0) - 12582912.0  # to the nearest whole number, halves to even
+    return tl.minimum(tl.maximum(code, -127.0), 127.0), scale
+
+
+@triton.jit
 def _rounded(x, DTYPE: tl.constexpr):
-    """As `clusters._rounded`; DTYPE 0 fp32, 1 bf16, 2 int8, of which each row of x has a scale."""
+    """As `clusters._rounded`; DTYPE 0 fp32, 1 bf16, 2 int8."""
     if DTYPE == 1:
         x = x.to(tl.bfloat16).to(tl.float32)
     if DTYPE == 2:
-        scale = tl.div_rn(tl.max(tl.abs(x), 1), 127.0).to(tl.bfloat16).to(tl.float32)[:, None]
-        code = tl.div_rn(x, tl.maximum(scale, 1.1754943508222875e-38) + tl.zeros_like(x))
-        code = (code + 12582912.0) - 12582912.0  # to the nearest whole number, halves to even
-        x = tl.minimum(tl.maximum(code, -127.0), 127.0) * scale
+        code, scale = _codes(x)
+        x = code * scale
     return x
 
 
@@ -213,9 +220,10 @@ def _join(means, sizes, own, weigh, row, k, v, M: tl.constexpr, K: tl.constexpr,
 @triton.jit
 def _settle(means, sizes, next_means, next_sizes, tape, one, metric, own, went, base, on, me, M: tl.constexpr,
             K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr,
-            VP: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WEIGHS: tl.constexpr,
-            DTYPE: tl.constexpr):  # fmt: skip
-    """The next clusters and where each one went, of the tiles of rows that are this program's."""
+            VP: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WEIGHS: tl.constexpr, DTYPE: tl.constexpr,
+            FILLS: tl.constexpr):  # fmt: skip
+    """The next clusters, of the tiles of rows that are this program's; if it FILLS, with the chunk that follows, and
+    where each cluster went."""
     m, k, v = tl.arange(0, MP), tl.arange(0, KP), tl.arange(0, VP)
     total = tl.maximum(tl.sum(tl.load(sizes + 2 * m, mask=m < M, other=0.0), 0), 1.0)
     weigh = tl.load(metric + k, mask=k < K, other=0.0) / total
@@ -231,20 +239,21 @@ def _settle(means, sizes, next_means, next_sizes, tape, one, metric, own, went, 
             n = tl.load(sizes + 2 * row, mask=there, other=0.0)
             spread = tl.load(sizes + 2 * row + 1, mask=there, other=0.0)
             to = row
-        at = fill[:, None] * (K + V)
-        keys += tl.load(tape + at + k[None, :], mask=new[:, None] & (k < K)[None, :], other=0.0)
-        values += tl.load(tape + at + K + v[None, :], mask=new[:, None] & (v < V)[None, :], other=0.0)
-        n += tl.load(one + 2 * fill, mask=new, other=0.0)
-        spread += tl.load(one + 2 * fill + 1, mask=new, other=0.0)
+        if FILLS:
+            at = fill[:, None] * (K + V)
+            keys += tl.load(tape + at + k[None, :], mask=new[:, None] & (k < K)[None, :], other=0.0)
+            values += tl.load(tape + at + K + v[None, :], mask=new[:, None] & (v < V)[None, :], other=0.0)
+            n += tl.load(one + 2 * fill, mask=new, other=0.0)
+            spread += tl.load(one + 2 * fill + 1, mask=new, other=0.0)
+            tl.store(went + row, base + to, mask=there)
         at = row[:, None] * (K + V)
         tl.store(next_means + at + k[None, :], keys, mask=there[:, None] & (k < K)[None, :])
         tl.store(next_means + at + K + v[None, :], values, mask=there[:, None] & (v < V)[None, :])
         tl.store(next_sizes + 2 * row, n, mask=there)
         tl.store(next_sizes + 2 * row + 1, spread, mask=there)
-        tl.store(went + row, base + to, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "last", "S", "L"])
 def merge_all(every, counts, went, tape, one, metric, goes_on, real, whole, tickets, alpha, first, last, S, G, L,
               M: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr,
               KP: tl.constexpr, VP: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, WEIGHS: tl.constexpr,
@@ -274,12 +283,84 @@ def merge_all(every, counts, went, tape, one, metric, goes_on, real, whole, tick
             ahead, fill = at + N * M, (p * S + i).to(tl.int64) * C
             _settle(means, sizes, every + ahead * (K + V), counts + ahead * 2, tape + fill * (K + V), one + fill * 2,
                     square, own, went + at, p * M, on, me, M, K, V, C, MP, CP, KP, VP, P, JOINED, WEIGHS,
-                    DTYPE)  # fmt: skip
+                    DTYPE, True)  # fmt: skip
         if PART == 0:
             _meet(tickets + p, (2 * (i - first) + 2) * P, P)
 
 
 @triton.jit
+def _open(kept, scales, row, x, rows, D, first: tl.constexpr, width: tl.constexpr, DTYPE: tl.constexpr):
+    """Keys (first = 0) or values of clusters of a state, in fp32."""
+    part = _tile(kept + first, row, x, D, rows, width).to(tl.float32)
+    if DTYPE == 2:
+        scale = tl.load(scales + 2 * row + (1 if first > 0 else 0), mask=row < rows, other=0.0)
+        part *= scale.to(tl.float32)[:, None]
+    return part
+
+
+@triton.jit
+def _keep(part, kept, scales, row, x, there, D, first: tl.constexpr, width: tl.constexpr, DTYPE: tl.constexpr):
+    """Into a state, as `clusters._stored`."""
+    at = kept + first + row[:, None] * D + x[None, :]
+    if DTYPE == 2:
+        code, scale = _codes(part)
+        tl.store(scales + 2 * row[:, None] + (1 if first > 0 else 0), scale.to(tl.bfloat16), mask=there[:, None])
+        tl.store(at, code.to(tl.int8), mask=there[:, None] & (x < width)[None, :])
+    else:
+        tl.store(at, part.to(kept.dtype.element_ty), mask=there[:, None] & (x < width)[None, :])
+
+
+@triton.jit
+def take_in(kept, scales, sizes, queries, keys, values, exists, means, merged, counts, real, whole, alpha,
+            M: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr,
+            KP: tl.constexpr, VP: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, WEIGHS: tl.constexpr,
+            DTYPE: tl.constexpr, JUMPS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, INNER: tl.constexpr,
+            JOINED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """`clusters.update_state`, in place; `means`, `merged` and `counts` are scratch. One program a head: P = 1."""
+    p, D = tl.program_id(0), K + V
+    kept, scales, sizes = kept + p * M * D, scales + p * M * 2, sizes + p * M * 2
+    queries, means, merged, counts = (
+        queries + p * (2 * K + 1),
+        means + p * M * D,
+        merged + p * M * D,
+        counts + p * M * 2,
+    )
+    least, partner = real + p * 4 * MP, whole + p * 7 * MP
+    m, k, v = tl.arange(0, MP), tl.arange(0, KP), tl.arange(0, VP)
+    here = tl.load(exists + p)
+    if tl.load(sizes + 2 * (M - 1)) * here > 0.0:
+        for start in range(0, M, JOINED):
+            row = start + tl.arange(0, JOINED)
+            at, there = means + row[:, None] * D, (row < M)[:, None]
+            tl.store(at + k[None, :], _open(kept, scales, row, k, M, D, 0, K, DTYPE), mask=there & (k < K)[None, :])
+            tl.store(at + K + v[None, :], _open(kept, scales, row, v, M, D, K, V, DTYPE), mask=there & (v < V)[None, :])
+        tl.debug_barrier()
+        _weigh(means, sizes, queries, least + MP, alpha, M, K, V, MP, KP, VP, HEADS, R)
+        for tile in range(0, (M + R - 1) // R):
+            _find(means, queries, least + MP, least, partner, tile, M, K, V, MP, KP, VP, R, W, INNER, PRECISION)
+        tl.debug_barrier()
+        _choose(least, partner, partner + MP, M, MP, C, CP, JUMPS, R, W)
+        _settle(means, sizes, merged, counts, merged, counts, queries, partner + MP, partner, 0, 1, 0, M, K, V, C, MP,
+                CP, KP, VP, 1, JOINED, WEIGHS, 0, False)  # fmt: skip
+        tl.debug_barrier()
+        for start in range(0, M, JOINED):
+            row = start + tl.arange(0, JOINED)
+            _keep(_tile(merged, row, k, D, M, K), kept, scales, row, k, row < M, D, 0, K, DTYPE)
+            _keep(_tile(merged + K, row, v, D, M, V), kept, scales, row, v, row < M, D, K, V, DTYPE)
+        both = tl.arange(0, 2 * MP)
+        tl.store(sizes + both, tl.load(counts + both, mask=both < 2 * M, other=0.0), mask=both < 2 * M)
+        tl.debug_barrier()
+    taken = tl.sum((tl.load(sizes + 2 * m, mask=m < M, other=0.0) > 0).to(tl.int32), 0)
+    row = tl.minimum(taken, M - 1) + tl.zeros([1], tl.int32)
+    tl.debug_barrier()
+    there = (tl.zeros([1], tl.float32) + here) > 0.0
+    _keep(tl.load(keys + p * K + k, mask=k < K, other=0.0)[None, :], kept, scales, row, k, there, D, 0, K, DTYPE)
+    _keep(tl.load(values + p * V + v, mask=v < V, other=0.0)[None, :], kept, scales, row, v, there, D, K, V, DTYPE)
+    tl.store(sizes + 2 * row, tl.full([1], 1.0, tl.float32), mask=there)
+    tl.store(queries + 2 * K, here)
+
+
+@triton.jit(do_not_specialize=["S"])
 def merge_gradient(given, counts, went, scratch, out, tape, S, M: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
                    DB: tl.constexpr, R: tl.constexpr):  # fmt: skip
     """The gradients of the first means and of the tape, of some columns of one row and key head."""
