@@ -282,16 +282,18 @@ CLUSTERS = {
     "clusters 40:5 plain": {"M": 40, "C": 5, "dtype": None, "mass": 0.0, "expected": 0.0},
     "clusters 464:58": {"M": 464, "C": 58, "K": 64, "V": 64, "B": 1, "G": 1, "dtype": None, "steps": 0},
     "clusters 40:5 split": {"M": 40, "C": 5, "dtype": torch.int8, "split": True},
+    "clusters 40:5 capped": {"M": 40, "C": 5, "mass": torch.rand(4), "softcap": 5.0},
 }  # fmt: skip
 
 
 def merged_clusters(
     M: int = 128, C: int = 16, K: int = 16, V: int = 32, B: int = 2, G: int = 2, dtype: torch.dtype | None = None,
-    mass: float = 0.3, expected: float = 1.0, steps: int = 3, split: bool = False,
+    mass: float | Tensor = 0.3, expected: float = 1.0, steps: int = 3, split: bool = False,
+    softcap: float | None = None,
 ) -> list[Callable[[], dict[str, Tensor]]]:  # fmt: skip
     """A block in which clusters are merged twice, tokens are absent, and rows end apart; its gradients; and a few
     tokens after it, one by one; by kernels and by PyTorch. Where each cluster went is part of it."""
-    T, rule = M + 2 * C - C // 2, clusters.Rule(C, mass, expected, heads=2, scaling=K**-0.5)
+    T, rule = M + 2 * C - C // 2, clusters.Rule(C, mass, expected, heads=2, scaling=K**-0.5, softcap=softcap)
     q, k, v = (torch.randn(B, n, T, w) for n, w in ((2 * G, K), (G, K), (G, V)))
     there = (torch.rand(B, 1, T, 1) > 0.02).float()
     there[1:, :, M + C :] = 0  # rows that merge only once
@@ -301,11 +303,12 @@ def merged_clusters(
         state = clusters.initial_state(B, G, K, V, M, q.device, dtype)
         with mock.patch.multiple(clusters_backend, SPLIT=split, PROGRAMS=3 if split else 1):
             y, weight, state = clusters.run(q, k * there, v * there, there, state, rule)
-        after = tuple(x.detach().clone() for x in state)
+        after, read = tuple(x.detach().clone() for x in state), []
         for i in range(steps * C):
-            token = (x[:, :, i : i + 1].detach() for x in (k, v))
+            query, *token = (x[:, :, i : i + 1].detach() for x in (q, k, v))
             clusters.update_state(*token, torch.ones(B, G, 1, 1), after, rule)
-        return y, weight, *(x.float() for x in (*state, *after))
+            read.append(torch.cat([x.flatten() for x in clusters.read_state(query, after, rule)]))
+        return y, weight, *(x.float() for x in (*state, *after, *read))
 
     x = {"q": q, "k": k, "v": v}
 

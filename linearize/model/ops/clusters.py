@@ -30,6 +30,7 @@ whether the last token existed; for int8 scales [B, G, M, 2] bf16. Taken cluster
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,8 +94,7 @@ def opened(state: State) -> Tensor:
 def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule) -> None:
     """Take in one token (T = 1; shapes as of `run`). `state` is updated in place."""
     means, sizes, queries = state[:3]
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, *state))
-    if not learns and _has_kernels(sizes, k, v):
+    if _has_kernels(means, sizes, k.shape[-1]) and not _learns(k, v, *state):
         return clusters_backend.take_in(k, v, exists, state, rule)
     here = exists > 0
     full = (sizes[:, :, -1:, :1] > 0) & here
@@ -115,7 +115,9 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
 def read_state(q: Tensor, state: State, rule: Rule) -> tuple[Tensor, Tensor]:
     """What one token q [B, H, 1, K] reads: y [B, H, 1, V] and its log weight [B, H, 1], both fp32. The queries of its
     query are added to the state."""
-    sizes, queries = state[1:3]
+    means, sizes, queries = state[:3]
+    if _has_kernels(means, sizes, q.shape[-1]) and not _learns(q, *state, rule.mass):
+        return clusters_backend.read_token(q, state, rule)
     y, weight = _read(q, opened(state), sizes, None, rule)
     with torch.no_grad():
         seen = _seen(q.to(sizes.dtype) * rule.scaling, sizes.shape[1])
@@ -267,7 +269,7 @@ def _merges(
         index [B, G, M] into all rows.
     """
     K = metric.shape[-1] // 2
-    if _has_kernels(sizes, means[..., :K], means[..., K:]):
+    if _has_kernels(means, sizes, K):
         return clusters_backend.merges(means, sizes, tape, one, metric, goes_on, rule, dtype)
     every, counts, chunk = [means], [sizes], rule.chunk
     stay, went = torch.arange(sizes[..., 0].numel(), device=sizes.device).view(sizes.shape[:3]), []
@@ -284,13 +286,17 @@ def _merges(
     return torch.stack(every), torch.stack(counts), went
 
 
-def _has_kernels(sizes: Tensor, *parts: Tensor) -> bool:
-    """Whether clusters are merged by Triton kernels, given keys and values; what is compiled has the operations, which
-    it fuses."""
+def _has_kernels(means: Tensor, sizes: Tensor, key_width: int) -> bool:
+    """Whether Triton kernels do it; what is compiled has the operations, which it fuses."""
     if torch.compiler.is_compiling():
         return False
-    restriction = clusters_backend.restriction(sizes, max(x.shape[-1] for x in parts))
+    restriction = clusters_backend.restriction(sizes, max(key_width, means.shape[-1] - key_width))
     return chooses_fla(sizes, restriction, missing=clusters_backend.missing)
+
+
+def _learns(*given: Any) -> bool:
+    """Whether a gradient is asked for, which kernels of one token have not."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
 
 
 def _seen(q: Tensor, groups: int) -> Tensor:

@@ -5,6 +5,7 @@ Letters as in ops/clusters.py; N = B·G, S merges.
 """
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ WAITING = 128
 SPLIT = False
 """Two launches a merge, for costs and for joining, in place of one for all merges: nothing waits inside a kernel."""
 FLAGS: dict[str, Any] = {"num_warps": 8, "num_stages": 1}
-GRADIENT = {"DB": 16, "R": 64, "num_warps": 4}
+GRADIENT: dict[str, int] = {"DB": 16, "R": 64, "num_warps": 4}
 """Columns of a program, rows at a time, and warps."""
+READING = {"R": 32, "num_warps": 4}
+"""Clusters at a time, and warps."""
 WIDEST, MOST = 256, 1024
 """K or V, and M."""
 
@@ -40,9 +43,10 @@ def missing() -> str | None:
 
 
 def _kernels() -> Any:
-    from . import clusters_triton
+    """What holds all kernels by their names."""
+    from . import clusters_token_triton, clusters_triton
 
-    return clusters_triton
+    return SimpleNamespace(**{**vars(clusters_triton), **vars(clusters_token_triton)})
 
 
 def restriction(sizes: Tensor, widest: int) -> str | None:
@@ -117,6 +121,25 @@ def take_in(k: Tensor, v: Tensor, exists: Tensor, state: tuple[Tensor, ...], rul
         means, scales[0] if scales else sizes, sizes, queries, *token, opened, merged, counts, real, whole,
         float(rule.expected), **compiled, **FLAGS,
     )  # fmt: skip
+
+
+def read_token(q: Tensor, state: tuple[Tensor, ...], rule: Any) -> tuple[Tensor, Tensor]:
+    """`clusters.read_state`, with its arguments, where nothing has a gradient."""
+    means, sizes, queries, *scales = state
+    assert all(x.is_contiguous() for x in state)  # it is changed in place
+    (B, H, _, K), (G, M) = q.shape, means.shape[1:3]
+    V = means.shape[-1] - K
+    y, weight = sizes.new_empty(B, H, 1, V), sizes.new_empty(B, H, 1)
+    compiled = constants(M, K, V, rule, means.dtype, 1)
+    names = ("M", "K", "V", "KP", "VP", "HEADS", "DTYPE", "WEIGHS")
+    mass = rule.mass.float() if isinstance(rule.mass, Tensor) else sizes
+    _kernels().read_token[(B * H,)](
+        q.contiguous(), means, scales[0] if scales else sizes, sizes, queries, mass,
+        0.0 if isinstance(rule.mass, Tensor) else float(rule.mass), y, weight, rule.scaling, rule.softcap or 0.0, G,
+        **{name: compiled[name] for name in names}, CAPPED=rule.softcap is not None,
+        OWN=isinstance(rule.mass, Tensor), **READING,
+    )  # fmt: skip
+    return y, weight
 
 
 def gradient(given: Tensor, counts: Tensor, went: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

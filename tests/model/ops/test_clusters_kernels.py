@@ -58,11 +58,23 @@ def take_in(kept, scales, sizes, queries, keys, values, exists, *scratch, **cons
         clusters.update_state(keys, values, exists, state, RULE)
 
 
+def read_token(q, kept, scales, sizes, queries, mass, same, y, weight, scaling, softcap, G, **constants):
+    assert (same, scaling, constants["OWN"], constants["CAPPED"]) == (RULE.mass, RULE.scaling, False, False)
+    state = (kept, sizes, queries, *([scales] if kept.dtype == torch.int8 else []))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LINEARIZE_BACKEND", "torch")
+        for x, new in zip((y, weight), clusters.read_state(q, state, RULE), strict=True):
+            x.copy_(new)
+
+
+FORMS = (merge_all, merge_gradient, take_in, read_token)
+
+
 @pytest.fixture
 def calls(monkeypatch) -> list:
     """What was launched, with CPU tensors as CUDA ones."""
     calls: list = []
-    forms = {form.__name__: Kernel(form.__name__, form, calls) for form in (merge_all, merge_gradient, take_in)}
+    forms = {form.__name__: Kernel(form.__name__, form, calls) for form in FORMS}
     monkeypatch.delenv("LINEARIZE_BACKEND", raising=False)
     monkeypatch.setattr(clusters_backend, "_kernels", lambda: SimpleNamespace(**forms))
     monkeypatch.setattr(ops, "on_gpu", lambda x: True)
@@ -84,17 +96,19 @@ def made(dtype: torch.dtype | None) -> list[Tensor]:
     for i in range(8):
         at, here = slice(i, i + 1), exists[:, :, i : i + 1]
         clusters.update_state(k[:, :, at].detach() * here, v[:, :, at].detach() * here, here, state, RULE)
+        out += clusters.read_state(q[:, :, at].detach(), state, RULE)
     return [x.detach().clone() for x in (*out, *state)]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8], ids=str)
 def test_merging_goes_to_the_kernels(dtype, calls, monkeypatch):
     by_kernels = made(dtype)
-    assert calls == [("merge_all", (B * G,)), ("merge_gradient", (B * G, 1)), *8 * [("take_in", (B * G,))]]
+    block = [("merge_all", (B * G,)), ("merge_gradient", (B * G, 1))]
+    assert calls == block + 8 * [("take_in", (B * G,)), ("read_token", (B * H,))]
     monkeypatch.setenv("LINEARIZE_BACKEND", "torch")
     for a, b in zip(by_kernels, made(dtype), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert len(calls) == 10
+    assert len(calls) == 18
 
 
 def test_several_programs_share_a_head_up_to_those_that_run_at_once(calls, monkeypatch):
@@ -108,7 +122,8 @@ def test_a_step_with_a_gradient_is_not_sent_to_a_kernel_that_has_none(calls):
     k, v, exists = (torch.ones(B, G, 1, w) for w in (K, V, 1))
     state = clusters.initial_state(B, G, K, V, M, k.device)
     clusters.update_state(k.requires_grad_(), v, exists, state, RULE)
-    assert not calls
+    y, _ = clusters.read_state(torch.ones(B, H, 1, K, requires_grad=True), state, RULE)
+    assert not calls and y.requires_grad
     state[0].sum().backward()
     assert bool((k.grad == 1).all())
 
