@@ -33,7 +33,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from linearize.conversion.costs import context, make  # noqa: E402
-from linearize.model import ops  # noqa: E402
+from linearize.model import host, ops  # noqa: E402
 from linearize.model.mixers import Geometry  # noqa: E402
 from linearize.model.ops import (  # noqa: E402  # noqa: E402
     additive,
@@ -337,6 +337,7 @@ def compared(
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(ops, "on_gpu", lambda x: x.dtype != torch.float64))
+        stack.enter_context(mock.patch.object(host, "is_free", lambda x: x.dtype == torch.float64))
         stack.enter_context(mock.patch.object(fla_backend, "kernel", noted))
         stack.enter_context(mock.patch.object(clusters_backend, "_kernels", of_clusters))
         stack.enter_context(triton_on_cpu.tf32() if how.tf32 else nullcontext())

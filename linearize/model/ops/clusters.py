@@ -94,7 +94,7 @@ def opened(state: State) -> Tensor:
 def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule) -> None:
     """Take in one token (T = 1; shapes as of `run`). `state` is updated in place."""
     means, sizes, queries = state[:3]
-    if _has_kernels(means, sizes, k.shape[-1]) and not _learns(k, v, *state):
+    if _is_one_launch(k.shape[-1], state, k, v):
         return clusters_backend.take_in(k, v, exists, state, rule)
     here = exists > 0
     full = (sizes[:, :, -1:, :1] > 0) & here
@@ -115,8 +115,8 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
 def read_state(q: Tensor, state: State, rule: Rule) -> tuple[Tensor, Tensor]:
     """What one token q [B, H, 1, K] reads: y [B, H, 1, V] and its log weight [B, H, 1], both fp32. The queries of its
     query are added to the state."""
-    means, sizes, queries = state[:3]
-    if _has_kernels(means, sizes, q.shape[-1]) and not _learns(q, *state, rule.mass):
+    sizes, queries = state[1:3]
+    if _is_one_launch(q.shape[-1], state, q, rule.mass):
         return clusters_backend.read_token(q, state, rule)
     y, weight = _read(q, opened(state), sizes, None, rule)
     with torch.no_grad():
@@ -294,9 +294,11 @@ def _has_kernels(means: Tensor, sizes: Tensor, key_width: int) -> bool:
     return chooses_fla(sizes, restriction, missing=clusters_backend.missing)
 
 
-def _learns(*given: Any) -> bool:
-    """Whether a gradient is asked for, which kernels of one token have not."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
+def _is_one_launch(key_width: int, state: State, *given: Any) -> bool:
+    """Whether a kernel takes in or reads a token. Those have no gradient."""
+    if host.is_free(state[1]) or not _has_kernels(*state[:2], key_width):
+        return False
+    return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (*state, *given))
 
 
 def _seen(q: Tensor, groups: int) -> Tensor:

@@ -226,6 +226,43 @@ def test_clusters_merge_on_a_gpu_as_by_pytorch(
         torch.testing.assert_close(*each, rtol=0, atol=1e-4)
 
 
+@pytest.mark.skipif(merging_missing is not None, reason=f"the kernels cannot run here: {merging_missing}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_clusters_take_in_and_read_tokens_in_a_graph_as_by_pytorch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    B, H, G, K, M, C, T = 2, 4, 2, 64, 128, 16, 180
+    rule = clusters.Rule(C, mass=torch.full((H,), 0.3, device="cuda"), expected=1.0, heads=H // G, scaling=K**-0.5)
+    q, k, v = (torch.randn(B, n, T, K, device="cuda") for n in (H, G, G))
+    exists = (torch.rand(B, 1, T, 1, device="cuda") > 0.1).float().expand(-1, G, -1, -1).contiguous()
+    k, v = k * exists, v * exists
+
+    def step(q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+        clusters.update_state(k, v, exists, state, rule)
+        y, weight = clusters.read_state(q, state, rule)
+        return torch.cat([y, weight.unsqueeze(-1)], -1)
+
+    def fresh() -> tuple[Tensor, ...]:
+        return clusters.initial_state(B, G, K, K, M, q.device, None if dtype == torch.float32 else dtype)
+
+    with torch.no_grad():
+        monkeypatch.setenv("LINEARIZE_BACKEND", "torch")
+        state = fresh()
+        expected = [step(*(x[:, :, i : i + 1] for x in (q, k, v, exists)), state) for i in range(T)]
+        monkeypatch.setenv("LINEARIZE_BACKEND", "fla")
+        given, kept = [x[:, :, :1].clone() for x in (q, k, v, exists)], fresh()
+        step(*given, fresh())  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step(*given, kept)
+        for i, wanted in enumerate(expected):
+            for x, token in zip(given, (q, k, v, exists), strict=True):
+                x.copy_(token[:, :, i : i + 1])
+            graph.replay()
+            torch.testing.assert_close(out, wanted, rtol=0, atol=1e-4 if dtype == torch.float32 else 2e-2)
+
+
 def clustered_block(B: int, G: int, M: int, C: int, K: int, S: int, dtype: torch.dtype) -> list[Tensor]:
     """What `clusters._merges` takes, up to its rule: the first row stops before the last merge."""
 
