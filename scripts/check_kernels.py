@@ -7,7 +7,7 @@ Calls go through linearize's own dispatch, to kernels that Triton's interpreter 
 does not cover); of linearize, only the question whether a tensor lies on a GPU is answered with yes. A cell is the
 largest difference from the definition of the recurrence in fp64, as a share of the largest number: of outputs, final
 states, and the gradients of all inputs and initial states. Mixers, which read packed texts, are held to their own
-PyTorch form in fp32.
+PyTorch form in fp32, and so is the merging of clusters, whose kernels are our own.
 
 Writes eval/results/NAME.json after every cell, and a table (.md) beside it at the end.
 """
@@ -33,9 +33,19 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from linearize.conversion.costs import context, make  # noqa: E402
-from linearize.model import ops  # noqa: E402
+from linearize.model import host, ops  # noqa: E402
 from linearize.model.mixers import Geometry  # noqa: E402
-from linearize.model.ops import additive, bonus, delta, expansion, fla_backend, rotation, slots  # noqa: E402
+from linearize.model.ops import (  # noqa: E402  # noqa: E402
+    additive,
+    bonus,
+    clusters,
+    clusters_backend,
+    delta,
+    expansion,
+    fla_backend,
+    rotation,
+    slots,
+)
 from linearize.model.ops.rows import Rows  # noqa: E402
 
 KINDS = ("none", "head", "fixed", "channel")
@@ -239,6 +249,10 @@ def cells(given: Any) -> Iterator[Cell]:
         if given.only in name:
             torch.manual_seed(given.seed)
             yield compared(name, "packed texts", *packed_mixer(name.split()[1], options))
+    for name, sizes in CLUSTERS.items():
+        if given.only in name:
+            torch.manual_seed(given.seed)
+            yield compared(name, "fp32", *merged_clusters(**sizes))
 
 
 def packed_mixer(name: str, options: dict[str, Any]) -> list[Callable[[], dict[str, Tensor]]]:
@@ -262,13 +276,60 @@ def packed_mixer(name: str, options: dict[str, Any]) -> list[Callable[[], dict[s
     return [lambda: outcome(form, x), by_pytorch]
 
 
+CLUSTERS = {
+    "clusters 32:4": {"M": 32, "C": 4, "dtype": None}, "clusters 128:16 bf16": {"dtype": torch.bfloat16},
+    "clusters 40:5 int8": {"M": 40, "C": 5, "K": 12, "V": 20, "dtype": torch.int8},
+    "clusters 40:5 plain": {"M": 40, "C": 5, "dtype": None, "mass": 0.0, "expected": 0.0},
+    "clusters 464:58": {"M": 464, "C": 58, "K": 64, "V": 64, "B": 1, "G": 1, "dtype": None, "steps": 0},
+    "clusters 40:5 split": {"M": 40, "C": 5, "dtype": torch.int8, "split": True},
+    "clusters 40:5 capped": {"M": 40, "C": 5, "mass": torch.rand(4), "softcap": 5.0},
+}  # fmt: skip
+
+
+def merged_clusters(
+    M: int = 128, C: int = 16, K: int = 16, V: int = 32, B: int = 2, G: int = 2, dtype: torch.dtype | None = None,
+    mass: float | Tensor = 0.3, expected: float = 1.0, steps: int = 3, split: bool = False,
+    softcap: float | None = None,
+) -> list[Callable[[], dict[str, Tensor]]]:  # fmt: skip
+    """A block in which clusters are merged twice, tokens are absent, and rows end apart; its gradients; and a few
+    tokens after it, one by one; by kernels and by PyTorch. Where each cluster went is part of it."""
+    T, rule = M + 2 * C - C // 2, clusters.Rule(C, mass, expected, heads=2, scaling=K**-0.5, softcap=softcap)
+    q, k, v = (torch.randn(B, n, T, w) for n, w in ((2 * G, K), (G, K), (G, V)))
+    there = (torch.rand(B, 1, T, 1) > 0.02).float()
+    there[1:, :, M + C :] = 0  # rows that merge only once
+    there = there.expand(-1, G, -1, -1)
+
+    def form(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        state = clusters.initial_state(B, G, K, V, M, q.device, dtype)
+        with mock.patch.multiple(clusters_backend, SPLIT=split, PROGRAMS=3 if split else 1):
+            y, weight, state = clusters.run(q, k * there, v * there, there, state, rule)
+        after, read = tuple(x.detach().clone() for x in state), []
+        for i in range(steps * C):
+            query, *token = (x[:, :, i : i + 1].detach() for x in (q, k, v))
+            clusters.update_state(*token, torch.ones(B, G, 1, 1), after, rule)
+            read.append(torch.cat([x.flatten() for x in clusters.read_state(query, after, rule)]))
+        return y, weight, *(x.float() for x in (*state, *after, *read))
+
+    x = {"q": q, "k": k, "v": v}
+
+    def by_pytorch() -> dict[str, Tensor]:
+        with mock.patch.dict("os.environ", LINEARIZE_BACKEND="torch"):
+            return outcome(form, x)
+
+    return [lambda: outcome(form, x), by_pytorch]
+
+
 def compared(
     name: str, check: str, run: Callable[[], dict[str, Tensor]], truth: Callable[[], dict[str, Tensor]]
 ) -> Cell:
     """One cell of the table: the largest error, the kernels that were called, and whether it holds."""
     how, called, start = CHECKS[check], [], time.monotonic()
     cell: Cell = {"operation": name, "check": check, "limit": how.limit}
-    kernel = fla_backend.kernel
+    kernel, ours = fla_backend.kernel, clusters_backend._kernels
+
+    def of_clusters() -> Any:
+        called.append("clusters_triton")
+        return ours()
 
     def noted(module: str, name: str) -> Callable[..., Any]:
         called.append(name)
@@ -276,7 +337,9 @@ def compared(
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(ops, "on_gpu", lambda x: x.dtype != torch.float64))
+        stack.enter_context(mock.patch.object(host, "is_free", lambda x: x.dtype == torch.float64))
         stack.enter_context(mock.patch.object(fla_backend, "kernel", noted))
+        stack.enter_context(mock.patch.object(clusters_backend, "_kernels", of_clusters))
         stack.enter_context(triton_on_cpu.tf32() if how.tf32 else nullcontext())
         try:
             worst, what = error(run(), truth())

@@ -39,13 +39,17 @@ def has_kernels(call: Callable[[], Any]) -> bool:
     return bool(asked)
 
 
-def chooses_fla(x: Tensor, restriction: str | None, backend: str | None = None) -> bool:
-    """Whether a call runs on fla's kernels.
+def chooses_fla(
+    x: Tensor, restriction: str | None, backend: str | None = None,
+    missing: Callable[[], str | None] | None = None,
+) -> bool:  # fmt: skip
+    """Whether a call runs on kernels: fla's, or those of ours that stand beside them.
 
     Args:
         x: one of the call's tensors.
         restriction: what about this call the kernels cannot do, or None.
         backend: torch | fla, or None for LINEARIZE_BACKEND and, without it, whatever is faster and there.
+        missing: says why the kernels cannot be imported, or None; without it, fla's are meant.
 
     Raises:
         InputError: the backend is unknown, or fla is forced where it cannot run.
@@ -58,16 +62,16 @@ def chooses_fla(x: Tensor, restriction: str | None, backend: str | None = None) 
         raise InputError(f"LINEARIZE_BACKEND: unknown backend {wanted!r}. {suggest(wanted, BACKENDS)}")
     if wanted == "torch" or (wanted is None and not on_gpu(x)):
         return False
-    missing = None if on_gpu(x) else f"the tensors are on {x.device}, and the kernels need a CUDA device"
-    missing = missing or fla_backend.missing()
-    if wanted == "fla" and (missing or restriction):
+    absent = None if on_gpu(x) else f"the tensors are on {x.device}, and the kernels need a CUDA device"
+    absent = absent or (missing or fla_backend.missing)()
+    if wanted == "fla" and (absent or restriction):
         raise InputError(
-            f"LINEARIZE_BACKEND: found 'fla', but {missing or restriction}; allowed here: torch; unset the variable "
+            f"LINEARIZE_BACKEND: found 'fla', but {absent or restriction}; allowed here: torch; unset the variable "
             "(or the keyword `backend`) to have the kernels where they can run and PyTorch elsewhere"
         )
-    if missing is None and restriction is not None:
+    if absent is None and restriction is not None:
         _warn(restriction)
-    return missing is None and restriction is None
+    return absent is None and restriction is None
 
 
 @functools.cache

@@ -30,12 +30,14 @@ whether the last token existed; for int8 scales [B, G, M, 2] bf16. Taken cluster
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import host
+from . import chooses_fla, clusters_backend
 from .window import normalise, scores
 
 State = tuple[Tensor, ...]
@@ -92,6 +94,8 @@ def opened(state: State) -> Tensor:
 def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule) -> None:
     """Take in one token (T = 1; shapes as of `run`). `state` is updated in place."""
     means, sizes, queries = state[:3]
+    if _is_one_launch(k.shape[-1], state, k, v):
+        return clusters_backend.take_in(k, v, exists, state, rule)
     here = exists > 0
     full = (sizes[:, :, -1:, :1] > 0) & here
     # Where a look at a value is not free, it is merged at every step, and what is needed is kept.
@@ -112,6 +116,8 @@ def read_state(q: Tensor, state: State, rule: Rule) -> tuple[Tensor, Tensor]:
     """What one token q [B, H, 1, K] reads: y [B, H, 1, V] and its log weight [B, H, 1], both fp32. The queries of its
     query are added to the state."""
     sizes, queries = state[1:3]
+    if _is_one_launch(q.shape[-1], state, q, rule.mass):
+        return clusters_backend.read_token(q, state, rule)
     y, weight = _read(q, opened(state), sizes, None, rule)
     with torch.no_grad():
         seen = _seen(q.to(sizes.dtype) * rule.scaling, sizes.shape[1])
@@ -230,6 +236,9 @@ class _Merges(torch.autograd.Function):
     @staticmethod
     def backward(ctx, means, _):  # type: ignore[override]
         (sizes,) = ctx.saved_tensors
+        if isinstance(ctx.to, Tensor):
+            g, tape = clusters_backend.gradient(means, sizes, ctx.to, ctx.chunk)
+            return g, None, tape, None, None, None, None, None
         counts, g, tape = sizes[..., :1], means[-1], []
         for i, to in reversed(list(enumerate(ctx.to))):
             tape.append(g[:, :, -ctx.chunk :])
@@ -242,7 +251,7 @@ class _Merges(torch.autograd.Function):
 def _merges(
     means: Tensor, sizes: Tensor, tape: Tensor, one: Tensor, metric: Tensor, goes_on: Tensor, rule: Rule,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[Tensor] | Tensor]:  # fmt: skip
     """Clusters before the first merge and after each, filled up with the chunk of the tape that follows it.
 
     Args:
@@ -259,12 +268,15 @@ def _merges(
         means [S + 1, B, G, M, K + V] and sizes [S + 1, B, G, M, 2]; and of each merge where each cluster went, as an
         index [B, G, M] into all rows.
     """
+    K = metric.shape[-1] // 2
+    if _has_kernels(means, sizes, K):
+        return clusters_backend.merges(means, sizes, tape, one, metric, goes_on, rule, dtype)
     every, counts, chunk = [means], [sizes], rule.chunk
     stay, went = torch.arange(sizes[..., 0].numel(), device=sizes.device).view(sizes.shape[:3]), []
     for i in range(goes_on.shape[1]):
         on, fill = goes_on[:, i].view(-1, 1, 1, 1), slice(i * chunk, (i + 1) * chunk)
         merged, size, to = _joined(means, sizes, metric[:, :, i : i + 1], rule)
-        means = torch.where(on, _rounded(merged, metric.shape[-1] // 2, dtype), means)
+        means = torch.where(on, _rounded(merged, K, dtype), means)
         sizes = torch.where(on, size, sizes)
         went.append(torch.where(on[..., 0], to, stay))
         means = torch.cat([means[:, :, :-chunk], means[:, :, -chunk:] + tape[:, :, fill]], 2)
@@ -272,6 +284,21 @@ def _merges(
         every.append(means)
         counts.append(sizes)
     return torch.stack(every), torch.stack(counts), went
+
+
+def _has_kernels(means: Tensor, sizes: Tensor, key_width: int) -> bool:
+    """Whether Triton kernels do it; what is compiled has the operations, which it fuses."""
+    if torch.compiler.is_compiling():
+        return False
+    restriction = clusters_backend.restriction(sizes, max(key_width, means.shape[-1] - key_width))
+    return chooses_fla(sizes, restriction, missing=clusters_backend.missing)
+
+
+def _is_one_launch(key_width: int, state: State, *given: Any) -> bool:
+    """Whether a kernel takes in or reads a token. Those have no gradient."""
+    if host.is_free(state[1]) or not _has_kernels(*state[:2], key_width):
+        return False
+    return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (*state, *given))
 
 
 def _seen(q: Tensor, groups: int) -> Tensor:

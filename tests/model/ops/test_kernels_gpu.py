@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from linearize.conversion.costs import context, make
 from linearize.model import ops
 from linearize.model.mixers import MIXERS, Geometry
-from linearize.model.ops import additive, average, delta, diagonal, dplr, fla_backend, slots
+from linearize.model.ops import additive, average, clusters, clusters_backend, delta, diagonal, dplr, fla_backend, slots
 
 TAU = 16.0
 SLACK = {
@@ -51,6 +51,7 @@ NAMES = (
 )  # fmt: skip
 HAVE_KERNELS = [name for name in NAMES if name.split()[0] in ("additive", "delta", "slots")]
 missing = "no CUDA device" if not torch.cuda.is_available() else fla_backend.missing()
+merging_missing = "no CUDA device" if not torch.cuda.is_available() else clusters_backend.missing()
 
 Made = dict[str, list[Tensor]]
 """Outputs, states and gradients."""
@@ -192,6 +193,91 @@ def test_a_mixer_is_its_pytorch_form(
     made, slack = whole(DTYPES[dtype]), SLACK[os.environ["LINEARIZE_BACKEND"], dtype]
     monkeypatch.setenv("LINEARIZE_BACKEND", "torch")
     check(made, whole(DTYPES[dtype]), whole(torch.float32), slack)
+
+
+@pytest.mark.skipif(merging_missing is not None, reason=f"the kernels cannot run here: {merging_missing}")
+@pytest.mark.parametrize("programs", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize(("M", "C", "K"), [(32, 4, 16), (128, 16, 64), (464, 58, 64), (256, 32, 128)])
+def test_clusters_merge_on_a_gpu_as_by_pytorch(
+    M: int, C: int, K: int, dtype: torch.dtype, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clusters_backend, "PROGRAMS", programs)
+    torch.manual_seed(0)
+    B, G, S = 2, 2, 3
+    rule = clusters.Rule(C, mass=0.3, expected=1.0, heads=2)
+    given = [x.cuda() for x in clustered_block(B, G, M, C, K, S, dtype)]
+    made = {}
+    for backend in ("torch", "fla"):
+        monkeypatch.setenv("LINEARIZE_BACKEND", backend)
+        means, tape = (given[i].detach().requires_grad_() for i in (0, 2))
+        every, sizes = clusters._Merges.apply(means, given[1], tape, *given[3:], rule, dtype)  # type: ignore[misc]
+        weight = torch.linspace(-1, 1, every.numel(), device="cuda").view_as(every)
+        gradients = torch.autograd.grad((every * weight).sum(), (means, tape))
+        went = clusters._merges(*(x.detach() for x in given), rule, dtype)[2]
+        made[backend] = every.detach(), sizes, torch.stack(list(went)).long(), *gradients
+    every, sizes, went, *gradients = zip(made["fla"], made["torch"], strict=True)
+    assert torch.equal(*went)
+    # Where means are rounded, sums in two orders may fall on two sides.
+    step = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.int8: 0.05}[dtype]
+    torch.testing.assert_close(*every, rtol=0, atol=step)
+    torch.testing.assert_close(*sizes, rtol=1e-4, atol=max(step, 1e-3) * K)
+    for each in gradients:
+        torch.testing.assert_close(*each, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(merging_missing is not None, reason=f"the kernels cannot run here: {merging_missing}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_clusters_take_in_and_read_tokens_in_a_graph_as_by_pytorch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    B, H, G, K, M, C, T = 2, 4, 2, 64, 128, 16, 180
+    rule = clusters.Rule(C, mass=torch.full((H,), 0.3, device="cuda"), expected=1.0, heads=H // G, scaling=K**-0.5)
+    q, k, v = (torch.randn(B, n, T, K, device="cuda") for n in (H, G, G))
+    exists = (torch.rand(B, 1, T, 1, device="cuda") > 0.1).float().expand(-1, G, -1, -1).contiguous()
+    k, v = k * exists, v * exists
+
+    def step(q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+        clusters.update_state(k, v, exists, state, rule)
+        y, weight = clusters.read_state(q, state, rule)
+        return torch.cat([y, weight.unsqueeze(-1)], -1)
+
+    def fresh() -> tuple[Tensor, ...]:
+        return clusters.initial_state(B, G, K, K, M, q.device, None if dtype == torch.float32 else dtype)
+
+    with torch.no_grad():
+        monkeypatch.setenv("LINEARIZE_BACKEND", "torch")
+        state = fresh()
+        expected = [step(*(x[:, :, i : i + 1] for x in (q, k, v, exists)), state) for i in range(T)]
+        monkeypatch.setenv("LINEARIZE_BACKEND", "fla")
+        given, kept = [x[:, :, :1].clone() for x in (q, k, v, exists)], fresh()
+        step(*given, fresh())  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step(*given, kept)
+        for i, wanted in enumerate(expected):
+            for x, token in zip(given, (q, k, v, exists), strict=True):
+                x.copy_(token[:, :, i : i + 1])
+            graph.replay()
+            torch.testing.assert_close(out, wanted, rtol=0, atol=1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def clustered_block(B: int, G: int, M: int, C: int, K: int, S: int, dtype: torch.dtype) -> list[Tensor]:
+    """What `clusters._merges` takes, up to its rule: the first row stops before the last merge."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(B, G, *shape)
+
+    means, tape = (clusters._rounded(normal(rows, 2 * K), K, dtype) for rows in (M, S * C))
+    sizes = torch.stack([torch.randint(1, 9, (B, G, M)).float(), normal(M).square()], -1)
+    one = torch.tensor([1.0, 0.0]).repeat(B, G, S * C, 1)
+    queries = 0.3 * normal(S + 1, K)
+    metric = torch.cat([5 * M * (queries.square() + 0.5), 5 * M * queries], -1).cumsum(2)
+    goes_on = torch.ones(B, S, dtype=torch.bool)
+    goes_on[0, -1] = False
+    tape[0, :, -C:], one[0, :, -C:] = 0, 0
+    return [means, sizes, tape, one, metric, goes_on]
 
 
 def test_a_wrong_recurrence_and_a_nan_are_noticed() -> None:
