@@ -115,7 +115,7 @@ def measured(given: argparse.Namespace) -> Iterator[Cell]:
                 model = models.get(name, models["source"])
                 cache: Cache = DynamicCache(config=model.config)
                 if name == STATIC:
-                    cache = StaticCache(config=model.config, max_cache_len=context + 8)
+                    cache = StaticCache(config=model.config, max_cache_len=context + 64)
                     # What is in its buffer does not change its time; a linearized cache is as large after any context.
                 filled = context if name == "source" else min(context, 1024)
                 try:

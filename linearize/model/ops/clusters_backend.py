@@ -15,9 +15,9 @@ ROWS, COLUMNS, INNER = 64, 64, 32
 """Tile of the costs, and how many channels a product takes at a time."""
 JOINED = 32
 """Rows that are joined at a time."""
-PRECISION = "ieee"
+PRECISION = "tf32x3"
 """Of products of fp32: ieee, or tf32x3, which is nearly as exact and runs on tensor cores."""
-PROGRAMS = 1
+PROGRAMS = 8
 """P, programs that share a row and key head. More than one wait for each other, N·P of them at most WAITING."""
 WAITING = 128
 """Programs that surely run at once: the multiprocessors of an H100 are 132."""
