@@ -157,7 +157,7 @@ def run(
         first += piece[0].shape[2]
         if first > M:
             first = M - rule.chunk + (first - M - 1) % rule.chunk + 1 if whole else M
-    y, weight = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    y, weight = parts[0] if len(parts) == 1 else (torch.cat(x, 2) for x in zip(*parts, strict=True))
     return y, weight, state
 
 
