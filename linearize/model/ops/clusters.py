@@ -191,7 +191,8 @@ def _run(
     old = at[:start, None] < taken[:, None, None]
     means = torch.where(old, old_means[:, :, :start], tape[:, :, :start])
     sizes = torch.where(old, sizes[:, :, :start], one[:, :, :start])
-    means, sizes = (F.pad(x, (0, 0, 0, M - start)) for x in (means, sizes))
+    if start < M:
+        means, sizes = (F.pad(x, (0, 0, 0, M - start)) for x in (means, sizes))
     with torch.no_grad():
         square = _seen(q * rule.scaling, G)
         square = [square[:, :, :start].sum(2, keepdim=True), square[:, :, start:].unflatten(2, (merges, chunk)).sum(3)]

@@ -42,11 +42,18 @@ def missing() -> str | None:
     return None
 
 
+@functools.cache
 def _kernels() -> Any:
     """What holds all kernels by their names."""
     from . import clusters_token_triton, clusters_triton
 
     return SimpleNamespace(**{**vars(clusters_triton), **vars(clusters_token_triton)})
+
+
+def _launch(name: str, grid: tuple[int, ...], first: Tensor, *given: Any, **constants: Any) -> None:
+    """A kernel, on the device where its first tensor lies."""
+    with torch.cuda.device_of(first):
+        getattr(_kernels(), name)[grid](first, *given, **constants)
 
 
 def restriction(sizes: Tensor, widest: int) -> str | None:
@@ -98,12 +105,9 @@ def merges(
         goes_on.contiguous().view(torch.uint8), real, whole, tickets, float(rule.expected),
     )  # fmt: skip
     rest = S, G, metric.shape[2]
-    kernel = _kernels().merge_all[(N * P,)]
-    if not SPLIT:
-        kernel(*given, 0, S, *rest, **compiled, PART=0, **flags)
-    for i in range(S if SPLIT else 0):
-        for part in (1, 2):
-            kernel(*given, i, i + 1, *rest, **compiled, PART=part, **flags)
+    parts = [(i, i + 1, part) for i in range(S) for part in (1, 2)] if SPLIT else [(0, S, 0)]
+    for first, last, part in parts:
+        _launch("merge_all", (N * P,), *given, first, last, *rest, **compiled, PART=part, **flags)
     return every, counts, went
 
 
@@ -117,9 +121,9 @@ def take_in(k: Tensor, v: Tensor, exists: Tensor, state: tuple[Tensor, ...], rul
     whole = torch.empty(B * G, 7, compiled["MP"], device=means.device, dtype=torch.int32)
     assert all(x.is_contiguous() for x in state)  # it is changed in place
     token = (x.to(sizes.dtype).contiguous() for x in (k, v, exists))
-    _kernels().take_in[(B * G,)](
-        means, scales[0] if scales else sizes, sizes, queries, *token, opened, merged, counts, real, whole,
-        float(rule.expected), **compiled, **FLAGS,
+    _launch(
+        "take_in", (B * G,), means, scales[0] if scales else sizes, sizes, queries, *token, opened, merged, counts,
+        real, whole, float(rule.expected), **compiled, **FLAGS,
     )  # fmt: skip
 
 
@@ -133,8 +137,8 @@ def read_token(q: Tensor, state: tuple[Tensor, ...], rule: Any) -> tuple[Tensor,
     compiled = constants(M, K, V, rule, means.dtype, 1)
     names = ("M", "K", "V", "KP", "VP", "HEADS", "DTYPE", "WEIGHS")
     mass = rule.mass.float() if isinstance(rule.mass, Tensor) else sizes
-    _kernels().read_token[(B * H,)](
-        q.contiguous(), means, scales[0] if scales else sizes, sizes, queries, mass,
+    _launch(
+        "read_token", (B * H,), q.contiguous(), means, scales[0] if scales else sizes, sizes, queries, mass,
         0.0 if isinstance(rule.mass, Tensor) else float(rule.mass), y, weight, rule.scaling, rule.softcap or 0.0, G,
         **{name: compiled[name] for name in names}, CAPPED=rule.softcap is not None,
         OWN=isinstance(rule.mass, Tensor), **READING,
@@ -146,6 +150,8 @@ def gradient(given: Tensor, counts: Tensor, went: Tensor, chunk: int) -> tuple[T
     """The gradients of the first means and of the tape, from those [S + 1, B, G, M, D] of all means."""
     S, (B, G, M, D) = went.shape[0], given.shape[1:]
     out, scratch, tape = (given.new_empty(B, G, rows, D) for rows in (M, M, S * chunk))
-    kernel = _kernels().merge_gradient[(B * G, -(-D // GRADIENT["DB"]))]
-    kernel(given.contiguous(), counts, went, scratch, out, tape, S, M=M, D=D, C=chunk, **GRADIENT)
+    grid = B * G, -(-D // GRADIENT["DB"])
+    _launch(
+        "merge_gradient", grid, given.contiguous(), counts, went, scratch, out, tape, S, M=M, D=D, C=chunk, **GRADIENT
+    )
     return out, tape
