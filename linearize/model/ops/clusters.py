@@ -200,14 +200,7 @@ def _run(
     goes_on = taken + count > M + chunk * torch.arange(merges, device=q.device)
     given = means, sizes, tape[:, :, start:], one[:, :, start:], metric, goes_on, rule, state[0].dtype
     every, sizes = _Merges.apply(*given) if torch.is_grad_enabled() else _merges(*given)[:2]  # type: ignore[misc]
-    slots = torch.arange(M, device=q.device)
-    y, weight = _read(q[:, :, :start], every[0], sizes[0], slots <= at[:start, None], rule)
-    if merges:
-        later = q[:, :, start:].unflatten(2, (merges, chunk)).movedim(2, 0).flatten(0, 1)
-        seen = slots <= M - chunk + at[:chunk, None]
-        part = _read(later, every[1:].flatten(0, 1), sizes[1:].flatten(0, 1), seen, rule)
-        part = (x.unflatten(0, (merges, B)).movedim(0, 2).flatten(2, 3) for x in part)
-        y, weight = (torch.cat(x, 2) for x in zip((y, weight), part, strict=True))
+    y, weight = _read_all(q, every, sizes, start, rule)
     if token is None:
         y, weight = y[:, :, first : first + T], weight[:, :, first : first + T]
     else:
@@ -220,6 +213,22 @@ def _run(
     # Of copies: a view would keep the clusters of every chunk in memory.
     means, *scales = _stored(every[-1].clone(), K, state[0].dtype)
     return y, weight, (means, sizes[-1].clone(), queries, *scales)
+
+
+def _read_all(q: Tensor, every: Tensor, sizes: Tensor, start: int, rule: Rule) -> tuple[Tensor, Tensor]:
+    """What all queries of a tape [B, H, ·, K] read: `start` of them before the first merge, and C after each."""
+    if _is_one_launch(q.shape[-1], (every, sizes), q, rule.mass):
+        return clusters_backend.read_block(q, every, sizes, start, rule)
+    merges, B, M, chunk = every.shape[0] - 1, every.shape[1], every.shape[3], rule.chunk
+    slots, at = torch.arange(M, device=q.device), torch.arange(max(start, chunk), device=q.device)
+    y, weight = _read(q[:, :, :start], every[0], sizes[0], slots <= at[:start, None], rule)
+    if merges:
+        later = q[:, :, start:].unflatten(2, (merges, chunk)).movedim(2, 0).flatten(0, 1)
+        seen = slots <= M - chunk + at[:chunk, None]
+        part = _read(later, every[1:].flatten(0, 1), sizes[1:].flatten(0, 1), seen, rule)
+        part = (x.unflatten(0, (merges, B)).movedim(0, 2).flatten(2, 3) for x in part)
+        y, weight = (torch.cat(x, 2) for x in zip((y, weight), part, strict=True))
+    return y, weight
 
 
 class _Merges(torch.autograd.Function):

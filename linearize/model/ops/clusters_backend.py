@@ -26,8 +26,10 @@ SPLIT = False
 FLAGS: dict[str, Any] = {"num_warps": 8, "num_stages": 1}
 GRADIENT: dict[str, int] = {"DB": 16, "R": 64, "num_warps": 4}
 """Columns of a program, rows at a time, and warps."""
-READING = {"R": 32, "num_warps": 4}
-"""Clusters at a time, and warps."""
+READING: dict[str, int] = {"R": 32, "num_warps": 4}
+"""Clusters at a time, and warps, where a token reads."""
+BLOCK_READING: dict[str, int] = {"R": 64, "W": 32, "num_warps": 8, "num_stages": 1}
+"""Queries and clusters at a time, and warps, where a block reads."""
 WIDEST, MOST = 256, 1024
 """K or V, and M."""
 
@@ -134,16 +136,38 @@ def read_token(q: Tensor, state: tuple[Tensor, ...], rule: Any) -> tuple[Tensor,
     (B, H, _, K), (G, M) = q.shape, means.shape[1:3]
     V = means.shape[-1] - K
     y, weight = sizes.new_empty(B, H, 1, V), sizes.new_empty(B, H, 1)
-    compiled = constants(M, K, V, rule, means.dtype, 1)
-    names = ("M", "K", "V", "KP", "VP", "HEADS", "DTYPE", "WEIGHS")
-    mass = rule.mass.float() if isinstance(rule.mass, Tensor) else sizes
     _launch(
-        "read_token", (B * H,), q.contiguous(), means, scales[0] if scales else sizes, sizes, queries, mass,
-        0.0 if isinstance(rule.mass, Tensor) else float(rule.mass), y, weight, rule.scaling, rule.softcap or 0.0, G,
-        **{name: compiled[name] for name in names}, CAPPED=rule.softcap is not None,
-        OWN=isinstance(rule.mass, Tensor), **READING,
+        "read_token", (B * H,), q.contiguous(), means, scales[0] if scales else sizes, sizes, queries,
+        *_mass(rule, sizes), y, weight, rule.scaling, rule.softcap or 0.0, G,
+        **_constants(M, K, V, rule, means.dtype, "DTYPE"), **READING,
     )  # fmt: skip
     return y, weight
+
+
+def read_block(q: Tensor, every: Tensor, sizes: Tensor, start: int, rule: Any) -> tuple[Tensor, Tensor]:
+    """`clusters._read_all`, with its arguments, where nothing has a gradient."""
+    (B, H, L, K), (merges, _, G, M, D) = q.shape, every.shape
+    y, weight = sizes.new_empty(B, H, L, D - K), sizes.new_empty(B, H, L)
+    R = BLOCK_READING["R"]
+    tiles = -(-rule.heads * start // R) + (merges - 1) * -(-rule.heads * rule.chunk // R)
+    _launch(
+        "read_block", (tiles, B * G), q.contiguous(), every, sizes, *_mass(rule, sizes), y, weight, rule.scaling,
+        rule.softcap or 0.0, start, L, G, **_constants(M, K, D - K, rule, q.dtype, "C", "INNER", "PRECISION"),
+        **BLOCK_READING,
+    )  # fmt: skip
+    return y, weight
+
+
+def _mass(rule: Any, like: Tensor) -> tuple[Tensor, float]:
+    """γ per head, or a stand-in, and γ for all."""
+    return (rule.mass.float().contiguous(), 0.0) if isinstance(rule.mass, Tensor) else (like, float(rule.mass))
+
+
+def _constants(M: int, K: int, V: int, rule: Any, dtype: torch.dtype, *more: str) -> dict[str, Any]:
+    """Those of reading."""
+    compiled = constants(M, K, V, rule, dtype, 1)
+    kept = {name: compiled[name] for name in ("M", "K", "V", "KP", "VP", "HEADS", "WEIGHS", *more)}
+    return kept | {"CAPPED": rule.softcap is not None, "OWN": isinstance(rule.mass, Tensor)}
 
 
 def gradient(given: Tensor, counts: Tensor, went: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
