@@ -175,7 +175,8 @@ def _run(
     merges = -(-max(first + T - M, 0) // chunk)
     length = M + merges * chunk if merges else first + T
     at = torch.arange(length, device=q.device)
-    on = ((at >= taken) & (at < taken + count))[:, None, :, None]
+    end = taken + count
+    on = ((at >= taken) & (at < end))[:, None, :, None]
     order = None if whole else real.logical_not().long().sort(dim=1, stable=True).indices
     token = None if order is None else order.gather(1, (at - taken).clamp(0, T - 1))[:, None, :, None]
 
@@ -197,7 +198,7 @@ def _run(
         square = _seen(q * rule.scaling, G)
         square = [square[:, :, :start].sum(2, keepdim=True), square[:, :, start:].unflatten(2, (merges, chunk)).sum(3)]
         metric = torch.cat(square, 2).cumsum(2) + queries[..., :-1]
-    goes_on = taken + count > M + chunk * torch.arange(merges, device=q.device)
+    goes_on = end > torch.arange(M, M + merges * chunk, chunk, device=q.device)
     given = means, sizes, tape[:, :, start:], one[:, :, start:], metric, goes_on, rule, state[0].dtype
     every, sizes = _Merges.apply(*given) if torch.is_grad_enabled() else _merges(*given)[:2]  # type: ignore[misc]
     y, weight = _read_all(q, every, sizes, start, rule)
