@@ -426,6 +426,8 @@ def _stored(x: Tensor, key_width: int, dtype: torch.dtype) -> tuple[Tensor, ...]
     """Means [..., K + V] as a state keeps them, and for int8 their scales [..., 2]."""
     if dtype != torch.int8:
         return (x.to(dtype if dtype == torch.bfloat16 else x.dtype),)
+    if _is_one_launch(key_width, (x, x[..., :1, :]), x):  # of any number of rows
+        return clusters_backend.stored(x, key_width)
     parts = x.split((key_width, x.shape[-1] - key_width), -1)
     scales = [(part.abs().amax(-1, keepdim=True) / 127).bfloat16() for part in parts]
     codes = [

@@ -26,6 +26,8 @@ SPLIT = False
 FLAGS: dict[str, Any] = {"num_warps": 8, "num_stages": 1}
 GRADIENT: dict[str, int] = {"DB": 16, "R": 64, "num_warps": 4}
 """Columns of a program, rows at a time, and warps."""
+STORED: dict[str, int] = {"R": 32, "num_warps": 4}
+"""Clusters of a program, and warps, where they are rounded to int8."""
 READING: dict[str, int] = {"R": 32, "num_warps": 4}
 """Clusters at a time, and warps, where a token reads."""
 BLOCK_READING: dict[str, int] = {"R": 64, "W": 32, "num_warps": 8, "num_stages": 1}
@@ -59,8 +61,8 @@ def _launch(name: str, grid: tuple[int, ...], first: Tensor, *given: Any, **cons
 
 
 def restriction(sizes: Tensor, widest: int) -> str | None:
-    """What about clusters of `sizes` [B, G, M, 2], with the wider of K and V, the kernels cannot do, or None."""
-    M = sizes.shape[2]
+    """What about clusters of `sizes` [..., M, 2], with the wider of K and V, the kernels cannot do, or None."""
+    M = sizes.shape[-2]
     if sizes.dtype != torch.float32:
         return f"they compute in fp32, and the clusters are {sizes.dtype}"
     if widest > WIDEST:
@@ -68,15 +70,16 @@ def restriction(sizes: Tensor, widest: int) -> str | None:
     return f"there may be {MOST} clusters, and these are {M}" if M > MOST else None
 
 
+def _padded(size: int) -> int:
+    """A power of two, at least the least that products take."""
+    return max(1 << (size - 1).bit_length(), 16)
+
+
 def constants(M: int, K: int, V: int, rule: Any, dtype: torch.dtype, programs: int) -> dict[str, Any]:
     """What `merge_all` is compiled for."""
-
-    def padded(size: int) -> int:
-        return max(1 << (size - 1).bit_length(), 16)
-
-    MP, KP, VP, C = padded(M), padded(K), padded(V), rule.chunk
+    MP, KP, VP, C = _padded(M), _padded(K), _padded(V), rule.chunk
     return {
-        "M": M, "K": K, "V": V, "C": C, "MP": MP, "CP": padded(C), "KP": KP, "VP": VP, "P": programs,
+        "M": M, "K": K, "V": V, "C": C, "MP": MP, "CP": _padded(C), "KP": KP, "VP": VP, "P": programs,
         "HEADS": rule.heads, "WEIGHS": rule.weighs, "DTYPE": {torch.bfloat16: 1, torch.int8: 2}.get(dtype, 0),
         "JUMPS": (C - 1).bit_length(), "R": min(ROWS, MP), "W": min(COLUMNS, MP), "INNER": min(INNER, KP, VP),
         "JOINED": JOINED, "PRECISION": PRECISION,
@@ -111,6 +114,16 @@ def merges(
     for first, last, part in parts:
         _launch("merge_all", (N * P,), *given, first, last, *rest, **compiled, PART=part, **flags)
     return every, counts, went
+
+
+def stored(x: Tensor, key_width: int) -> tuple[Tensor, Tensor]:
+    """`clusters._stored` of x in int8, where nothing has a gradient."""
+    x, V = x.contiguous(), x.shape[-1] - key_width
+    kept, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(*x.shape[:-1], 2, dtype=torch.bfloat16)
+    rows, at_a_time = scales.numel() // 2, STORED["R"]
+    padded = {"KP": _padded(key_width), "VP": _padded(V)}
+    _launch("keep", (max(-(-rows // at_a_time), 1),), x, kept, scales, rows, K=key_width, V=V, **padded, **STORED)
+    return kept, scales
 
 
 def take_in(k: Tensor, v: Tensor, exists: Tensor, state: tuple[Tensor, ...], rule: Any) -> None:

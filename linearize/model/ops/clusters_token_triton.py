@@ -33,6 +33,15 @@ def _keep(part, kept, scales, row, x, there, D, first: tl.constexpr, width: tl.c
         tl.store(at, part.to(kept.dtype.element_ty), mask=there[:, None] & (x < width)[None, :])
 
 
+@triton.jit(do_not_specialize=["rows"])
+def keep(x, kept, scales, rows, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
+         R: tl.constexpr):  # fmt: skip
+    """`clusters._stored` in int8, of R rows of fp32 means."""
+    row, k, v = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, KP), tl.arange(0, VP)
+    _keep(_tile(x, row, k, K + V, rows, K), kept, scales, row, k, row < rows, K + V, 0, K, 2)
+    _keep(_tile(x + K, row, v, K + V, rows, V), kept, scales, row, v, row < rows, K + V, K, V, 2)
+
+
 @triton.jit
 def take_in(kept, scales, sizes, queries, keys, values, exists, means, merged, counts, real, whole, alpha,
             M: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr,
