@@ -30,6 +30,7 @@ package `linearize` installed this file is not read.
 
 import importlib
 import importlib.util
+import linecache
 import re
 import sys
 
@@ -56,7 +57,9 @@ class _Finder:
         name = module.__name__.removeprefix(self.package).removeprefix(".")
         text = re.sub("^( *from )linearize(?=[. ])", rf"\\g<1>{self.package}", _MODULES[name], flags=re.MULTILINE)
         module.__file__ = __file__
-        exec(compile(text, f"{__file__}:{name}", "exec"), module.__dict__)
+        file = f"{__file__}:{name}"
+        linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file  # Triton compiles what it reads
+        exec(compile(text, file, "exec"), module.__dict__)
 
 
 sys.meta_path.insert(0, _Finder())

@@ -1,8 +1,11 @@
 """Folders that bring their code along open without this package, and compute the same."""
 
+import importlib
+import inspect
 import json
 import re
 import subprocess
+import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -21,6 +24,7 @@ from linearize.errors import InputError
 from linearize.hub import push
 from linearize.model.mixers import MIXERS
 from linearize.model.modeling import linearize_
+from linearize.model.ops import clusters as own
 
 STRANGER = """
 import importlib.util, sys
@@ -125,3 +129,13 @@ def test_push_can_bring_the_code_along(llama_folder: Path, tmp_path: Path) -> No
 def test_an_adapter_has_no_code_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--with-code: .* holds an adapter"):
         push._code(tmp_path, {}, None)
+
+
+def test_the_source_of_what_a_folder_carries_can_be_read(tmp_path, monkeypatch):
+    """Triton compiles what `inspect` reads."""
+    (tmp_path / "carried.py").write_text(remote_code.code(), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    carried = importlib.import_module("carried")
+    clusters = sys.modules[f"{carried._Finder.package}.model.ops.clusters"]
+    assert inspect.getsource(clusters._merges) == inspect.getsource(own._merges)

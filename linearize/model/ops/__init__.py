@@ -1,5 +1,5 @@
 """Recurrences, one family per file, and the choice of what runs them: PyTorch, or Triton kernels of
-flash-linear-attention.
+flash-linear-attention, and for clusters our own.
 
 Mixers call `run_additive`, `run_delta`, or `run` of a family's own file. The kernels run on CUDA tensors where fla and
 triton can be imported; everything else runs as the chunked form in PyTorch. The environment variable LINEARIZE_BACKEND,
