@@ -302,16 +302,13 @@ def merged_clusters(
     def form(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         state = clusters.initial_state(B, G, K, V, M, q.device, dtype)
         with mock.patch.multiple(clusters_backend, SPLIT=split, PROGRAMS=3 if split else 1):
-            block = q, k * there, v * there, there, state, rule
-            y, weight, state = clusters.run(*block)
-            with torch.no_grad():
-                unlearnt = clusters.run(*block)[:2]
+            y, weight, state = clusters.run(q, k * there, v * there, there, state, rule)
         after, read = tuple(x.detach().clone() for x in state), []
         for i in range(steps * C):
             query, *token = (x[:, :, i : i + 1].detach() for x in (q, k, v))
             clusters.update_state(*token, torch.ones(B, G, 1, 1), after, rule)
             read.append(torch.cat([x.flatten() for x in clusters.read_state(query, after, rule)]))
-        return y, weight, *(x.float() for x in (*unlearnt, *state, *after, *read))
+        return y, weight, *(x.float() for x in (*state, *after, *read))
 
     x = {"q": q, "k": k, "v": v}
 

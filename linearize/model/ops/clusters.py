@@ -201,7 +201,14 @@ def _run(
     goes_on = end > torch.arange(M, M + merges * chunk, chunk, device=q.device)
     given = means, sizes, tape[:, :, start:], one[:, :, start:], metric, goes_on, rule, state[0].dtype
     every, sizes = _Merges.apply(*given) if torch.is_grad_enabled() else _merges(*given)[:2]  # type: ignore[misc]
-    y, weight = _read_all(q, every, sizes, start, rule)
+    slots = torch.arange(M, device=q.device)
+    y, weight = _read(q[:, :, :start], every[0], sizes[0], slots <= at[:start, None], rule)
+    if merges:
+        later = q[:, :, start:].unflatten(2, (merges, chunk)).movedim(2, 0).flatten(0, 1)
+        seen = slots <= M - chunk + at[:chunk, None]
+        part = _read(later, every[1:].flatten(0, 1), sizes[1:].flatten(0, 1), seen, rule)
+        part = (x.unflatten(0, (merges, B)).movedim(0, 2).flatten(2, 3) for x in part)
+        y, weight = (torch.cat(x, 2) for x in zip((y, weight), part, strict=True))
     if token is None:
         y, weight = y[:, :, first : first + T], weight[:, :, first : first + T]
     else:
@@ -214,22 +221,6 @@ def _run(
     # Of copies: a view would keep the clusters of every chunk in memory.
     means, *scales = _stored(every[-1].clone(), K, state[0].dtype)
     return y, weight, (means, sizes[-1].clone(), queries, *scales)
-
-
-def _read_all(q: Tensor, every: Tensor, sizes: Tensor, start: int, rule: Rule) -> tuple[Tensor, Tensor]:
-    """What all queries of a tape [B, H, ·, K] read: `start` of them before the first merge, and C after each."""
-    if _is_one_launch(q.shape[-1], (every, sizes), q, rule.mass):
-        return clusters_backend.read_block(q, every, sizes, start, rule)
-    merges, B, M, chunk = every.shape[0] - 1, every.shape[1], every.shape[3], rule.chunk
-    slots, at = torch.arange(M, device=q.device), torch.arange(max(start, chunk), device=q.device)
-    y, weight = _read(q[:, :, :start], every[0], sizes[0], slots <= at[:start, None], rule)
-    if merges:
-        later = q[:, :, start:].unflatten(2, (merges, chunk)).movedim(2, 0).flatten(0, 1)
-        seen = slots <= M - chunk + at[:chunk, None]
-        part = _read(later, every[1:].flatten(0, 1), sizes[1:].flatten(0, 1), seen, rule)
-        part = (x.unflatten(0, (merges, B)).movedim(0, 2).flatten(2, 3) for x in part)
-        y, weight = (torch.cat(x, 2) for x in zip((y, weight), part, strict=True))
-    return y, weight
 
 
 class _Merges(torch.autograd.Function):
@@ -306,8 +297,8 @@ def _has_kernels(means: Tensor, sizes: Tensor, key_width: int) -> bool:
 
 
 def _is_one_launch(key_width: int, state: State, *given: Any) -> bool:
-    """Whether a kernel without a gradient does what is done to a state (its first two tensors), and that will do."""
-    if host.is_free(state[1]) or not _has_kernels(state[0], state[1], key_width):
+    """Whether a kernel takes in or reads a token. Those have no gradient."""
+    if host.is_free(state[1]) or not _has_kernels(*state[:2], key_width):
         return False
     return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (*state, *given))
 
@@ -426,8 +417,6 @@ def _stored(x: Tensor, key_width: int, dtype: torch.dtype) -> tuple[Tensor, ...]
     """Means [..., K + V] as a state keeps them, and for int8 their scales [..., 2]."""
     if dtype != torch.int8:
         return (x.to(dtype if dtype == torch.bfloat16 else x.dtype),)
-    if _is_one_launch(key_width, (x, x[..., :1, :]), x):  # of any number of rows
-        return clusters_backend.stored(x, key_width)
     parts = x.split((key_width, x.shape[-1] - key_width), -1)
     scales = [(part.abs().amax(-1, keepdim=True) / 127).bfloat16() for part in parts]
     codes = [

@@ -26,12 +26,8 @@ SPLIT = False
 FLAGS: dict[str, Any] = {"num_warps": 8, "num_stages": 1}
 GRADIENT: dict[str, int] = {"DB": 16, "R": 64, "num_warps": 4}
 """Columns of a program, rows at a time, and warps."""
-STORED: dict[str, int] = {"R": 32, "num_warps": 4}
-"""Clusters of a program, and warps, where they are rounded to int8."""
-READING: dict[str, int] = {"R": 32, "num_warps": 4}
-"""Clusters at a time, and warps, where a token reads."""
-BLOCK_READING: dict[str, int] = {"R": 64, "W": 32, "num_warps": 8, "num_stages": 1}
-"""Queries and clusters at a time, and warps, where a block reads."""
+READING = {"R": 32, "num_warps": 4}
+"""Clusters at a time, and warps."""
 WIDEST, MOST = 256, 1024
 """K or V, and M."""
 
@@ -61,8 +57,8 @@ def _launch(name: str, grid: tuple[int, ...], first: Tensor, *given: Any, **cons
 
 
 def restriction(sizes: Tensor, widest: int) -> str | None:
-    """What about clusters of `sizes` [..., M, 2], with the wider of K and V, the kernels cannot do, or None."""
-    M = sizes.shape[-2]
+    """What about clusters of `sizes` [B, G, M, 2], with the wider of K and V, the kernels cannot do, or None."""
+    M = sizes.shape[2]
     if sizes.dtype != torch.float32:
         return f"they compute in fp32, and the clusters are {sizes.dtype}"
     if widest > WIDEST:
@@ -70,16 +66,15 @@ def restriction(sizes: Tensor, widest: int) -> str | None:
     return f"there may be {MOST} clusters, and these are {M}" if M > MOST else None
 
 
-def _padded(size: int) -> int:
-    """A power of two, at least the least that products take."""
-    return max(1 << (size - 1).bit_length(), 16)
-
-
 def constants(M: int, K: int, V: int, rule: Any, dtype: torch.dtype, programs: int) -> dict[str, Any]:
     """What `merge_all` is compiled for."""
-    MP, KP, VP, C = _padded(M), _padded(K), _padded(V), rule.chunk
+
+    def padded(size: int) -> int:
+        return max(1 << (size - 1).bit_length(), 16)
+
+    MP, KP, VP, C = padded(M), padded(K), padded(V), rule.chunk
     return {
-        "M": M, "K": K, "V": V, "C": C, "MP": MP, "CP": _padded(C), "KP": KP, "VP": VP, "P": programs,
+        "M": M, "K": K, "V": V, "C": C, "MP": MP, "CP": padded(C), "KP": KP, "VP": VP, "P": programs,
         "HEADS": rule.heads, "WEIGHS": rule.weighs, "DTYPE": {torch.bfloat16: 1, torch.int8: 2}.get(dtype, 0),
         "JUMPS": (C - 1).bit_length(), "R": min(ROWS, MP), "W": min(COLUMNS, MP), "INNER": min(INNER, KP, VP),
         "JOINED": JOINED, "PRECISION": PRECISION,
@@ -116,16 +111,6 @@ def merges(
     return every, counts, went
 
 
-def stored(x: Tensor, key_width: int) -> tuple[Tensor, Tensor]:
-    """`clusters._stored` of x in int8, where nothing has a gradient."""
-    x, V = x.contiguous(), x.shape[-1] - key_width
-    kept, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(*x.shape[:-1], 2, dtype=torch.bfloat16)
-    rows, at_a_time = scales.numel() // 2, STORED["R"]
-    padded = {"KP": _padded(key_width), "VP": _padded(V)}
-    _launch("keep", (max(-(-rows // at_a_time), 1),), x, kept, scales, rows, K=key_width, V=V, **padded, **STORED)
-    return kept, scales
-
-
 def take_in(k: Tensor, v: Tensor, exists: Tensor, state: tuple[Tensor, ...], rule: Any) -> None:
     """`clusters.update_state`, with its arguments, where nothing has a gradient."""
     means, sizes, queries, *scales = state
@@ -149,38 +134,16 @@ def read_token(q: Tensor, state: tuple[Tensor, ...], rule: Any) -> tuple[Tensor,
     (B, H, _, K), (G, M) = q.shape, means.shape[1:3]
     V = means.shape[-1] - K
     y, weight = sizes.new_empty(B, H, 1, V), sizes.new_empty(B, H, 1)
+    compiled = constants(M, K, V, rule, means.dtype, 1)
+    names = ("M", "K", "V", "KP", "VP", "HEADS", "DTYPE", "WEIGHS")
+    mass = rule.mass.float() if isinstance(rule.mass, Tensor) else sizes
     _launch(
-        "read_token", (B * H,), q.contiguous(), means, scales[0] if scales else sizes, sizes, queries,
-        *_mass(rule, sizes), y, weight, rule.scaling, rule.softcap or 0.0, G,
-        **_constants(M, K, V, rule, means.dtype, "DTYPE"), **READING,
+        "read_token", (B * H,), q.contiguous(), means, scales[0] if scales else sizes, sizes, queries, mass,
+        0.0 if isinstance(rule.mass, Tensor) else float(rule.mass), y, weight, rule.scaling, rule.softcap or 0.0, G,
+        **{name: compiled[name] for name in names}, CAPPED=rule.softcap is not None,
+        OWN=isinstance(rule.mass, Tensor), **READING,
     )  # fmt: skip
     return y, weight
-
-
-def read_block(q: Tensor, every: Tensor, sizes: Tensor, start: int, rule: Any) -> tuple[Tensor, Tensor]:
-    """`clusters._read_all`, with its arguments, where nothing has a gradient."""
-    (B, H, L, K), (merges, _, G, M, D) = q.shape, every.shape
-    y, weight = sizes.new_empty(B, H, L, D - K), sizes.new_empty(B, H, L)
-    R = BLOCK_READING["R"]
-    tiles = -(-rule.heads * start // R) + (merges - 1) * -(-rule.heads * rule.chunk // R)
-    _launch(
-        "read_block", (tiles, B * G), q.contiguous(), every, sizes, *_mass(rule, sizes), y, weight, rule.scaling,
-        rule.softcap or 0.0, start, L, G, **_constants(M, K, D - K, rule, q.dtype, "C", "INNER", "PRECISION"),
-        **BLOCK_READING,
-    )  # fmt: skip
-    return y, weight
-
-
-def _mass(rule: Any, like: Tensor) -> tuple[Tensor, float]:
-    """γ per head, or a stand-in, and γ for all."""
-    return (rule.mass.float().contiguous(), 0.0) if isinstance(rule.mass, Tensor) else (like, float(rule.mass))
-
-
-def _constants(M: int, K: int, V: int, rule: Any, dtype: torch.dtype, *more: str) -> dict[str, Any]:
-    """Those of reading."""
-    compiled = constants(M, K, V, rule, dtype, 1)
-    kept = {name: compiled[name] for name in ("M", "K", "V", "KP", "VP", "HEADS", "WEIGHS", *more)}
-    return kept | {"CAPPED": rule.softcap is not None, "OWN": isinstance(rule.mass, Tensor)}
 
 
 def gradient(given: Tensor, counts: Tensor, went: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Reading clusters, and one token of ops/clusters.py, in Triton kernels, without a gradient: a launch each. Nothing is
+"""One token of ops/clusters.py in Triton kernels: what `update_state` and `read_state` do, a launch each. Nothing is
 asked of the host, and the state stays where it lies, so that a step can be captured in a graph. As clusters_triton.py,
 whose merging this uses.
 """
@@ -31,15 +31,6 @@ def _keep(part, kept, scales, row, x, there, D, first: tl.constexpr, width: tl.c
         tl.store(at, code.to(tl.int8), mask=there[:, None] & (x < width)[None, :])
     else:
         tl.store(at, part.to(kept.dtype.element_ty), mask=there[:, None] & (x < width)[None, :])
-
-
-@triton.jit(do_not_specialize=["rows"])
-def keep(x, kept, scales, rows, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-         R: tl.constexpr):  # fmt: skip
-    """`clusters._stored` in int8, of R rows of fp32 means."""
-    row, k, v = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, KP), tl.arange(0, VP)
-    _keep(_tile(x, row, k, K + V, rows, K), kept, scales, row, k, row < rows, K + V, 0, K, 2)
-    _keep(_tile(x + K, row, v, K + V, rows, V), kept, scales, row, v, row < rows, K + V, K, V, 2)
 
 
 @triton.jit
@@ -137,56 +128,3 @@ def read_token(q, kept, scales, sizes, queries, mass, same, y, weight, scaling, 
         here = tl.load(queries + 2 * K)
         tl.store(queries + k, tl.load(queries + k, mask=k < K, other=0.0) + square * here, mask=k < K)
         tl.store(queries + K + k, tl.load(queries + K + k, mask=k < K, other=0.0) + mean * here, mask=k < K)
-
-
-@triton.jit(do_not_specialize=["start", "L"])
-def read_block(q, every, counts, mass, same, y, weight, scaling, softcap, start, L, G, M: tl.constexpr,
-               K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-               HEADS: tl.constexpr, INNER: tl.constexpr, WEIGHS: tl.constexpr, PRECISION: tl.constexpr,
-               CAPPED: tl.constexpr, OWN: tl.constexpr, R: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """`clusters._read_all`: a program takes R pairs of a head of a group and a query, all between the same merges."""
-    tile, p, N, D = tl.program_id(0), tl.program_id(1), tl.num_programs(1), K + V
-    begin, size, i = 0, start, 0  # of the queries between two merges, and how many merges came before
-    tiles = (HEADS * start + R - 1) // R
-    if tile >= tiles:
-        each: tl.constexpr = (HEADS * C + R - 1) // R
-        i = (tile - tiles) // each + 1
-        tile, begin, size = (tile - tiles) % each, start + (i - 1) * C, C
-    pair = tile * R + tl.arange(0, R)
-    there, at = pair < HEADS * size, pair % size
-    last = tl.where(i > 0, M - C + at, at)
-    head = pair // size
-    query = ((p * HEADS + head).to(tl.int64)) * L + begin + at
-    slab = (i * N + p).to(tl.int64) * M
-    means, sizes = every + slab * D, counts + slab * 2
-    own = same + tl.zeros([R], tl.float32)
-    if OWN:
-        own = tl.load(mass + (p % G) * HEADS + head, mask=there, other=0.0)
-    v = tl.arange(0, VP)
-    top, total = tl.full([R], 2 * EMPTY, tl.float32), tl.zeros([R], tl.float32)
-    sums = tl.zeros([R, VP], tl.float32)
-    for first in range(0, M, W):
-        row = first + tl.arange(0, W)
-        a = tl.zeros([R, W], tl.float32)
-        for inner in range(0, KP, INNER):
-            d = inner + tl.arange(0, INNER)
-            x = tl.load(q + query[:, None] * K + d[None, :], mask=there[:, None] & (d < K)[None, :], other=0.0)
-            a = tl.dot(x, tl.trans(_tile(means, row, d, D, M, K)), a, input_precision=PRECISION)
-        a *= scaling
-        if CAPPED:
-            a = softcap * (2.0 * tl.sigmoid(2.0 * (a / softcap)) - 1.0)
-        n = tl.load(sizes + 2 * row, mask=row < M, other=0.0)
-        a += tl.where(n == 0.0, EMPTY, tl.log(tl.maximum(n, 1.0)))[None, :]
-        if WEIGHS:
-            a += (0.5 / HEADS * own)[:, None] * tl.load(sizes + 2 * row + 1, mask=row < M, other=0.0)[None, :]
-        a = tl.where(row[None, :] <= last[:, None], a, EMPTY)
-        a = tl.where((row < M)[None, :], a, 2 * EMPTY)
-        higher = tl.maximum(top, tl.max(a, 1))
-        share, fades = tl.exp(a - higher[:, None]), tl.exp(top - higher)
-        total = total * fades + tl.sum(share, 1)
-        values = _tile(means + K, row, v, D, M, V)
-        sums = tl.dot(share, values, sums * fades[:, None], input_precision=PRECISION)
-        top = higher
-    tl.store(y + query[:, None] * V + v[None, :], sums / total[:, None], mask=there[:, None] & (v < V)[None, :])
-    log = top + tl.log(total)
-    tl.store(weight + query, tl.where(log < EMPTY / 2, float("-inf"), log), mask=there)
