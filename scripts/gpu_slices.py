@@ -73,7 +73,16 @@ def slices(tiny: bool) -> Iterator[tuple[str, Slice]]:
     device = ["--device", "cpu" if tiny else "cuda"]
     small = ["--shapes", "tiny", "--contexts", "64", "--batches", "1", "--steps", "3"]
     yield "decode", Slice([*python, "scripts/gpu_decode.py", *device, *small * tiny], 300)
-    tests = ["-m", "pytest", "-q", "-o", "filterwarnings=", "tests/model/ops/test_kernels_gpu.py", "-p", "no:cacheprovider"]
+    tests = [
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "filterwarnings=",
+        "tests/model/ops/test_kernels_gpu.py",
+        "-p",
+        "no:cacheprovider",
+    ]
     log = STORE / "parity.xml"
     yield "parity", Slice([*python, *tests, *([] if tiny else ["-k", "fla"]), f"--junit-xml={log}"], 240,
                           {log: "gpu-parity.xml"})  # fmt: skip

@@ -49,6 +49,7 @@ def piece(rows: int, vocabulary: int) -> int:
 def logits_of(
     model: Any, ids: Tensor, run: Callable[..., Any] | None = None,
     inside: Callable[[], AbstractContextManager] = nullcontext,
+    alone: Callable[[], AbstractContextManager] | None = None,
 ) -> Tensor | Deferred:  # fmt: skip
     """The logits of a causal LM, deferred where there are many and its head can be run alone.
 
@@ -57,6 +58,7 @@ def logits_of(
         ids: int64 [B, T].
         run: calls the model, or what wraps it, with the arguments that it is given; None: the model itself.
         inside: a context for every run of the model or its head, such as autocast.
+        alone: one for runs of the head alone, of which there are many; None: the same.
     """
     plain = _plain(model)
     call: Callable[..., Any] = model if run is None else run
@@ -70,7 +72,9 @@ def logits_of(
         head = {id(weight) for weight in plain.get_output_embeddings().parameters()}
         inner = {id(weight) for weight in _decoder(plain).parameters()} - head
         weights = [weight for weight in plain.parameters() if weight.requires_grad and id(weight) not in inner]
-    return Deferred(output.last_hidden_state, lambda hidden: _head(plain, output, ids, hidden, inside), weights, step)
+    return Deferred(
+        output.last_hidden_state, lambda hidden: _head(plain, output, ids, hidden, alone or inside), weights, step
+    )
 
 
 def splits(model: Any, ids: Tensor, inside: Callable[[], AbstractContextManager] = nullcontext) -> bool:

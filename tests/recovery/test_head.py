@@ -1,5 +1,7 @@
 """Deferred logits against those made at once: every architecture's head, values, gradients, whole training runs."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from helpers.tiny import tiny_model
@@ -11,7 +13,7 @@ from linearize.checkpoint import adapters
 from linearize.model.modeling import linearize_
 from linearize.recipe.schema import Peft
 from linearize.recovery import head
-from linearize.recovery.head import Deferred, logits_of
+from linearize.recovery.head import Deferred, logits_of, splits
 from linearize.recovery.losses import likeliest, token_losses
 from linearize.recovery.train import train
 
@@ -37,6 +39,21 @@ def test_every_head_is_the_models_own(architecture, small):
     # The same products, of other heights, in fp32.
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
     assert torch.equal(model(ids, use_cache=False).logits, whole)  # the decoder is as it was
+
+
+def test_the_model_is_switched_once_and_not_for_every_piece(small):
+    model, entered = linearize_(tiny_model(), MIXER), []
+
+    @contextmanager
+    def inside(name):
+        entered.append(name)
+        yield
+
+    ids = torch.randint(3, 384, (2, 40))
+    splits(model, ids)
+    source = logits_of(model, ids, inside=lambda: inside("source"), alone=lambda: inside("head"))
+    token_losses(logits_of(model, ids), ids, source, kl=1.0)
+    assert entered == ["source", *["head"] * 7]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
