@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# Not run yet.
 # Everything that scripts/gpu_all.sh needs on a GPU machine without network, in parts of at most 50 MB.
 #   bash scripts/gpu_pack.sh OUT [TEXT...] [-- EVAL...]
 # TEXT are files to train on, as a recipe's `data` names them; none: the demo's text, read as often as it takes. EVAL are

@@ -1,4 +1,4 @@
-"""The slices of scripts/gpu_all.sh, which says what they are for. Not run yet.
+"""The slices of scripts/gpu_all.sh, which says what they are for.
 
 A slice is a command that writes its results itself, and either is short or goes on where it was stopped: training from
 its last checkpoint, an evaluation behind its last column. It is stopped (SIGTERM) when the time of the call is over.

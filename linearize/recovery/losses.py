@@ -23,7 +23,7 @@ from linearize.recovery.head import Deferred
 
 IGNORE = -100
 CHUNK = 2**22
-"""Elements of one fp32 [tokens, V] array at a time (16 MiB): more is slower on a CPU and no faster on a GPU."""
+"""Elements of one fp32 [tokens, V] array at a time (16 MiB): more is slower on a CPU."""
 
 
 class Likeliest(NamedTuple):
