@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
-from . import architectures
+from . import architectures, transformers_api
 from .attention import hook_decoder, linearized_modules, swap_attention
 from .cache import cache_layer
 from .made import Made, as_inspected
@@ -70,6 +70,7 @@ class LinearizedConfig(PreTrainedConfig):
                 f"config.json: linearize.source.model_type is {source!r}, which this version of "
                 "transformers does not know"
             )
+        transformers_api.offer(LinearizedForCausalLM)
         return config_class(CONFIG_MAPPING[source]).from_dict(config_dict, **kwargs)
 
 

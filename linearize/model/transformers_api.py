@@ -72,6 +72,17 @@ def source_attention(config: Any, source: type[nn.Module]) -> Callable[..., Any]
     return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
 
 
+def offer(model: type) -> None:
+    """Let transformers' server, where it runs, find a class: it looks for the one that a configuration names in its
+    package, of which there are two in memory (processing_utils.py imports it again).
+
+    Args:
+        model: the class, by its own name.
+    """
+    if server := sys.modules.get("transformers.cli.serving.model_manager"):
+        setattr(server.transformers, model.__name__, model)
+
+
 def routable(source: type[nn.Module]) -> bool:
     """Whether an attention class looks its attention function up by name, which its file then imports."""
     return hasattr(sys.modules[source.__module__], "ALL_ATTENTION_FUNCTIONS")

@@ -106,15 +106,12 @@ def ask(server: str, model: Path, messages: list[dict], stream: bool) -> str:
 
 @pytest.mark.slow
 @serving
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="the server of transformers 5.23 looks the class up inside the package transformers",
-)
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_server_answers_in_several_turns(stream: bool, server: str, converted: Path, answers: list[str]) -> None:
     messages: list[dict] = []
     for turn, expected in zip(TURNS, answers, strict=True):
         messages.append({"role": "user", "content": turn})
-        assert ask(server, converted, messages, stream).strip() == expected.strip()
+        said = ask(server, converted, messages, stream)
+        # A stream keeps back the first bytes of a letter whose last ones never came.
+        assert said.strip().rstrip("\ufffd") == expected.strip().rstrip("\ufffd")
         messages.append({"role": "assistant", "content": expected})

@@ -4,10 +4,12 @@ import ast
 import inspect
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.tiny import tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
@@ -16,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 
 from linearize.model import transformers_api as api
 from linearize.model.attention import IMPLEMENTATION
-from linearize.model.modeling import LinearizedForCausalLM, linearize_
+from linearize.model.modeling import LinearizedConfig, LinearizedForCausalLM, linearize_
 
 MODEL = Path(api.__file__).parent
 GLA = {"name": "gla", "window": 8, "sinks": 2}
@@ -33,6 +35,17 @@ def test_nothing_else_in_the_model_imports_from_inside_transformers() -> None:
                 assert file.name == "transformers_api.py", (
                     f"{file.name}: {node.module} belongs into transformers_api.py"
                 )
+
+
+def test_the_server_looks_for_the_class_in_its_own_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "transformers.cli.serving.model_manager"
+    monkeypatch.setitem(sys.modules, name, server := ModuleType(name))
+    server.transformers = ModuleType("transformers")  # type: ignore[attr-defined]
+    LinearizedConfig.from_dict(linearize_(tiny_model(layers=1), GLA).config.to_dict())  # as opening a folder does
+    assert server.transformers.LinearizedForCausalLM is LinearizedForCausalLM
+    file = Path(transformers.__file__).parent / "cli" / "serving" / "model_manager.py"
+    if file.exists():  # newer than the oldest version that is allowed
+        assert "getattr(transformers, config.architectures[0])" in file.read_text()
 
 
 def test_every_name_is_used() -> None:
