@@ -18,7 +18,7 @@ ROWS = [
     {"model"},
     {"arguments", "autoload", "__init__"},
     {"recipe", "launch"},
-    {"checkpoint"},
+    {"checkpoint", "serving"},
     {"conversion", "recovery", "results"},
     {"evaluation", "reporting", "hub", "generation"},
     {"pipeline"},
@@ -35,6 +35,7 @@ DOORS = {
     "fla": ("model/ops/fla_backend.py",),
     "matplotlib": ("reporting/plot.py",),
     "typer": ("cli/",),
+    "vllm": ("serving/",),
 }
 CLOSED = {"torch", "transformers", "linearize.errors", "linearize.model", "fla", "triton"}
 """What a checkpoint needs to run; fla is optional and imported inside functions."""
