@@ -52,9 +52,11 @@ def test_all_problems_are_named_at_once() -> None:
 
 
 def test_layers_with_the_sources_own_cache_are_left_to_vllm() -> None:
-    assert list(check_layers(folder({"name": "gla"}, {"name": "softmax"}, {"name": "clusters"}))) == [0, 2]
+    assert list(
+        check_layers(folder({"name": "gla"}, {"name": "softmax", "combine": "none"}, {"name": "clusters"}))
+    ) == [0, 2]
     with pytest.raises(InputError, match="serve the source"):
-        check_layers(folder({"name": "softmax"}))
+        check_layers(folder({"name": "softmax", "combine": "none"}))
 
 
 def test_heads_that_stay_softmax_are_refused() -> None:
