@@ -34,6 +34,27 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TiB"
 
 
+def recording(cache: dict[str, Any]) -> str:
+    """What is to be said behind the size of a cache: see `linearize.checkpoint.describe.cache_sizes`."""
+    return f"; {format_bytes(cache['rollback'])} more while drafts are checked" if cache.get("rollback") else ""
+
+
+_UNITS = {unit: 1024**power for power, unit in enumerate(("", "k", "m", "g", "t"))}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read a number of bytes that a person wrote: 8MiB, 7.2 MiB, 512K, 1000000; all units are powers of 1024.
+
+    Raises:
+        ValueError: it is none, or below 1.
+    """
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)i?b?\s*", str(text).lower().removesuffix("bytes"))
+    count = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if isinstance(text, bool) or count < 1:
+        raise ValueError("allowed: a number of bytes above 0, such as 8MiB, 512KiB or 1000000")
+    return count
+
+
 _JOINERS = "\u200c\u200d"  # of scripts and emoji: harmless, and a name without them is another one
 
 

@@ -1,13 +1,18 @@
 """Run a verb of the command line under `accelerate launch`, and stop it, whatever it is stopped by."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 
 from linearize.errors import InputError
@@ -70,6 +75,21 @@ def check_flags(verb: str, flags: Sequence[str]) -> None:
         raise InputError(f"{verb}: found {flags[0]!r} after the folder; {instead}")
 
 
+def _check_deepspeed(verb: str, flags: Sequence[str]) -> None:
+    """Refuse flags that ask for DeepSpeed where it is not installed: accelerate would end with a traceback."""
+    files = [Path(value) for flag, value in pairwise([*flags, ""]) if flag in ("--config_file", "--config-file")]
+    files += [Path(flag.partition("=")[2]) for flag in flags if flag.startswith(("--config_file=", "--config-file="))]
+    wanted = "--use_deepspeed" in flags or "--use-deepspeed" in flags
+    for file in files:
+        with suppress(OSError):
+            wanted = wanted or re.search(r"^distributed_type:\s*['\"]?DEEPSPEED", file.read_text(), re.MULTILINE)
+    if wanted and find_spec("deepspeed") is None:
+        raise InputError(
+            f"{verb}: the flags ask for DeepSpeed (ZeRO-3), which is not installed: pip install deepspeed, on a "
+            "machine with a GPU and its compiler; or divide the weights without it, by recipes/accelerate/fsdp2.yaml"
+        )
+
+
 def launch(
     verb: str, flags: Sequence[str], module: str, arguments: Sequence[str], *, stdout: int | None = None
 ) -> None:
@@ -83,9 +103,10 @@ def launch(
         stdout: where their stdout goes, as for `subprocess.Popen`; None leaves it where ours goes.
 
     Raises:
-        InputError: the flags are none, or the launched processes failed (they have said why).
+        InputError: the flags are none, ask for what is not installed, or the processes failed (they have said why).
     """
     check_flags(verb, flags)
+    _check_deepspeed(verb, flags)
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", module, *arguments]
     # A session of its own: whatever stops this process is told to all that the launcher has started, once.
     process = subprocess.Popen(command, stdout=stdout, start_new_session=True)

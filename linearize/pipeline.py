@@ -1,7 +1,7 @@
 """A whole recipe as one resumable chain of folders, and one training stage with or without a launcher.
 
-    OUT/0-converted [-> OUT/0-calibrated] [-> OUT/0-selected] -> OUT/1-<stage> -> OUT/2-<stage> ... -> OUT/merged
-    -> OUT/results.json
+    OUT/0-converted [-> OUT/0-allocated] [-> OUT/0-calibrated] [-> OUT/0-selected] -> OUT/1-<stage> -> OUT/2-<stage>
+    ... -> OUT/merged -> OUT/results.json
 
 A folder appears by one rename when it is complete and holds the recipe that made it; so a stage is finished when its
 folder is there and the parts of the recipe it depends on are unchanged.
@@ -10,10 +10,10 @@ folder is there and the parts of the recipe it depends on are unchanged.
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint import atomic
 from linearize.checkpoint.manifest import MANIFEST
@@ -23,7 +23,10 @@ from linearize.launch import check_flags, launch
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import Recipe
 
-BEFORE = {"calibrate": "0-calibrated", "select": "0-selected"}
+if TYPE_CHECKING:
+    from linearize.recovery.budget import Budget
+
+BEFORE = {"allocate": "0-allocated", "calibrate": "0-calibrated", "select": "0-selected"}
 """Blocks of a recipe that are a stage before training where they are there, in this order, and the stage's folder."""
 
 
@@ -36,7 +39,7 @@ def run(
     note: Callable[[str], None] = print,
     reads: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Convert, calibrate and select if the recipe says so, train, merge and evaluate.
+    """Convert, allocate, calibrate and select if the recipe says so, train, merge and evaluate.
 
     Args:
         wanted: the resolved recipe.
@@ -146,7 +149,7 @@ def problems(wanted: Recipe, whole: bool = False) -> list[str]:
     if whole or Path(source.id).expanduser().exists():
         model = attempt(lambda: build(locate(source.id, source.revision, package=source.package), wanted))
     if model is not None:
-        blocks = {"calibrate": wanted.calibrate, "select": wanted.select}
+        blocks = {block: getattr(wanted, block) for block in BEFORE}
         blocks |= {f"train.{stage.name}": stage for stage in wanted.train}
         for where, block in blocks.items():
             if block is not None:
@@ -162,9 +165,43 @@ def problems(wanted: Recipe, whole: bool = False) -> list[str]:
         attempt(suites.read_text, spec.text)
     if suite is not None and whole:
         attempt(tasks.check, suite.tasks)
-    for part in wanted.data if wanted.train or wanted.calibrate or wanted.select else ():
+    for part in wanted.data if wanted.train or any(getattr(wanted, block) for block in BEFORE) else ():
         attempt(documents.check, part, whole)
     return lines
+
+
+def plan(
+    model: str | Path, *,
+    recipe: str | Path | None = None, gpu: str = "h100", gpus: int = 1, set: Iterable[str] = (),
+) -> "Budget":  # fmt: skip
+    """Tell what a recipe takes before anything runs: peak memory of a device, time and disk, stage by stage.
+
+    Memory is found by running a training step without values, on a few of the layers: nothing is loaded.
+
+    Args:
+        model: recipe name, recipe file, Hub id, model folder or GGUF file; only its configuration is read.
+        recipe: recipe to use with another `model`.
+        gpu: h100, h200, a100, a100-40, l40s, l4, rtx4090, rtx3090, or cpu: this machine.
+        gpus: how many; with several also what each holds where FSDP2 divides the weights.
+        set: changes of the recipe.
+
+    Returns:
+        The stages with all numbers, `to_dict()` and `text()`.
+
+    Raises:
+        InputError: an unknown device, a batch that so many cannot share, or as `convert`.
+
+    Example:
+        >>> linearize.plan("smollm2-135m", gpu="l4").rows[1].peak < 24e9
+        True
+    """
+    from linearize.checkpoint.sources import locate
+    from linearize.conversion.plan import build
+    from linearize.recovery.budget import budget
+
+    wanted = recipes.with_flags(str(model), None if recipe is None else str(recipe), None, {}, set)
+    located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
+    return budget(lambda: build(located, wanted), wanted, gpu, gpus, located.id)
 
 
 def _stages(wanted: Recipe, out: Path) -> dict[Path, str | int | None]:
@@ -195,10 +232,11 @@ def _make(
         note(plan(located, wanted).text())
         convert(located, wanted, target, overwrite=overwrite)
         return
+    from linearize.recovery.allocate import allocate
     from linearize.recovery.calibrate import calibrate
     from linearize.recovery.select import select
 
-    {"calibrate": calibrate, "select": select}[after](folder, wanted, target, overwrite=overwrite)
+    {"allocate": allocate, "calibrate": calibrate, "select": select}[after](folder, wanted, target, overwrite=overwrite)
 
 
 def train_stage(

@@ -38,7 +38,8 @@ class Bar:
         self._live = enabled and sys.stderr.isatty()
         self._text = TextColumn("{task.description}", markup=False), _Done(), TimeRemainingColumn()
         columns = self._text[0], BarColumn(), *self._text[1:]
-        self._bars = Progress(*columns, console=self._console, disable=not self._live, transient=True)
+        options = {"console": self._console, "disable": not self._live, "transient": True, "redirect_stdout": False}
+        self._bars = Progress(*columns, **options)
         self._task, self._told = self._bars.add_task("", total=None, visible=False, count_bytes=False), time.monotonic()
 
     def __enter__(self) -> "Bar":

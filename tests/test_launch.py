@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from linearize import launch
+from linearize.errors import InputError
+from linearize.recipe.resources import package_folder
 
 CODE = """
 import sys, time
@@ -119,3 +121,13 @@ def test_what_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert process.stdout and process.stdout.readline()
         launch._end(process, signal.SIGTERM)
     assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("flags", [["--use_deepspeed"], ["--config_file", "zero3.yaml"], ["--config_file=zero3.yaml"]])
+def test_deepspeed_that_is_not_there_is_one_sentence(flags, tmp_path, monkeypatch) -> None:
+    shipped = package_folder("recipes") / "accelerate" / "deepspeed_zero3.yaml"
+    (tmp_path / "zero3.yaml").write_text(shipped.read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("linearize.launch.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^train: the flags ask for DeepSpeed .ZeRO-3., which is not installed: pip"):
+        launch.launch("train", flags, "linearize.cli", [])

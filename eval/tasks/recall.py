@@ -30,9 +30,10 @@ def load(
         )
     opened = AutoTokenizer.from_pretrained(name)
     rows = [
-        {"prompt": item.prompt, "answer": item.answer, "length": length, "depth": depth}
+        {"prompt": prompt, "answer": answer, "length": length, "depth": depth}
         for length in lengths
         for depth in recall.depths(task)
         for item in recall.items(task, opened, length, seed, items, depth, twice)
+        for prompt, answer in item.steps
     ]
     return {"test": datasets.Dataset.from_list(rows)}

@@ -54,8 +54,8 @@ def cache_sizes(config: PreTrainedConfig, dtype_bytes: int = 2) -> dict[str, Any
         dtype_bytes: bytes of one cached key or value element; 2 is what models are served in.
 
     Returns:
-        ``dtype_bytes``; ``bytes_per_token``: growth per token beyond the window; ``contexts``: one row per context
-        length; each with ``source_kv`` and ``linearized``.
+        ``dtype_bytes``; ``rollback``: bytes that recording for drafts adds; ``bytes_per_token``: growth per token
+        beyond the window; ``contexts``: one row per context length; each with ``source_kv`` and ``linearized``.
     """
     config = _with_block(config)
     columns = ("source_kv", "linearized")
@@ -65,6 +65,7 @@ def cache_sizes(config: PreTrainedConfig, dtype_bytes: int = 2) -> dict[str, Any
     last, next_one = sizes[CONTEXTS[-1]], sizes[CONTEXTS[-1] + 1]
     return {
         "dtype_bytes": dtype_bytes,
+        "rollback": last["rollback"],
         "bytes_per_token": {column: next_one[column] - last[column] for column in columns},
         "contexts": [{"context": n, **{column: sizes[n][column] for column in columns}} for n in CONTEXTS],
     }

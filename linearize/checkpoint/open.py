@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.checkpoint import adapters, config, links, text
+from linearize.checkpoint import quantize as quantization
 from linearize.checkpoint.atomic import put_back
 from linearize.checkpoint.reading import read_json, reading, reason
 from linearize.checkpoint.sources import fetch, locate, read_model
@@ -18,7 +19,10 @@ _ADAPTER = "adapter_config.json"
 
 
 def load(
-    name: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device | None = None
+    name: str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+    quantize: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a model with its tokenizer, ready to run.
 
@@ -27,6 +31,7 @@ def load(
             language model, or the Hub id of either. Adapters are put on the model that they belong to.
         dtype: of the weights: a torch dtype, its name, or ``auto``, as stored.
         device: see `pick_device`.
+        quantize: hold the weights as ``int8``, ``int4`` or ``nf4`` (see `linearize.checkpoint.quantize`).
 
     Returns:
         The model, in evaluation mode and without peft's wrapper, and the tokenizer.
@@ -38,11 +43,12 @@ def load(
         >>> model, tokenizer = linearize.load("runs/demo/merged")
     """
     # What is small comes first: its damage is named before gigabytes are read.
+    quantization.check(quantize)
     target, _, tokenizer, folder = pick_device(device), open_config(name), open_tokenizer(name), _folder(name)
     model: Any = read_model(base_folder(folder) if is_adapter(folder) else folder, dtype)
     if is_adapter(folder):
         model = adapters.put_on(model, folder).get_base_model()
-    return model.to(target).eval(), tokenizer
+    return quantization.quantize_(model.to(target), quantize).eval(), tokenizer
 
 
 def open_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:

@@ -1,19 +1,23 @@
 """Text in and out of a model: the facts that tokenizer, chat template, generation settings and model each state.
 
 They come from different files and different people. Whoever turns text into ids, or ids into text, takes them here.
+torch is imported where a tensor is made, so that exported graphs are run without it.
 """
+
+from __future__ import annotations
 
 import ctypes
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
-
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.reading import reason
 from linearize.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MARK = "20375"
 """An answer that a template leaves as it is: digits have no case."""
@@ -69,11 +73,11 @@ def fit_padding(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
 
 
-def check_ids(ids: torch.Tensor, rows: int, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+def check_ids(ids: torch.Tensor | list[int], rows: int, tokenizer: Any, where: str) -> None:
     """Check that an embedding has a row for each token of a text.
 
     Args:
-        ids: int64, of any shape.
+        ids: int64, of any shape, or a list of numbers.
         rows: of the embedding.
         tokenizer: that wrote them, to name them.
         where: at the start of the error.
@@ -81,8 +85,8 @@ def check_ids(ids: torch.Tensor, rows: int, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         InputError: names a token that is beyond.
     """
-    if ids.numel() and int(ids.max()) >= rows:
-        number = int(ids.max())
+    number = max(ids, default=0) if isinstance(ids, list) else int(ids.max()) if ids.numel() else 0
+    if number >= rows:
         raise InputError(
             f"{where}: the text has the token {tokenizer.convert_ids_to_tokens(number)!r}, number {number}, but the "
             f"model's embedding has {rows} rows; take the token out of the text or the tokenizer, or give the source a "
@@ -91,17 +95,21 @@ def check_ids(ids: torch.Tensor, rows: int, tokenizer: PreTrainedTokenizerBase, 
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, special: bool = False) -> torch.Tensor:
+    """Ids of a text that is to be continued, int64 [tokens]; arguments and errors as of `numbers`."""
+    import torch
+
+    return torch.tensor(numbers(tokenizer, text, rows, special))
+
+
+def numbers(tokenizer: Any, text: str, rows: int, special: bool = False) -> list[int]:
     """Ids of a text that is to be continued.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: of the model, or what can be called like one.
         text: what the model reads.
         rows: of its embedding.
         special: let the tokenizer put its start of text in front. What it puts behind is left out: the model
             would take what it writes for a new text.
-
-    Returns:
-        int64 [tokens].
 
     Raises:
         InputError: there is nothing in it for the tokenizer, or a token that the model cannot embed.
@@ -112,11 +120,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, special: bo
         ids = ids[: next(starts, len(ids)) + len(plain)]
     if not ids:
         raise InputError(f"prompt {text[:40]!r}: the tokenizer finds no token in it; give a text with other characters")
-    check_ids(torch.tensor(ids), rows, tokenizer, "prompt")
-    return torch.tensor(ids)
+    check_ids(ids, rows, tokenizer, "prompt")
+    return ids
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> str:
+def render(tokenizer: Any, messages: Any, **options: Any) -> str:
     """A conversation as the chat template writes it.
 
     Args:
@@ -140,6 +148,27 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) ->
     if not isinstance(text, str) or not text:
         raise InputError(f"chat template: it writes nothing for messages of the roles {roles}; give the plain text")
     return text
+
+
+def prompts(prompt: Any, tokenizer: Any, raw: bool) -> list[tuple[str, bool]]:
+    """What a model reads, and whether the tokenizer adds its special tokens (a chat template has written them).
+
+    Args:
+        prompt: a text, several texts, or the messages of one chat.
+        tokenizer: of the model.
+        raw: texts are read as they are, even if there is a chat template.
+
+    Raises:
+        InputError: messages without a chat template, or one that does not take them.
+    """
+    given = [prompt] if isinstance(prompt, str) else list(prompt)
+    is_chat = not isinstance(given[0], str)
+    if is_chat and not tokenizer.chat_template:
+        raise InputError("generate: messages were given, but the tokenizer has no chat template; give a text instead")
+    if not is_chat and (raw or not tokenizer.chat_template):
+        return [(str(text), True) for text in given]
+    conversations = [given] if is_chat else [[{"role": "user", "content": text}] for text in given]
+    return [(render(tokenizer, each, add_generation_prompt=True), False) for each in conversations]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -174,6 +203,8 @@ def only(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[Generat
         model: that generates.
         settings: all that counts.
     """
+    from transformers import GenerationConfig
+
     before = model.generation_config
     model.generation_config = GenerationConfig(pad_token_id=settings.pad_token_id)
     try:

@@ -7,6 +7,7 @@ once.
 """
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -22,7 +23,7 @@ from linearize.launch import stoppable
 __all__ = ["app", "conversion", "evaluation", "listings", "main", "recovery", "use"]
 
 ORDER = (
-    *("convert", "calibrate", "select", "train", "transfer", "distil", "long", "merge", "run"),
+    *("convert", "allocate", "calibrate", "select", "train", "transfer", "distil", "long", "merge", "prune", "run"),
     *("eval", "bench", "report", "generate", "push", "export"),
 )
 """Of the verbs in `--help`: as data flow. Those that only tell come last."""
@@ -36,6 +37,8 @@ def main() -> None:
     """Run the command line; bad input ends in one paragraph on stderr and exit code 2, a fault of ours in 70."""
     # A dependency that warns of changes to come in another dependency tells the user nothing; the tests catch them.
     warnings.simplefilter("ignore", FutureWarning)
+    for name in ("torchao", "torch.utils._pytree"):  # peft imports torchao, which tells what GPUs it has no code for
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.formatwarning = lambda message, *_: f"Warning: {message}\n"
     try:
         try:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -101,13 +102,31 @@ def note(text: str) -> None:
     print(plain(text, lines=True), file=sys.stderr, flush=True)
 
 
+def next_step(as_json: bool, *steps: str) -> None:
+    """Say on stderr, as the last line, what one would do now; nothing where a program reads.
+
+    Args:
+        as_json: whether the result was printed as JSON.
+        *steps: what one may do, each a command and what it is for; joined by "or".
+    """
+    if not as_json and is_main():
+        note(f"Next: {', or '.join(steps)}")
+
+
+def command(verb: str, *words: object) -> str:
+    """A command of this package as one would type it."""
+    return shlex.join(["linearize", verb, *map(str, words)])
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
     """A rich table of plain text; a rule below its header and none between its rows."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in header:
+        grid.add_column(name, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(plain(cell)) for cell in row))
     return grid

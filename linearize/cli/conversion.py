@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from linearize import verbs
-from linearize.cli.app import Folder, Json, Out, Overwrite, Set, WithCode, app, note, show
+from linearize.cli.app import Folder, Json, Out, Overwrite, Set, WithCode, app, command, next_step, note, show
 
 
 @app.command()
@@ -19,6 +19,7 @@ def convert(
     sinks: Annotated[int | None, typer.Option(help="First tokens that stay visible to all.")] = None,
     combine: Annotated[str | None, typer.Option(help="memory, liger or none.")] = None,
     layers: Annotated[str | None, typer.Option(help="full, all, 0-11,20, or keep:20,23.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Bytes of cache of one row, such as 8MiB.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link unchanged weights instead of copying.")] = False,
@@ -44,30 +45,58 @@ def convert(
 
     verbs.convert(
         model, out, recipe=recipe, mixer=mixer, window=window, sinks=sinks, combine=combine, layers=layers,
-        dtype=dtype, revision=revision, link=link, allow_pickle=allow_pickle, with_code=with_code, set=set_ or (),
-        dry_run=dry_run, overwrite=overwrite, on_plan=on_plan,
+        cache=cache, dtype=dtype, revision=revision, link=link, allow_pickle=allow_pickle, with_code=with_code,
+        set=set_ or (), dry_run=dry_run, overwrite=overwrite, on_plan=on_plan,
     )  # fmt: skip
     plan, target = planned["plan"], str(planned["out"])
     if dry_run:
         show(plan.to_dict(), as_json, plan.text())
     else:
         show({"out": target, "plan": plan.to_dict()}, as_json, target)
+        recover = command("train", target, "--out", f"{target}-trained")
+        next_step(as_json, f"{command('generate', target)} to talk to it", f"{recover} to recover what it has lost")
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="As --model of convert: a recipe, a model.", show_default=False)
+    ],
+    recipe: Annotated[str | None, typer.Option(help="Recipe to use with another model.")] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, a100-40, l40s, l4, rtx4090, rtx3090, or cpu.")] = "h100",
+    gpus: Annotated[int, typer.Option(help="How many.")] = 1,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a recipe takes: memory of a device, time and disk, by stage.
+
+    \b
+    Example:
+      linearize plan smollm2-135m --gpu l4
+    """
+    made = verbs.plan(model, recipe=recipe, gpu=gpu, gpus=gpus, set=set_ or ())
+    show(made.to_dict(), as_json, made.text())
 
 
 @app.command()
 def export(
     folder: Folder,
-    to: Annotated[str, typer.Option(help="source: back to the architecture it was converted from.")],
+    to: Annotated[str, typer.Option(help="source (the architecture it was converted from), onnx or pt2.")],
     out: Out,
+    piece: Annotated[int, typer.Option(help="Tokens that a graph's prefill reads at a time.")] = 64,
+    quantize: Annotated[str | None, typer.Option(help="int8 weights (onnx).")] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the weights instead of copying.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a folder in another format; tensors stay as they are, byte for byte.
+    """Write a folder in another format: the source's own, byte for byte, or graphs for other runtimes.
+
+    `linearize generate` runs a folder of --to onnx with onnxruntime alone.
 
     \b
     Example:
       linearize export runs/demo/merged --to source --out runs/demo/as-source
     """
-    written = verbs.export(folder, to, out, link=link, overwrite=overwrite)
+    written = verbs.export(folder, to, out, link=link, overwrite=overwrite, piece=piece, quantize=quantize)
     show({"out": str(written)}, as_json, str(written))
+    next_step(as_json, "open it with transformers: nothing of linearize is in it")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize import verbs
-from linearize.cli.app import Flags, Folder, Json, app, is_main, note, show
+from linearize.cli.app import Flags, Folder, Json, app, is_main, next_step, note, show
 from linearize.errors import InputError
 
 
@@ -25,6 +25,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of few-shot examples and samples.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as in DIR.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="Hold the weights of all models as int8, int4 or nf4.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an interrupted run has finished.")] = False,
     fail_under: Annotated[
@@ -53,7 +54,8 @@ def evaluate(
     if target is not None:
         page.check_target(page.beside(target))
     options: dict[str, Any] = {"suite": suite, "source": source, "against": against, "out": out, "columns": columns}
-    options |= {"limit": limit, "batch_size": batch_size, "seed": seed, "dtype": dtype, "include_path": include_path}
+    options |= {"limit": limit, "batch_size": batch_size, "seed": seed, "dtype": dtype, "quantize": quantize}
+    options |= {"include_path": include_path}
     if flags:
         results = _launched(folder, options, flags, resume, as_json, target, bool(limits))
     else:
@@ -99,6 +101,7 @@ def bench(
     source: Annotated[str | None, typer.Option(help="Source to compare with.  [default: the recorded one]")] = None,
     out: Annotated[Path | None, typer.Option(help="Results file to write.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as in DIR.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="Hold the weights of all models as int8, int4 or nf4.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: FILE.png, .svg or .pdf.")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Measure lossless mode, on real text, instead.")] = False,
     as_json: Json = False,
@@ -111,7 +114,7 @@ def bench(
     """
     results = verbs.bench(
         folder, contexts=_numbers("--contexts", contexts), batches=_numbers("--batches", batches), steps=steps,
-        source=source, out=out, dtype=dtype, plot=plot, lossless=lossless,
+        source=source, out=out, dtype=dtype, quantize=quantize, plot=plot, lossless=lossless,
     )  # fmt: skip
     if plot is not None:
         note(f"picture: {plot}")
@@ -139,6 +142,7 @@ def report(
     """
     written = verbs.report(files, out)
     show({"out": str(written)}, as_json, str(written))
+    next_step(as_json, "open it in a browser; it is one file and loads nothing")
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -152,9 +156,10 @@ def show_results(results: dict[str, Any], as_json: bool, file: Path | None) -> N
     """Print results; where they lie in a file, write the page beside it and say where."""
     from linearize.reporting import page, terminal
 
-    if file is not None:
-        note(f"report: {page.write([results], page.beside(file))}")
+    written = None if file is None else page.write([results], page.beside(file))
     if as_json:
         show(results, as_json)
     else:
         terminal.show(results)
+    if written is not None:
+        note(f"report: {written} (a page for a browser; its first lines are the verdict)")

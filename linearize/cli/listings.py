@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize import verbs
-from linearize.cli.app import Json, Set, app, note, show, table
+from linearize.cli.app import Json, Set, app, command, next_step, note, show, table
 
 
 @app.command()
@@ -15,6 +15,9 @@ def inspect(
         str, typer.Argument(metavar="DIR", help="Any model folder, GGUF file or Hub id.", show_default=False)
     ],
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: FILE.png, .svg or .pdf.")] = None,
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="Also run it over a text and look for outliers.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a model folder is made of, from its headers.
@@ -25,10 +28,15 @@ def inspect(
     """
     from linearize.reporting.terminal import inspection
 
-    description = verbs.inspect(folder, plot)
+    description = verbs.inspect(folder, plot, outliers=outliers)
     if plot is not None:
         note(f"picture: {plot}")
-    show(description, as_json, inspection(description))
+    shown = inspection(description)
+    if outliers:
+        from linearize.evaluation.outliers import text
+
+        shown += f"\n\n{text(description['outliers'])}"
+    show(description, as_json, shown)
 
 
 @app.command()
@@ -74,6 +82,7 @@ def recipes(
         for recipe in map(load.load, load.names())
     ]
     show(rows, as_json, None if as_json else table(keys, [[row[key] for key in keys] for row in rows]))
+    next_step(as_json, "linearize recipes NAME prints one with every default", "linearize run NAME runs it")
 
 
 @app.command()
@@ -113,11 +122,13 @@ def mixers(
 
     if model is None:
         listed = costs.describe()
-        return show(listed, as_json, None if as_json else costs.mixers_table(listed))
+        show(listed, as_json, None if as_json else costs.mixers_table(listed))
+        return next_step(as_json, "linearize mixers --model NAME counts what each costs in a model")
     from linearize.recipe import load
 
     priced = costs.costs(load.resolve(model, set_ or ()))
     show(priced, as_json, None if as_json else costs.costs_table(priced))
+    next_step(as_json, command("convert", "--model", model, "--mixer", "NAME"))
 
 
 @app.command()
@@ -138,7 +149,8 @@ def archs(
         from linearize.conversion.probe import architectures
 
         known = architectures.record()
-        return show(known, as_json, None if as_json else _architectures(known))
+        show(known, as_json, None if as_json else _architectures(known))
+        return next_step(as_json, "linearize archs --probe MODEL checks any model, listed or not")
     from linearize.conversion import probe as probing
     from linearize.recipe import load
 
@@ -153,5 +165,7 @@ def _architectures(known: dict[str, Any]) -> Any:
     """What `record` holds as a table: the model types that pass, side by side, and why the others do not."""
     passes, columns = known["passes"], 4
     rows = [passes[start : start + columns] for start in range(0, len(passes), columns)]
-    grid = table([f"{len(passes)} model types of transformers {known['transformers']} pass", *[""] * 3], rows)
+    grid = table([""] * columns, rows)
+    grid.show_header, grid.title_justify = False, "left"
+    grid.title = f"{len(passes)} model types of transformers {known['transformers']} can be converted exactly"
     return grid

@@ -1,4 +1,4 @@
-"""The verbs that recover what a conversion costs: calibrate, select, the training stages, merge, and whole recipes."""
+"""The verbs that recover what a conversion costs: allocate, calibrate, select, training, merge, and whole recipes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,21 @@ from typing import Annotated
 import typer
 
 from linearize import verbs
-from linearize.cli.app import Flags, Folder, Json, Out, Overwrite, Recipe, Resume, Set, app, note, show
+from linearize.cli.app import (
+    Flags,
+    Folder,
+    Json,
+    Out,
+    Overwrite,
+    Recipe,
+    Resume,
+    Set,
+    app,
+    command,
+    next_step,
+    note,
+    show,
+)
 
 Tokens = Annotated[int | None, typer.Option(help="How much text to read.  [default: the recipe's]")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in a block.  [default: the recipe's, else 1024]")]
@@ -33,6 +47,70 @@ def calibrate(
         folder, out, recipe=recipe, tokens=tokens, seq_len=seq_len, set=set_ or (), overwrite=overwrite
     )
     show({"out": str(written)}, as_json, str(written))
+    next_step(as_json, command("train", written, "--out", f"{written}-trained"))
+
+
+@app.command()
+def allocate(
+    folder: Folder,
+    cache: Annotated[
+        str | None, typer.Option(help="Bytes of one row, such as 8MiB.  [default: the recipe's, else the folder's]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.  [default: only print]")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: FILE.png, .svg or .pdf.")] = None,
+    recipe: Recipe = None,
+    tokens: Tokens = None,
+    seq_len: SeqLen = None,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Divide a budget of cache over the layers by what each gains, and compare it with equal shares.
+
+    \b
+    Example:
+      linearize allocate runs/best/0-converted --out runs/best/allocated
+    """
+    choice = verbs.allocate(
+        folder, out, cache=cache, plot=plot, recipe=recipe, tokens=tokens, seq_len=seq_len, set=set_ or (),
+        overwrite=overwrite,
+    )  # fmt: skip
+    if plot is not None:
+        note(f"picture: {plot}")
+    from linearize.recovery.allocate import text
+
+    written = None if out is None else str(out)
+    show({"out": written, **choice}, as_json, text(choice) + (f"\n\n{written}" if written else ""))
+
+
+@app.command()
+def prune(
+    folder: Folder,
+    out: Out,
+    sparsity: Annotated[str, typer.Option(help="Share of the weights, such as 0.5, or 2:4.")] = "0.5",
+    recipe: Recipe = None,
+    tokens: Tokens = None,
+    seq_len: SeqLen = None,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Set the weights that matter least to zero, by Wanda, without training.
+
+    \b
+    Example:
+      linearize prune runs/demo/merged --sparsity 2:4 --out runs/demo/pruned
+    """
+    written = verbs.prune(
+        folder, out, sparsity=sparsity, recipe=recipe, tokens=tokens, seq_len=seq_len, set=set_ or (),
+        overwrite=overwrite,
+    )  # fmt: skip
+    made = verbs.facts_of(written)["pruning"]
+    note(
+        f"{made['zeros']:.1%} of {made['layers']} layers' weights are zero; loss of other text "
+        f"{made['loss_before']:.3f}, now {made['loss_after']:.3f}"
+    )
+    show({"out": str(written), "pruning": made}, as_json, str(written))
 
 
 @app.command()
@@ -72,6 +150,8 @@ def select(
 
     written = None if out is None else str(out)
     show({"out": written, **choice}, as_json, text(choice) + (f"\n\n{written}" if written else ""))
+    train = command("train", written, "--out", f"{written}-trained")
+    next_step(as_json, train if written else "the same with --out DIR, which writes the folder")
 
 
 @app.command()
@@ -99,6 +179,8 @@ def train(
         folder, out, recipe=recipe, stage=stage, resume=resume, set=set_ or (), overwrite=overwrite, flags=flags or ()
     )
     show({"out": str(written)}, as_json, str(written))
+    adapter = (written / "adapter_config.json").is_file()
+    next_step(as_json, command("merge", written, "--out", f"{written}-merged") if adapter else command("eval", written))
 
 
 def _stage_verb(name: str, about: str) -> None:
@@ -139,6 +221,7 @@ def merge(folder: Folder, out: Out, overwrite: Overwrite = False, as_json: Json 
     """
     written = verbs.merge(folder, out, overwrite=overwrite)
     show({"out": str(written)}, as_json, str(written))
+    next_step(as_json, f"{command('eval', written)} to compare it with its source")
 
 
 @app.command()
@@ -150,7 +233,7 @@ def run(
     as_json: Json = False,
     flags: Flags = None,
 ) -> None:
-    """Run a whole recipe: convert, calibrate and select if it says so, train, merge, eval.
+    """Run a whole recipe: convert, allocate, calibrate and select if it says so, train, merge, eval.
 
     Finished stages are kept: after an interruption the same command goes on where it stopped. Flags after -- go to
     `accelerate launch` for the training stages.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize import verbs
-from linearize.cli.app import Folder, Json, WithCode, app, note, show
+from linearize.cli.app import Folder, Json, WithCode, app, next_step, note, show
 from linearize.errors import InputError
 
 
@@ -21,6 +21,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample within this probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without chat template.")] = False,
+    quantize: Annotated[str | None, typer.Option(help="Hold the weights as int8, int4 or nf4.")] = None,
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Write exactly what the source writes, drafted by the student.")
     ] = False,
@@ -39,18 +40,32 @@ def generate(
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed
     }  # fmt: skip
+    exported = verbs.is_graph(folder)  # torch stays out then
     if prompt is None:
         if as_json:
             raise InputError("generate --json: needs --prompt; a chat on the terminal is not one result")
-        model, tokenizer = verbs.load(folder)
+        if lossless and quantize:
+            raise InputError("generate: lossless writes what the source's own weights write; leave quantize out")
+        if exported:
+            verbs.graph_chat(
+                folder,
+                sys.stdin,
+                sys.stdout,
+                settings | {"system": system},
+                {"quantize": quantize, "lossless": lossless, "state": state, "save_state": save_state},
+            )
+            return
+        model, tokenizer = verbs.load(folder, quantize=quantize)
         drafting = verbs.Lossless.of(folder, model) if lossless else None
         talk = verbs.Chat(model, tokenizer, system=system, drafting=drafting, **settings)
         if state is not None:
             talk.resume(state)
         verbs.chat(talk, sys.stdin, sys.stdout, save_state)
         return
-    settings |= {"system": system, "raw": raw, "lossless": lossless, "state": state, "save_state": save_state}
-    answer = verbs.generate(folder, prompt, stream=None if as_json else sys.stdout, **settings)
+    settings |= {"system": system, "raw": raw, "quantize": quantize, "lossless": lossless}
+    settings |= {"state": state, "save_state": save_state}
+    run = verbs.graph_generate if exported else verbs.generate
+    answer = run(folder, prompt, stream=None if as_json else sys.stdout, **settings)
     if as_json:
         show(answer.to_dict(), as_json)
     else:
@@ -80,3 +95,5 @@ def push(
         return show(verbs.push_plan(folder, repo, with_code).to_dict(), as_json)
     answer = verbs.push(folder, repo, private=private, dry_run=dry_run, message=message, with_code=with_code)
     show({"url": answer}, as_json, answer)
+    if dry_run:
+        next_step(as_json, "the same without --dry-run, which uploads it")

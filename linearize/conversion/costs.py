@@ -67,18 +67,21 @@ def describe() -> dict[str, dict[str, Any]]:
 
 def mixers_table(rows: dict[str, dict[str, Any]]) -> Table:
     """What `describe` returns, without rules, states and settings, as a rich table."""
-    keys = ("mixer", "what it is", "arXiv", "perplexity beside the window control", "in eval/results")
-    return _grid(
-        keys, ((name, row["about"], "\n".join(row["papers"]), *_evidence(name, row)) for name, row in rows.items())
+    keys = ("mixer", "what it is", "arXiv", "perplexity beside\nthe window control")
+    grid = _grid(
+        keys, ((name, row["about"], "\n".join(row["papers"]), _evidence(name, row)) for name, row in rows.items())
     )
+    grid.caption = "As measured on SmolLM2-135M; below 0 is better. --json names the results and the update rules."
+    grid.caption_justify = "left"
+    return grid
 
 
-def _evidence(name: str, row: dict[str, Any]) -> tuple[str, str]:
+def _evidence(name: str, row: dict[str, Any]) -> str:
     evidence = row["evidence"]
     if evidence is None:
-        return ("not measured" if MIXERS[name].recurrent else "a control"), ""
+        return "not measured" if MIXERS[name].recurrent else "a control"
     change = f"{evidence['change']:+.1%}: {evidence['perplexity']:.2f} for {evidence['window']:.2f}"
-    return change, evidence["result"].replace("eval/results/", "").replace(": ", ":\n")
+    return f"{change}, {evidence['result'].partition(':')[0]}"
 
 
 def _grid(keys: Iterable[str], rows: Iterable[Iterable[str]], numbers: bool = False) -> Table:
@@ -91,7 +94,9 @@ def _grid(keys: Iterable[str], rows: Iterable[Iterable[str]], numbers: bool = Fa
 
 
 def _kernels_run_here() -> bool:
-    return torch.cuda.is_available() and fla_backend.missing() is None
+    if not torch.cuda.is_available() or fla_backend.missing():
+        return False
+    return fla_backend.unsound(torch.device("cuda")) is None
 
 
 def _has_kernels(name: str) -> bool:
@@ -208,7 +213,7 @@ def decoder(mixer: Mixer, like: Tensor, batch: int = 1) -> Callable[[], Tensor]:
     )
     past = DynamicCache()
     layer = cache_layer(past, 0, mixer.config.window, mixer.config.sinks)
-    layer.lazy_initialization(batch, k, mixer.token_shape, mixer.initial_state(batch, k.device))
+    layer.lazy_initialization(batch, k, mixer.token_shape, mixer.stored_state(batch, k.device))
     return lambda: mixer(q, k, v, context(q, past))
 
 

@@ -1,5 +1,6 @@
-"""A linearized folder in another format: back to the source's own."""
+"""A linearized folder in another format: back to the source's own, or a graph for other runtimes."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,39 +13,52 @@ from linearize.checkpoint import atomic, copying, fit, remote_code, shards, toke
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.config import read
 from linearize.checkpoint.describe import is_new
-from linearize.checkpoint.open import needed
+from linearize.checkpoint.manifest import versions, write_manifest
+from linearize.checkpoint.open import load, needed
 from linearize.checkpoint.reading import read_json, reading
 from linearize.errors import InputError, suggest
 
-FORMATS = ("source",)
+FORMATS = ("onnx", "pt2", "source")
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+REFUSED = {
+    "openvino": "not carried by transformers' exporter yet; take onnx, which OpenVINO reads",
+    "executorch": "ExecuTorch is not carried yet; take pt2",
+}
 
 
-def export(folder: str | Path, to: str, out: str | Path, overwrite: bool = False, link: bool = False) -> Path:
+def export(
+    folder: str | Path, to: str, out: str | Path, overwrite: bool = False, link: bool = False,
+    piece: int = 64, quantize: str | None = None,
+) -> Path:  # fmt: skip
     """Write a linearized folder in another format.
 
     Args:
         folder: what `linearize convert` or `merge` wrote.
         to: ``source``: the architecture it was converted from, with softmax attention and the weights that the folder
-            holds, byte for byte.
+            holds, byte for byte. ``onnx``: graphs that onnxruntime runs, without torch. ``pt2``: the same as programs
+            of torch.export, for AOTInductor.
         out: folder to appear.
         overwrite: replace a model folder in its place.
-        link: hard-link the weights instead of copying them.
+        link: hard-link the weights instead of copying them (source).
+        piece: tokens that a graph's prefill reads at a time (onnx, pt2).
+        quantize: ``int8``, by onnxruntime's dynamic quantiser (onnx).
 
     Returns:
         `out`.
 
     Raises:
-        InputError: the folder is not linearized, or holds weights that the format does not have.
+        InputError: the folder is not linearized, or holds what the format does not have; or a package is missing.
 
     Example:
         >>> linearize.export("runs/demo/0-converted", "source", "runs/demo/as-source")
     """
     folder, out = Path(folder), Path(out)
-    if to not in FORMATS:
-        raise InputError(f"--to {to}: unknown format. {suggest(to, FORMATS)}")
+    _check_options(to, link, piece, quantize)
     config = _config(folder)
     atomic.check_output(out, overwrite, needed(folder))
     tokenizer_files.check(folder)
+    if to != "source":
+        return _graphs(folder, to, out, overwrite, piece, quantize)
     tensors = shards.read_folder(folder)
     fit.check(folder, fit.empty(read(folder), folder), tensors)
     new = [name for name in tensors if is_new(name)]
@@ -61,6 +75,34 @@ def export(folder: str | Path, to: str, out: str | Path, overwrite: bool = False
             shutil.copyfile(folder / shards.INDEX, target / shards.INDEX)
         copy_companions(folder, target, leave=("recipe.yaml", remote_code.FILE))
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+def _check_options(to: str, link: bool, piece: int, quantize: str | None) -> None:
+    if to not in FORMATS:
+        raise InputError(f"--to {to}: {REFUSED.get(to) or 'unknown format. ' + suggest(to, FORMATS)}")
+    if piece < 2:
+        raise InputError(f"--piece: found {piece}; expected at least 2 tokens")
+    if quantize not in (None, "int8") or quantize and to != "onnx":
+        raise InputError(f"--quantize {quantize}: found with --to {to}; only int8 is known, with --to onnx")
+    if link and to != "source":
+        raise InputError(f"--link: --to {to} writes weights of its own; leave it out")
+    missing = [name for name in PACKAGES if to == "onnx" and importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"--to onnx: needs {', '.join(missing)}, not installed here: pip install 'linearize[onnx]'")
+
+
+def _graphs(folder: Path, to: str, out: Path, overwrite: bool, piece: int, quantize: str | None) -> Path:
+    """Write a model as graphs; arguments as of `export`."""
+    from linearize.conversion import graphs
+
+    model, tokenizer = load(folder, "float32", "cpu")
+    graphs.check(model, folder, to)
+    with atomic.output_folder(out, overwrite) as work:
+        graphs.write(model, tokenizer, to, work, piece, quantize)
+        for licence in folder.glob("LICENSE*"):
+            shutil.copyfile(licence, work / licence.name)
+        write_manifest(work, {"source": model.config.linearize["source"], "versions": versions()}, {})
     return out
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from linearize.checkpoint import fit, shards
+from linearize.checkpoint import budget, fit, shards
 from linearize.checkpoint.describe import cache_sizes
 from linearize.checkpoint.room import check_memory
 from linearize.checkpoint.sources import Located, read_config
 from linearize.conversion import probe
-from linearize.formats import format_bytes
+from linearize.formats import format_bytes, recording
 from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.mixers import build_config
@@ -63,9 +63,9 @@ class Plan:
             "layers": f"{len(self.layers)} of {len(self.layers) + len(self.kept)} linearized"
             + (f"; softmax stays in {', '.join(map(str, self.kept))}" if self.kept else ""),
             "weights": f"{self.parameters / 1e6:,.1f} M, {self.new_parameters:,} new; dtype {self.dtype}",
-            "cache per token": f"{growth['linearized']:,} bytes (source {growth['source_kv']:,})",
+            "cache per token": f"{format_bytes(growth['linearized'])} (source {format_bytes(growth['source_kv'])})",
             "cache at 32K": f"{format_bytes(at_32k['linearized'])} (source {format_bytes(at_32k['source_kv'])}), "
-            f"{share:.1%}",
+            f"{share:.1%}" + recording(self.cache),
         }
         lines = [*rows.items(), *(("refused later", problem) for problem in self.later)]
         return "\n".join(f"{name:<16} {value}" for name, value in lines)
@@ -94,7 +94,7 @@ def _plan(model: PreTrainedModel, located: Located, recipe: Recipe) -> Plan:
     new = new_tensors(model)
     return Plan(
         source={"model_type": model.config.linearize["source"]["model_type"], **located.to_dict()},
-        mixer=build_config(recipe.convert.mixer).to_dict(),
+        mixer=next(iter(model.config.linearize["layers"].values())),
         layers=linearized,
         kept=[layer for layer in architectures.attention_layers(model) if layer not in linearized],
         parameters=sum(parameter.numel() for name, parameter in model.named_parameters() if name not in new),
@@ -121,8 +121,12 @@ def build(located: Located, recipe: Recipe) -> PreTrainedModel:
         kept = architectures.check_layers(paths, layers["keep"], model.config)
         layers = [layer for layer in architectures.full_layers(paths, model.config) if layer not in kept]
     chosen = {"full": None, "all": list(paths)}.get(layers, layers) if isinstance(layers, str) else layers
-    linearize_(model, recipe.convert.mixer, chosen, source=located.to_dict())
-    _check_window(model, recipe.convert.mixer)
+    mixer = recipe.convert.mixer
+    linearize_(model, mixer, chosen, source=located.to_dict())
+    _check_window(model, mixer)
+    if recipe.convert.cache is not None:
+        mixer = budget.sized(model.config, mixer, recipe.convert.cache)
+        linearize_(model, mixer, chosen, source=located.to_dict())
     return model
 
 

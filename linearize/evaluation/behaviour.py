@@ -259,7 +259,7 @@ class Behaviour:
             advance(end - before)
             before = end
             if end in self.positions:
-                states = [m.mixer.content(past.layers[m.layer_idx].state)[0] for m in memories]
+                states = [m.mixer.content(m.mixer.opened(past.layers[m.layer_idx].state))[0] for m in memories]
                 if not all(x.isfinite().all() for x in states):
                     raise InputError(
                         f"behaviour: the memory's state is not finite after {end} tokens, so the model cannot read "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from linearize.checkpoint import quantize as quantization
 from linearize.checkpoint import sources
 from linearize.checkpoint.open import load, open_config, open_tokenizer, pick_device
 from linearize.errors import InputError
@@ -75,6 +76,7 @@ class Models:
         device: see `linearize.checkpoint.open.pick_device`.
         seed: of new weights that an untrained conversion may have.
         against: another student, of the column `other`; folder or Hub id.
+        quantize: of the weights of all models, see `linearize.checkpoint.quantize`; None: as they are.
 
     Raises:
         InputError: an unknown dtype or device, no usable tokenizer, or another student that reads other tokens.
@@ -89,7 +91,10 @@ class Models:
         device: str | None,
         seed: int,
         against: str | None = None,
+        quantize: str | None = None,
     ):
+        quantization.check(quantize)
+        self.quantize = quantize
         self.folder, self.config, self.located, self.seed, self.against = str(folder), config, located, seed, against
         weights = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype, None)
         if not isinstance(weights, torch.dtype):
@@ -149,11 +154,12 @@ class Models:
             model, tokenizer = sources.load_source(self.located, dtype=self.dtype)
             advice = "name the model that was converted by --source"
             self._check_same_text(self.located.id, model.config, tokenizer, advice)
-            return model.to(self.device).eval()  # pyright: ignore[reportArgumentType] (typed too narrowly)
+            model: Any = model.to(self.device).eval()  # pyright: ignore[reportArgumentType] (typed too narrowly)
+            return quantization.quantize_(model, self.quantize)
         folder = self.folder if family == "student" else self.against
         if folder is None:
             raise InputError("columns: other: there is no other student; name one by --against")
-        return load(folder, self.dtype, self.device)[0]
+        return load(folder, self.dtype, self.device, self.quantize)[0]
 
     def _linearized(self, source: PreTrainedModel, control: bool) -> PreTrainedModel:
         """A model with the source's weights and the student's mixers, or window controls in their place, untrained."""

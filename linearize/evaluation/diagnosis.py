@@ -23,7 +23,7 @@ from linearize.checkpoint.reading import read_json, reason
 from linearize.checkpoint.room import cache_folder
 from linearize.checkpoint.sources import Located, locate, read_config
 from linearize.errors import InputError
-from linearize.formats import aligned, format_bytes, ranges
+from linearize.formats import aligned, format_bytes, ranges, recording
 from linearize.model import architectures
 from linearize.model.ops import BACKENDS, fla_backend
 
@@ -145,12 +145,12 @@ def _kernels() -> Row:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            missing = fla_backend.missing()
+            missing = fla_backend.missing() or fla_backend.unsound(torch.device("cuda"))
     except Exception as error:  # what breaks while its kernels are imported is not ours to foresee
         missing = f"flash-linear-attention breaks when it is imported ({reason(error)})"
     if missing:
         return _row("kernels", f"PyTorch, several times slower than they need be: {missing}", WARNING)
-    return _row("kernels", f"flash-linear-attention, for heads up to {fla_backend.WIDEST} wide; PyTorch beyond")
+    return _row("kernels", f"flash-linear-attention, for keys up to {min(fla_backend.WIDEST.values())} wide")
 
 
 def _caches() -> Iterator[Row]:
@@ -343,11 +343,12 @@ def _engines(located: Located, config: Any, tensors: dict[str, shards.Tensor] | 
 
 def _request(config: Any, context: int | None) -> Iterator[Row]:
     """Bytes of cache that one request takes."""
-    rows = [row for row in cache_sizes(config)["contexts"] if context is None or row["context"] <= context]
-    rows = rows or cache_sizes(config)["contexts"][:1]
+    sizes = cache_sizes(config)
+    rows = [row for row in sizes["contexts"] if context is None or row["context"] <= context]
+    rows = rows or sizes["contexts"][:1]
     words = [
         f"{format_bytes(row['linearized'])} at {row['context'] // 1024}K"
         + (f" (source {format_bytes(row['source_kv'])})" if hasattr(config, "linearize") else "")
         for row in rows
     ]
-    yield _row("cache of a request", f"{'; '.join(words)}; in 16 bits")
+    yield _row("cache of a request", f"{'; '.join(words)}; in 16 bits{recording(sizes)}")

@@ -21,6 +21,7 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 0,
     dtype: str = "auto",
+    quantize: str | None = None,
     device: str | None = None,
     include_path: str | Path | None = None,
     resume: bool = False,
@@ -41,6 +42,7 @@ def evaluate(
         batch_size: rows per forward pass of lm-eval.
         seed: of few-shot examples, sampling, bootstrap and untrained weights.
         dtype: of the weights of all models: float32, bfloat16, float16, or `auto`, the student's.
+        quantize: hold the weights of all models, source included, as int8, int4 or nf4; None: as they are.
         device: as in torch; None for the accelerator if there is one.
         include_path: folder with lm-eval task files of your own.
         resume: take over what an interrupted run, or a complete one with fewer columns, left at `out`.
@@ -65,6 +67,7 @@ def evaluate(
 
     target = Path(out) if out is not None else Path(folder) / "results.json" if Path(folder).is_dir() else None
     given: dict[str, Any] = {"source": source, "batch_size": batch_size, "seed": seed, "dtype": dtype, "device": device}
+    given |= {"quantize": quantize}
     given["shorten"] = isinstance(suite, str) and suite in suites.names()
     given |= {"include_path": include_path, "resume": resume, "progress": progress, "limit": limit or chosen.limit}
     return run(Options(str(folder), chosen, target, against=str(against) if against else None, columns=names, **given))
@@ -79,6 +82,7 @@ def bench(
     out: str | Path | None = None,
     seed: int = 0,
     dtype: str = "auto",
+    quantize: str | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -93,6 +97,7 @@ def bench(
         out: results file; None writes none.
         seed: of the random prompts.
         dtype: of the weights of all models: float32, bfloat16, float16, or `auto`, the student's.
+        quantize: hold the weights of all models as int8, int4 or nf4; None: as they are.
         device: as in torch; None for the accelerator if there is one.
         progress: show on stderr what is running.
 
@@ -113,4 +118,4 @@ def bench(
     chosen = suites.Suite(name="bench", speed=spec, columns=["source", "window", "student"])
     target = Path(out) if out is not None else None
     given: dict[str, Any] = {"source": source, "seed": seed, "dtype": dtype, "device": device, "progress": progress}
-    return run(Options(str(folder), chosen, target, **given))
+    return run(Options(str(folder), chosen, target, quantize=quantize, **given))

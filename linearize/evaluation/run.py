@@ -54,7 +54,9 @@ def run(options: Options) -> dict[str, Any]:
             source = options.source
             located = sources.locate(source) if source else sources.relocate(config.linearize["source"])
             device = options.device or processes.device
-            models = Models(options.folder, config, located, options.dtype, device, options.seed, options.against)
+            models = Models(
+                options.folder, config, located, options.dtype, device, options.seed, options.against, options.quantize
+            )
             bar.start("reading tasks")
             work = Work(options, models, bar)
             if not source and not located.revision and (work.behaviour or {"source", "window", "converted"} & {*names}):
@@ -98,6 +100,7 @@ def _saved(options: Options, models: Models, work: Work, processes: Processes, b
         "seed": options.seed,
         "batch_size": options.batch_size,
         "dtype": str(models.dtype).removeprefix("torch."),
+        "quantize": models.quantize,
         "device": models.device.type,
         "window": window,
         "sinks": sinks,

@@ -261,8 +261,8 @@ def worker(task: dict[str, Any]) -> Cell:
         raise
 
 
-def _models(folder: str, located: Located, dtype: str, seed: int) -> Models:
-    return Models(folder, read_config(folder), located, dtype, "cpu", seed)
+def _models(folder: str, located: Located, dtype: str, seed: int, quantize: str | None) -> Models:
+    return Models(folder, read_config(folder), located, dtype, "cpu", seed, quantize=quantize)
 
 
 def process_peak(models: Models, column: str, context: int, batch: int) -> Cell:
@@ -281,6 +281,7 @@ def process_peak(models: Models, column: str, context: int, batch: int) -> Cell:
         return {}
     dtype = str(models.dtype).removeprefix("torch.")
     opening = {"folder": models.folder, "located": models.located, "dtype": dtype, "seed": models.seed}
+    opening |= {"quantize": models.quantize}
     task = {"models": opening, "threads": torch.get_num_threads(), "seed": models.seed}
     command = ["-m", "linearize.evaluation.speed"]
     return in_process(command, {**task, "column": column, "context": context, "batch": batch})

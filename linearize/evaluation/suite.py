@@ -73,6 +73,19 @@ class RecallSpec:
 
 
 @dataclass(frozen=True, config=STRICT)
+class CapacitySpec:
+    """How many pairs are remembered, by how many there were; see `linearize.evaluation.capacity`.
+
+    Attributes:
+        pairs: how many of them a prompt has.
+        items: per number of pairs.
+    """
+
+    pairs: list[int]
+    items: int = Field(default=10, ge=1)
+
+
+@dataclass(frozen=True, config=STRICT)
 class BehaviourSpec:
     """What the model does beside the source; see `linearize.evaluation.behaviour`.
 
@@ -113,7 +126,7 @@ class Suite:
         description: one line.
         tasks: in the order of the table.
         perplexity: texts; the first one gives the headline perplexity, the one with the longest blocks the buckets.
-        recall, behaviour, speed: what else is measured; None leaves it out.
+        recall, capacity, behaviour, speed: what else is measured; None leaves it out.
         columns: which of `linearize.results.schema.COLUMNS` run when the user names none.
         limit: items per task; None means all.
     """
@@ -123,6 +136,7 @@ class Suite:
     tasks: list[TaskSpec] = field(default_factory=list)
     perplexity: list[TextSpec] = field(default_factory=list)
     recall: RecallSpec | None = None
+    capacity: CapacitySpec | None = None
     behaviour: BehaviourSpec | None = None
     speed: SpeedSpec | None = None
     columns: list[str] = field(default_factory=lambda: list(COLUMNS))
@@ -167,9 +181,10 @@ def load(suite: str | Path | list[str] | Suite) -> Suite:
         ]
         raise InputError("\n".join(problems)) from error
     check_columns(loaded.columns, str(path))
-    if not any((loaded.tasks, loaded.perplexity, loaded.recall, loaded.behaviour, loaded.speed)):
+    parts = (loaded.tasks, loaded.perplexity, loaded.recall, loaded.capacity, loaded.behaviour, loaded.speed)
+    if not any(parts):
         raise InputError(
-            f"{path}: has neither tasks, perplexity, recall, behaviour nor speed; add at least one of them"
+            f"{path}: has neither tasks, perplexity, recall, capacity, behaviour nor speed; add at least one of them"
         )
     return loaded
 

@@ -3,12 +3,14 @@
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import isclose, isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer
 
 from linearize.errors import InputError, suggest
 from linearize.evaluation import rotation
@@ -27,6 +30,8 @@ from linearize.recipe.resources import package_folder
 
 # Only perplexity-like metrics have no closed form for their standard error; lm-eval resamples those in plain Python.
 BOOTSTRAP = 200
+RULER = ("wonderwords", "nltk", "scipy")
+"""Packages of lm-eval's extra `ruler`."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +120,19 @@ def _known(specs: list[TaskSpec], include_path: str | Path | None, model: str, s
 
 
 def _load(manager: TaskManager, spec: TaskSpec, seed: int) -> list[Loaded]:
+    _seed(seed)  # of items that are drawn while they are loaded, as RULER's are
     try:
-        named = manager.load([spec.task])
+        with mock.patch.object(AutoTokenizer, "from_pretrained", _without_code(AutoTokenizer.from_pretrained)):
+            named = manager.load([spec.task])
     except InputError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except ImportError as error:
+        wanted = _package(error)
+        named = "'lm_eval[ruler]'" if wanted in RULER else wanted
+        raise InputError(
+            f"tasks: {spec.task!r} needs the package {wanted}, which is not installed; run `pip install {named}`"
+        ) from error
+    except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"tasks: the items of {spec.task!r} could not be loaded ({reason}); check the network and HF_HUB_OFFLINE, "
@@ -145,6 +158,24 @@ def _load(manager: TaskManager, spec: TaskSpec, seed: int) -> list[Loaded]:
         Loaded(name, spec.label if spec.label and len(items) == 1 else name, spec.metric, item, spec.rotate)
         for name, item in items.items()
     ]
+
+
+def _without_code(opening: Callable[..., Any]) -> Callable[..., Any]:
+    """How a tokenizer is opened, for tasks that would run code that a folder brings along: RULER's."""
+    return lambda *arguments, **options: opening(*arguments, **{**options, "trust_remote_code": False})
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _package(error: BaseException) -> str:
+    """The package whose absence an error is about, which lm-eval may have wrapped in one of its own."""
+    while getattr(error, "name", None) is None and error.__cause__ is not None:
+        error = error.__cause__
+    return getattr(error, "name", None) or str(error)
 
 
 _HFLM: Any = HFLM  # its registration hides the signature
@@ -213,9 +244,7 @@ def run(scorer: Scorer, loaded: Loaded, limit: int | None, seed: int) -> dict[st
     Returns:
         The score, as in `linearize.results.schema`.
     """
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    _seed(seed)
     for task in loaded.tasks.values():
         task.set_fewshot_seed(seed)  # an earlier column has drawn examples from the same generator
     groups = {}

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from linearize.checkpoint.text import check_ids
 from linearize.errors import InputError
-from linearize.evaluation import behaviour, continuations, perplexity, recall, tasks
+from linearize.evaluation import behaviour, capacity, continuations, perplexity, recall, tasks
 from linearize.evaluation import suite as suites
 from linearize.evaluation.clock import stopwatch
 from linearize.evaluation.columns import Models, window_of
@@ -41,6 +41,7 @@ class Options:
     batch_size: int = 1
     seed: int = 0
     dtype: str = "auto"
+    quantize: str | None = None
     device: str | None = None
     include_path: str | Path | None = None
     resume: bool = False
@@ -83,7 +84,8 @@ def check(suite: suites.Suite, context: int | None) -> None:
         context: most tokens that the model can read; None where it does not say.
 
     Raises:
-        InputError: blocks, continuations or a text longer than that, or an unknown task of recall.
+        InputError: blocks, continuations or a text longer than that, an unknown task of recall, or wrong
+            numbers of pairs.
     """
     for spec in suite.perplexity:
         if context is not None and spec.length > context:
@@ -93,6 +95,8 @@ def check(suite: suites.Suite, context: int | None) -> None:
             )
     if suite.recall is not None:
         recall.check(suite.recall)
+    if suite.capacity is not None:
+        capacity.check(suite.capacity)
     if suite.behaviour is not None:
         behaviour.check(suite.behaviour, suite.perplexity[0].blocks if suite.perplexity else None, context)
 
@@ -114,7 +118,8 @@ class Work:
 
     def __init__(self, options: Options, models: Models, bar: Bar):
         suite, tokenizer = options.suite, models.tokenizer
-        self.options, self.models, self.bar, self.recall = options, models, bar, suite.recall
+        self.options, self.models, self.bar = options, models, bar
+        self.recall, self.capacity = suite.recall, suite.capacity
         self.window = (window_of(models.config) or (None,))[0]
         context = text_sizes(models.config).context
         read = {spec.text: suites.read_text(spec.text) for spec in suite.perplexity}
@@ -167,9 +172,13 @@ class Work:
         if texts := self.texts:
             total = sum(len(ids) for _, ids in texts)
             yield "perplexity", total, lambda model: perplexity.measure(model, texts, self.window, advance)
+        settings = (self.window, self.options.seed, self.options.batch_size, advance)
+        tokenizer = self.models.tokenizer
         if spec := self.recall:
-            settings = (self.models.tokenizer, spec, self.window, self.options.seed, self.options.batch_size)
-            yield "recall", recall.total(spec), lambda model: recall.measure(model, *settings, advance)
+            yield "recall", recall.total(spec), lambda model: recall.measure(model, tokenizer, spec, *settings)
+        if pairs := self.capacity:
+            total = capacity.total(pairs)
+            yield "capacity", total, lambda model: capacity.measure(model, tokenizer, pairs, *settings)
         if shared := self.behaviour:
             total = shared.steps(is_source=is_source)
             yield "behaviour", total, lambda model: shared.measure(model, is_source, advance)
@@ -198,7 +207,7 @@ class Work:
         """
         column = saved.column(name)
         if self.complete(column):
-            if self.tasks or self.texts or self.recall or self.behaviour:
+            if self.tasks or self.texts or self.recall or self.capacity or self.behaviour:
                 self.bar.line(f"{name}: kept from the earlier run")
             return
         self.bar.start(f"{name}: loading")

@@ -12,10 +12,14 @@ from linearize.checkpoint import states
 from linearize.checkpoint import text as agreed
 from linearize.checkpoint.open import load
 from linearize.errors import InputError
+from linearize.generation import graph
 from linearize.generation.chats import Chat
-from linearize.generation.decoder import SOURCES_CACHE, Decoder, Generation, Message, wrong_settings
+from linearize.generation.decoder import SOURCES_CACHE, Decoder
 from linearize.generation.lossless import Lossless
+from linearize.generation.result import Generation, Message, asked, wrong_settings
 from linearize.generation.store import StateStore
+
+EXACT = "lossless writes what the source's own weights write; leave quantize out"
 
 
 def generate(
@@ -29,6 +33,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     raw: bool = False,
+    quantize: str | None = None,
     lossless: bool = False,
     state: str | Path | None = None,
     save_state: str | Path | None = None,
@@ -47,6 +52,7 @@ def generate(
         top_p: sample from the most likely tokens that together have this probability.
         seed: makes sampling repeatable.
         raw: give texts to the model as they are, even if the tokenizer has a chat template.
+        quantize: hold the weights of a folder's model as int8, int4 or nf4.
         lossless: write exactly what the source writes, drafted by the student; one prompt at a time.
         state: file of a saved state to go on from: a single prompt is the next message of its chat, or the text behind
             its text; only that is read.
@@ -64,22 +70,25 @@ def generate(
     Example:
         >>> linearize.generate("runs/demo/merged", "Why is the sky blue?", max_new_tokens=40).texts[0]
     """
+    if isinstance(folder, str | Path) and graph.is_graph(folder):
+        others: dict[str, Any] = {"lossless": lossless, "state": state, "save_state": save_state, "store": store}
+        others["quantize"] = quantize
+        given: dict[str, Any] = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        given |= {"top_p": top_p, "seed": seed, "raw": raw, "stream": stream, "tokenizer": tokenizer}
+        return graph.generate(folder, prompt, **given, **others)
     keeping = Keeping(state, save_state, store)
     problems = wrong_settings(prompt, max_new_tokens, temperature, top_p, stream)
     problems += keeping.problems(prompt, system, lossless)
-    if system and not isinstance(prompt, str):
-        problems.append("system goes with a single text; put it among the messages instead")
-    if problems:
-        raise InputError(f"generate: {'; '.join(problems)}")
-    if system:
-        prompt = [{"role": "system", "content": system}, {"role": "user", "content": str(prompt)}]
-    model, tokenizer = _opened(folder, tokenizer)
+    if quantize and lossless:
+        problems.append(EXACT)
+    prompt = asked(prompt, system, problems)
+    model, tokenizer = _opened(folder, tokenizer, quantize)
     if keeping:
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         return keeping.answer(prompt, raw, model, tokenizer, settings, stream)
     drafting = _drafting(folder, model) if lossless else None
     decoder = Decoder(model, tokenizer, max_new_tokens, temperature, top_p, drafting)
-    ids = [decoder.encode(text, special) for text, special in _texts(prompt, tokenizer, raw)]
+    ids = [decoder.encode(text, special) for text, special in agreed.prompts(prompt, tokenizer, raw)]
     new, clock, _ = decoder(ids, seed, stream)
     answers = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in new]
     return clock.report(answers, [len(tokens) for tokens in ids], [len(tokens) for tokens in new], drafting)
@@ -156,11 +165,13 @@ class Keeping:
 
 
 def _opened(
-    folder: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    folder: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, quantize: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not isinstance(folder, PreTrainedModel):
-        model, own = load(folder)
+        model, own = load(folder, quantize=quantize)
         return model, tokenizer or own
+    if quantize is not None:
+        raise InputError("generate: quantize is for folders; this model is loaded: linearize.load(..., quantize=)")
     if tokenizer is None:
         raise InputError("generate: a loaded model was given without its tokenizer; pass tokenizer=")
     return folder, tokenizer
@@ -168,17 +179,3 @@ def _opened(
 
 def _drafting(folder: str | Path | PreTrainedModel, model: PreTrainedModel) -> Lossless:
     return Lossless(model) if isinstance(folder, PreTrainedModel) else Lossless.of(folder, model)
-
-
-def _texts(
-    prompt: str | Sequence[str] | Sequence[Message], tokenizer: PreTrainedTokenizerBase, raw: bool
-) -> list[tuple[str, bool]]:
-    """What the model reads, and whether the tokenizer adds its special tokens (a chat template has written them)."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    is_chat = not isinstance(prompts[0], str)
-    if is_chat and not tokenizer.chat_template:
-        raise InputError("generate: messages were given, but the tokenizer has no chat template; give a text instead")
-    if not is_chat and (raw or not tokenizer.chat_template):
-        return [(str(text), True) for text in prompts]
-    conversations = [prompts] if is_chat else [[{"role": "user", "content": text}] for text in prompts]
-    return [(agreed.render(tokenizer, each, add_generation_prompt=True), False) for each in conversations]

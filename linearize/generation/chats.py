@@ -1,7 +1,5 @@
 """A conversation that keeps what it has read."""
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -12,8 +10,9 @@ from linearize.checkpoint import states
 from linearize.checkpoint import text as agreed
 from linearize.checkpoint.reading import reading
 from linearize.errors import InputError
-from linearize.generation.decoder import SOURCES_CACHE, Decoder, Generation, Message, wrong_settings
+from linearize.generation.decoder import SOURCES_CACHE, Decoder
 from linearize.generation.lossless import Lossless
+from linearize.generation.result import Generation, Message, wrong_settings
 from linearize.generation.store import StateStore
 
 
@@ -182,30 +181,3 @@ class Chat:
                 raise ValueError("its marks are not those of its text")
         self.messages, self._text, self._marks = messages, str(notes["text"]), marks
         self._ids, self._cache = ids, cache
-
-
-def chat(chat: Chat, lines: Iterator[str], out: TextIO = sys.stdout, save_state: Path | None = None) -> list[Message]:
-    """Answer every line until there are no more: ``linearize generate DIR`` on a terminal.
-
-    Args:
-        chat: the conversation.
-        lines: what the user types, for example ``sys.stdin``; empty lines are passed over.
-        out: where prompts and answers are written.
-        save_state: file to save the conversation in after each answer.
-
-    Returns:
-        The messages of the whole conversation.
-    """
-    if save_state is not None:
-        chat.check_target(save_state)
-    out.write("> ")
-    out.flush()
-    for line in lines:
-        if line.strip():
-            chat.say(line.strip(), stream=out)
-            if save_state is not None:
-                chat.save(save_state)
-        out.write("> ")
-        out.flush()
-    out.write("\n")
-    return chat.messages

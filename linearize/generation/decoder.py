@@ -3,8 +3,6 @@
 import copy
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 import torch
@@ -19,9 +17,9 @@ from linearize.checkpoint.states import fingerprint
 from linearize.errors import InputError
 from linearize.formats import plain
 from linearize.generation.lossless import Lossless
+from linearize.generation.result import Generation, wrong_settings
 from linearize.generation.store import StateStore
 
-Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
 FOLLOWED = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"),
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
@@ -37,23 +35,6 @@ ADVICE = "mend the file, or give temperature and top_p"
 WITHOUT_LOSS = {"bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"}
 WITHOUT_LOSS |= {"transformers_version", "_from_model_config", "return_dict_in_generate", "disable_compile"}
 """Settings that are not followed and need no word: our call has its own."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer per prompt, and how long they took together."""
-
-    texts: list[str]
-    prompt_tokens: list[int]
-    new_tokens: list[int]
-    prefill_seconds: float  # until the first new token
-    seconds: float
-    tokens_per_second: float  # new tokens of all prompts per second of decoding; the prefill is left out
-    tokens_per_pass: float | None = None  # of the source, where it was drafted
-
-    def to_dict(self) -> dict:
-        """The fields, JSON-safe."""
-        return asdict(self)
 
 
 class Clock(BaseStreamer):
@@ -249,23 +230,3 @@ def _settings(
         settings = GenerationConfig(max_new_tokens=max_new_tokens, return_dict_in_generate=True, **values)
         settings.validate(strict=False)
     return settings
-
-
-def wrong_settings(
-    prompt: str | Sequence[str] | Sequence[Message],
-    max_new_tokens: int,
-    temperature: float | None,
-    top_p: float | None,
-    stream: TextIO | None,
-) -> list[str]:
-    """What is wrong with arguments of `generate`, a sentence each."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    texts = [text for text in prompts if isinstance(text, str)]
-    checks = [
-        (not prompts or any(not text for text in texts), "the prompt is empty; give at least one character"),
-        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}; expected at least 1"),
-        (temperature is not None and temperature < 0, f"temperature is {temperature}; expected 0 or more"),
-        (top_p is not None and not 0 < top_p <= 1, f"top_p is {top_p}; expected more than 0, at most 1"),
-        (stream is not None and len(texts) > 1, f"{len(texts)} prompts cannot be streamed; give one, or stream=None"),
-    ]
-    return [message for failed, message in checks if failed]

@@ -32,6 +32,8 @@ MOST = 12
 """Tokens that are drafted at a time."""
 GAIN = 1.1
 """How many times faster drafting must promise to be before it begins: it has to read the text first."""
+SAMPLE = 128
+"""Tokens by which it is measured how fast the student reads."""
 PAUSE = 64
 """Tokens until drafting that did not pay is tried again; twice as many after each failure."""
 
@@ -45,12 +47,14 @@ class Pace:
         step: seconds of a step of the source; None before one was taken.
         token: seconds that each further token adds to a pass of the source.
         draft: seconds of a step of the student; None before it was tried.
+        reading: seconds in which the student reads a token of a text.
     """
 
     accepted: float = 0.8
     step: float | None = None
     token: float = 0.0
     draft: float | None = None
+    reading: float = 0.0
 
     def gain(self, number: int) -> float:
         """How many times faster than the source alone, if so many tokens are drafted at a time."""
@@ -199,9 +203,7 @@ class Lossless:
             raise InputError(f"lossless: found {input_ids.shape[0]} prompts; one at a time is drafted")
         ids, cache, self.counts = input_ids, kwargs["past_key_values"], Counts()
         start, most = ids.shape[1], int(stopping_criteria.max_length or 1 << 60)
-        start_time = time.perf_counter()
         logits = self._pass(model, ids[:, cache.get_seq_length() :], cache, 1)
-        prefill = time.perf_counter() - start_time
         cache.activate_past_recording()
         drafts, retry, pause, stopped = ids.new_empty(1, 0), 0, PAUSE, False
         while True:
@@ -221,8 +223,9 @@ class Lossless:
             if stopped:
                 break
             left = most - ids.shape[1]
-            number = self._decide(left, prefill, ids.shape[1] - start >= retry)
-            if number == 0 and self._read and self.always is None:
+            may = self.pace.step is not None and ids.shape[1] - start >= retry
+            number = self._decide(left, ids.shape[1], may)
+            if number == 0 and may and self._read and self.always is None:
                 retry, pause = ids.shape[1] - start + pause, 2 * pause
             drafts = self._draft(ids, number, logits_processor) if number else ids.new_empty(1, 0)
             start_time = time.perf_counter()
@@ -231,6 +234,16 @@ class Lossless:
         if self._streamer is not None:
             self._streamer.end()
         return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)  # type: ignore[arg-type]
+
+    def resume(self, cache: Any, ids: list[int]) -> None:
+        """Draft behind a state of the student's that is at hand.
+
+        Args:
+            cache: the student's, which is taken as it is.
+            ids: the tokens that it holds.
+        """
+        cache.activate_past_recording()
+        self._cache, self._read = cache, ids
 
     # --- the source
 
@@ -254,25 +267,28 @@ class Lossless:
 
     # --- the student
 
-    def _decide(self, left: int, prefill: float, may: bool) -> int:
-        """How many tokens to draft now."""
+    def _decide(self, left: int, length: int, may: bool) -> int:
+        """How many tokens to draft now, with so many left to write behind so many; `may`: whether drafting is on."""
         if self.always is not None:
             return max(min(self.always, left - 1), 0)
-        if self.pace.step is None or not may:
+        if not may or self.pace.step is None:
             return 0
         if self.pace.draft is None:
             self._try_step()
         number = min(self.pace.best(), left - 1)
         gain = self.pace.gain(number)
-        if number > 0 and not self._read:  # it has to read the text first, which takes about as long as the source did
+        if number > 0 and not self._read:  # it has to read the text first
             saved = left * self.pace.step * (1 - 1 / gain)
-            return number if gain > GAIN and saved > prefill else 0
+            return number if gain > GAIN and saved > length * self.pace.reading else 0
         return max(number, 0)
 
     def _try_step(self) -> None:
-        """Measure a step of the student, whose cost does not depend on the text, on a cache of its own."""
+        """Measure what steps and reading cost the student, on caches of its own: neither depends on the text."""
         cache, ids = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         with self._as(student=True):
+            start = time.perf_counter()
+            self._pass(self.model, ids.expand(1, SAMPLE), DynamicCache(), 1)
+            self.pace.reading = (time.perf_counter() - start) / SAMPLE
             for index in range(4):
                 start = time.perf_counter()
                 self._pass(self.model, ids, cache, 1)

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, Cache, PreTrainedConfig
 
 from ..errors import InputError
-from . import architectures, softmax_heads, transformers_api
+from . import architectures, host, softmax_heads, transformers_api
 from .cache import LinearizedCacheLayer
 from .decoding import settle, steps
 from .made import Made, as_inspected
 from .mixers import MIXERS, Context, MixerConfig
-from .ops.rows import Rows
+from .ops.rows import Packed, Rows
 
 IMPLEMENTATION = "linearize"
 """Under which name transformers finds `attention`."""
@@ -92,7 +92,7 @@ class _Call(NamedTuple):
     """What the swapped forward hands to `attention` through the source's own forward."""
 
     past: Cache | None
-    rows: Rows | None
+    rows: Rows | Packed | None
     mask: Any
     position_embeddings: Any
     steps: dict[int, Any]
@@ -209,7 +209,7 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     whole = mask
     if isinstance(mask, Tensor) and mask.ndim == 2:
         mask = F.pad(mask[:, -T:], (0, max(T - mask.shape[1], 0)))  # shorter: transformers leaves out what is not in it
-        if not (compiling and T == 1 or bool(mask.all())):
+        if not (compiling and T == 1 or host.read(mask.bool().all())[0]):
             rows = Rows.from_padding(mask)
     elif isinstance(mask, Tensor) and mask.ndim == 4:
         rows = _rows_of(mask, past) if _mixes(decoder) and not compiling else None
@@ -237,8 +237,8 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
 def _check_ids(decoder: Any, ids: Tensor) -> None:
     """Refuse ids that the embedding has no row for: an IndexError on the CPU, the end of the process on a GPU."""
     rows = decoder.get_input_embeddings().weight.shape[0]
-    if ids.numel() and (ids.device.type == "cpu" or ids.shape[1] > 1):  # on a GPU looking at a number costs a wait
-        lowest, highest = (int(number) for number in ids.aminmax())
+    if ids.numel() and (host.is_free(ids) or ids.shape[1] > 1):
+        lowest, highest = host.read(*ids.aminmax())
         if lowest < 0 or highest >= rows:
             raise InputError(
                 f"input_ids: token {lowest if lowest < 0 else highest} has no row in the embedding, which has {rows} "
@@ -250,13 +250,13 @@ def _mixes(decoder: Any) -> bool:
     return any(module.branch != "source" for module in decoder.linearized)
 
 
-def _rows_of(mask: Tensor, past: Cache | None) -> Rows | None:
+def _rows_of(mask: Tensor, past: Cache | None) -> Rows | Packed | None:
     layers = [layer for layer in past.layers if isinstance(layer, LinearizedCacheLayer)] if past is not None else []
     count = next((layer.tensors["count"] for layer in layers if layer.is_initialized), None)
     return Rows.from_mask(mask, 0 if past is None or count is None else int(past.get_seq_length()), count)
 
 
-def _check_arguments(decoder: Any, kwargs: dict[str, Any], rows: Rows | None) -> None:
+def _check_arguments(decoder: Any, kwargs: dict[str, Any], rows: Rows | Packed | None) -> None:
     """Refuse what softmax attention honours and a mixer cannot, with an InputError: it would be ignored in silence."""
     if not _mixes(decoder):
         return
@@ -270,7 +270,7 @@ def _check_arguments(decoder: Any, kwargs: dict[str, Any], rows: Rows | None) ->
     if kwargs.get("is_causal") is False or getattr(config, "is_causal", True) is False:
         raise InputError("is_causal=False: a recurrence reads from left to right only; leave it out, or use the source")
     documents = kwargs.get("cu_seq_lens_q")
-    if documents is not None and len(documents) > 2 and (rows is None or len(rows.index) != len(documents) - 1):
+    if documents is not None and len(documents) > 2 and (rows is None or rows.documents != len(documents) - 1):
         raise InputError(
             f"cu_seq_lens_q: names {len(documents) - 1} packed documents, and position_ids do not restart at each; "
             "give position_ids that do, and no attention_mask"

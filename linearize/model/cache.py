@@ -13,14 +13,18 @@ but are still in the ring. A forward pass reads them as if they were in the stat
 So `crop` moves a counter and copies nothing.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from .ops.rows import Rows
+from . import host
+from .ops.rows import Packed, Rows
 from .transformers_api import CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer, new_layer
+
+if TYPE_CHECKING:
+    from .stack import Stack
 
 ROLLBACK = 32
 """Slots that recording adds: transformers drafts 20 tokens at a time unless told otherwise."""
@@ -38,9 +42,12 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     Attributes:
         rollback: r, how many tokens can be taken back; 0 unless past tokens are recorded.
         record_past: as of transformers' own layers.
+        waiting: what `pending` gives, where it is known.
         grown: [B, heads, N, width], all tokens of heads that stay softmax, token t of a row in slot t; None without
             such heads. The one part that grows.
     """
+
+    __slots__ = ("stack",)  # not among `vars`, of which exporters make trees: the stack points back at its layers
 
     is_sliding = False
     supports_early_init = False
@@ -51,8 +58,9 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.rollback = 0
         self.tensors: dict[str, Tensor] = {}
         self.grown: Tensor | None = None
-        self.stack: Stack | None = None
+        self.stack: Stack | None = None  # pyright: ignore[reportAttributeAccessIssue]
         self.is_initialized = False
+        self.waiting: int | None = 0
         self._length: int | Tensor = 0
 
     def lazy_initialization(self, batch: int, like: Tensor, token_shape: tuple[int, int], state: tuple[Tensor, ...]):
@@ -76,8 +84,9 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if self.static:
             self._length = torch.zeros((), dtype=torch.int64, device=like.device)
         if not torch.compiler.is_compiling():
-            for x in self.tensors.values():
-                torch._dynamo.mark_static_address(x)
+            for x in (*self.tensors.values(), self._length):
+                if isinstance(x, Tensor):
+                    torch._dynamo.mark_static_address(x)
         self.is_initialized = True
 
     @property
@@ -176,7 +185,18 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.grown = x.detach()
         return x
 
-    def check_start(self, rows: Rows | None) -> None:
+    def entered(self, late: bool, passed: int) -> int | None:
+        """How many tokens the state of a row holds at most, or None where only the device knows.
+
+        Args:
+            late: whether a token enters it when it leaves the window.
+            passed: tokens of the forward pass under way, which are not counted yet.
+        """
+        if self.static or torch.compiler.is_compiling():
+            return None
+        return max(int(self._length) + passed - late * (self.window + self.sinks), 0)
+
+    def check_start(self, rows: Rows | Packed | None) -> None:
         """Refuse packed documents behind other tokens, with a ValueError: they become rows of their own."""
         if rows is not None and rows.packed and self.is_initialized:
             raise ValueError("packed documents can only start an empty cache")
@@ -190,6 +210,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """
         self.tensors["count"] += lengths
         self._length += tokens
+        self.waiting = None
 
     # --- the contract of transformers
 
@@ -215,8 +236,8 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Forget all tokens; the slots stay allocated."""
         for x in self.tensors.values():
             x.zero_()
-        self.grown = None
-        self._length = self._length * 0
+        self.grown, self.waiting = None, 0
+        self._length = self._length.zero_() if isinstance(self._length, Tensor) else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last tokens of each row back, and make those that stay certain.
@@ -247,6 +268,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         recent.copy_(recent.roll(removed, 1))
         recent[:, :removed] = True
         self._length -= removed
+        self.waiting = None
         self.tensors["certain"].copy_(count)
         if self.grown is not None:
             self.grown = self.grown[:, :, : self.grown.shape[2] - removed]
@@ -279,7 +301,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             recent = torch.ones(len(count), ROLLBACK, dtype=torch.bool, device=self.device)
             self.tensors |= {"tokens": x, "settled": count.clone(), "certain": count.clone(), "recent": recent}
             self.stack = None
-        self.rollback = ROLLBACK
+        self.rollback, self.waiting = ROLLBACK, 0
 
     def remember(self, real: Tensor | None, tokens: int) -> None:
         """Note which of the last positions [B, tokens] hold tokens; None: all."""
@@ -289,13 +311,22 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             recent.copy_(torch.cat([recent, new.to(recent.dtype)], 1)[:, -self.rollback :])
 
     def pending(self) -> int:
-        """Tokens of the longest wait: they have left the window and are not in the state yet."""
-        return int((self.tensors["count"] - self.tensors["settled"]).max()) if self.rollback else 0
+        """Tokens of the longest wait: they have left the window and are not in the state yet. A forward pass asks for
+        all layers at once (`decoding.settle`)."""
+        if self.rollback and self.waiting is None:
+            self.waiting = host.read((self.tensors["count"] - self.tensors["settled"]).max())[0]
+        return self.waiting or 0
+
+    def settle(self) -> None:
+        """Note that all tokens are in the state."""
+        if self.rollback:
+            self.tensors["settled"].copy_(self.tensors["count"])
+            self.waiting = 0
 
     def _map(self, f) -> None:
         self.tensors = {n: f(x) for n, x in self.tensors.items()}
         self.grown = None if self.grown is None else f(self.grown)
-        self.stack = None
+        self.stack = self.waiting = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take row `beam_idx[b]`, int64 [B], as row b."""
@@ -317,51 +348,6 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Move all tensors back to their device."""
         if self.is_initialized:
             self._map(lambda x: x.to(self.device, non_blocking=True))
-
-
-class Stack:
-    """The tensors of alike layers, joined along the batch: what all of them do at the same time is one operation.
-
-    Each layer keeps its own rows as views.
-
-    Args:
-        layers: initialized, of equal shapes, dtype and device.
-
-    Attributes:
-        tensors: as of a layer, [L·B, ...] each.
-        ahead: while tokens are recorded and come one by one, the state with all of them in it; else None.
-    """
-
-    def __init__(self, layers: list[LinearizedCacheLayer]):
-        self.layers = layers
-        self.ahead: tuple[Tensor, ...] | None = None
-        self.tensors = layers[0].tensors
-        if len(layers) > 1:
-            self.tensors = {n: torch.cat([layer.tensors[n] for layer in layers]) for n in layers[0].tensors}
-            views = ({n: x.chunk(len(layers)) for n, x in self.tensors.items()}).items()
-            for i, layer in enumerate(layers):
-                layer.tensors = {n: parts[i] for n, parts in views}
-        for layer in layers:
-            layer.stack = self
-
-    @classmethod
-    def of(cls, layers: list[LinearizedCacheLayer]) -> "Stack":
-        """The stack of exactly these layers, made anew where one has left it."""
-        stack = layers[0].stack
-        same = stack is not None and stack.layers == layers and all(layer.stack is stack for layer in layers)
-        return stack if stack is not None and same else cls(layers)
-
-    @property
-    def state(self) -> tuple[Tensor, ...]:
-        """The recurrent states, [L·B, ...] each, in the order the mixer gave them."""
-        return tuple(self.tensors[n] for n in self.layers[0].state_names)
-
-    def advance(self) -> None:
-        """Count one token per row, in every layer."""
-        self.tensors["count"] += 1
-        for layer in self.layers:
-            layer._length += 1
-            layer.remember(None, 1)
 
 
 def cache_layer(

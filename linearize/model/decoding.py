@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cache import LinearizedCacheLayer, Stack
+from . import host
+from .cache import LinearizedCacheLayer
+from .stack import Stack
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -47,18 +49,19 @@ class Step:
         self.one = tokens.new_ones(B, heads, 1, 1)
         if mixer.windowed:
             kept = Tokens(tokens, mixer.geometry)
-            size = B * heads
-            self.slots = list(zip(kept.k.flatten(0, 1).mT.split(size), kept.v.flatten(0, 1).split(size), strict=True))
+            parts = (kept.k.flatten(0, 1).mT, kept.v.flatten(0, 1))
+            parts = (x.unflatten(0, (len(stack.layers), -1)).unbind() for x in parts)
+            self.slots = list(zip(*parts, strict=True))
         self._ahead: list[tuple[Tensor, ...]] | None = None
         if mixer.delayed and first.rollback:
             if stack.ahead is None:
                 stack.ahead = tuple(x.clone() for x in stack.state)
-                enter(mixer, stack, stack.tensors["settled"], stack.tensors["count"], stack.ahead)
-            enter(mixer, stack, stack.tensors["count"], stack.tensors["count"] + 1, stack.ahead)
+                enter(mixer, stack, stack.tensors["settled"], stack.tensors["count"], stack.ahead, first.pending())
+            enter(mixer, stack, stack.tensors["count"], stack.tensors["count"] + 1, stack.ahead, 1)
             self._ahead = list(zip(*(x.chunk(len(stack.layers)) for x in stack.ahead), strict=True))
         elif mixer.delayed:
             leaving = Tokens(tokens.gather(2, self._slot), mixer.geometry)
-            mixer.update_state(mixer.updates(leaving), stack.state)
+            mixer.take_in(mixer.updates(leaving), stack.state)
 
     def state(self, index: int, past: LinearizedCacheLayer) -> tuple[Tensor, ...]:
         """What a layer of this index among them reads: the state with the token in it that has just left."""
@@ -80,7 +83,7 @@ class Step:
         self.stack.advance()
 
 
-def enter(mixer: "Mixer", stack: Stack, first: Tensor, last: Tensor, state: tuple[Tensor, ...]) -> None:
+def enter(mixer: "Mixer", stack: Stack, first: Tensor, last: Tensor, state: tuple[Tensor, ...], most: int) -> None:
     """Take tokens that have left the window into a state, in place, in the order in which they left.
 
     Args:
@@ -89,14 +92,15 @@ def enter(mixer: "Mixer", stack: Stack, first: Tensor, last: Tensor, state: tupl
         first: int64 [L·B], how many tokens of each row lay before the next when the state was as it is.
         last: the same, when it will be as it is to become.
         state: [L·B, ...] each.
+        most: what `last` is more than `first` in any row.
     """
     x, layer = stack.tensors["tokens"], stack.layers[0]
-    for offset in range(int((last - first).max())):
+    for offset in range(most):
         token = (first + offset)[:, None] - layer.window
         slot = layer.sinks + (token - layer.sinks).remainder(layer.ring)
         leaving = x.gather(2, slot[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
         real = (token >= layer.sinks) & ((first + offset)[:, None] < last[:, None])
-        mixer.update_state(mixer.updates(Tokens(leaving * real[:, None, :, None], mixer.geometry)), state)
+        mixer.take_in(mixer.updates(Tokens(leaving * real[:, None, :, None], mixer.geometry)), state)
 
 
 def settle(mixers: "dict[int, Mixer]", layers: list, new: int) -> None:
@@ -118,17 +122,18 @@ def settle(mixers: "dict[int, Mixer]", layers: list, new: int) -> None:
         count, settled, certain = (stack.tensors[name] for name in ("count", "settled", "certain"))
         full = count + new - stack.layers[0].rollback
         target = torch.minimum(torch.maximum(torch.maximum(certain, full), settled), count)
-        if not mixer.delayed:
-            settled.copy_(target)
-        elif bool((target > settled).any()):
-            if stack.ahead is not None and torch.equal(target, count):
+        moving, waiting = host.read((target - settled).max(), (count - target).max())
+        if mixer.delayed and moving:
+            if stack.ahead is not None and not waiting:
                 for old, ahead in zip(stack.state, stack.ahead, strict=True):
                     old.copy_(ahead)
             else:
-                enter(mixer, stack, settled, target, stack.state)
-            settled.copy_(target)
-        if stack.ahead is not None and torch.equal(settled, count):
+                enter(mixer, stack, settled, target, stack.state, moving)
+        settled.copy_(target)
+        if not waiting:
             stack.ahead = None
+        for layer in stack.layers:
+            layer.waiting = waiting
 
 
 def steps(mixers: "dict[int, Mixer]", layers: list) -> "dict[int, tuple[Step, int]]":

@@ -19,7 +19,7 @@ from . import architectures
 from .attention import hook_decoder, linearized_modules, swap_attention
 from .cache import cache_layer
 from .made import Made, as_inspected
-from .mixers import MixerConfig, build_config
+from .mixers import MixerConfig, build_config, read_config
 from .transformers_api import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, conversion_rules, name_of
 
 FORMAT = 1
@@ -63,7 +63,7 @@ class LinearizedConfig(PreTrainedConfig):
                 "upgrade linearize"
             )
         for values in block["layers"].values():
-            build_config(values)
+            read_config(values)
         source = block["source"]["model_type"]
         if source not in CONFIG_MAPPING:
             raise InputError(
@@ -111,7 +111,7 @@ class LinearizedForCausalLM(_Source):
         super().__init__(config, *args, **kwargs)
         paths = architectures.attention_layers(self)
         for index, values in config.linearize["layers"].items():
-            swap_attention(self, paths[int(index)], config, build_config(values))
+            swap_attention(self, paths[int(index)], config, read_config(values))
         hook_decoder(self)
 
     @classmethod

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from .decoding import Step
-from .ops.rows import Rows
+from .ops.rows import Packed, Rows
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Context:
         cache: the Cache to continue and update, or None.
         branch: all | window (without the memory) | memory (without the window).
         attend: the source's own attention over (q, k, v), for the control; y [B, H, T, V].
+        taken: tokens that the state of a row holds at most before those of a `scan`.
+        whole: whether every token of a `scan` exists and every row's state holds exactly `taken`.
         steps: layer index -> the decoding step it shares with other layers, and its index among them.
     """
 
@@ -35,10 +37,12 @@ class Context:
     softcap: float | None
     extra: Tensor | None
     unrotate: Callable[[Tensor], Tensor]
-    rows: Rows | None
+    rows: Rows | Packed | None
     cache: Cache | None
     branch: str
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    taken: int | None = None
+    whole: bool = False
     steps: dict[int, tuple[Step, int]] = field(default_factory=dict)
 
 
@@ -73,9 +77,10 @@ class Pass(NamedTuple):
     lengths: Tensor
 
     def parted(self, last: int) -> "tuple[Pass, Pass, Callable[[Tensor, Tensor], Tensor]]":
-        """All but the last so many tokens of each row, those, and what puts their outputs together again."""
+        """All but the last so many tokens of each row, those, and what puts their outputs together again; for a pass
+        of more tokens than that."""
         first = (self.lengths - last).clamp(min=0)
-        n = int(first.max())
+        n = self.q.shape[2] - last  # no row has more, and what a row does not have does not exist
         index = first[:, None] + torch.arange(last, device=first.device)
 
         def take(x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from transformers import PreTrainedConfig
 
 from ..errors import InputError
 from . import architectures, softmax_heads
-from .mixers import MIXERS, build_config
+from .cache import ROLLBACK
+from .mixers import MIXERS, Mixer, read_config
 
 
 class TextSizes(NamedTuple):
@@ -54,10 +55,10 @@ def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_by
 
     Returns:
         source_kv: bytes of the source's key/value cache; linearized: bytes of this model's; per_layer: the latter by
-            layer.
+            layer; rollback: bytes that come to it while past tokens are recorded, to be taken back (drafts).
     """
     per_layer = []
-    total = 0
+    total = rollback = 0
     g = architectures.geometry(config)
     for index in range(config.get_text_config().num_hidden_layers):
         reach = architectures.reach(config, index)
@@ -68,9 +69,23 @@ def state_bytes(config: PreTrainedConfig, context: int, batch: int = 1, dtype_by
         if values is None or MIXERS[values["name"]].keeps_source_cache:
             per_layer.append(grown)
             continue
-        config_of_layer = build_config(values)
+        config_of_layer = read_config(values)
         with torch.device("meta"):
             rest = softmax_heads.others(g, config_of_layer.softmax_heads)
-            own = MIXERS[values["name"]](config_of_layer, rest).state_bytes(batch, dtype_bytes)
+            mixer = MIXERS[values["name"]](config_of_layer, rest)
+            own = mixer.state_bytes(batch, dtype_bytes)
+        rollback += batch * rollback_bytes(mixer, dtype_bytes)
         per_layer.append(own + grown * len(config_of_layer.softmax_heads) // g.kv_heads)
-    return {"source_kv": total, "linearized": sum(per_layer), "per_layer": per_layer}
+    return {"source_kv": total, "linearized": sum(per_layer), "per_layer": per_layer, "rollback": rollback}
+
+
+def rollback_bytes(mixer: Mixer, dtype_bytes: int) -> int:
+    """Bytes of one row and layer that recording adds: the slots, a mark of each, and two counts; 0 where a layer cannot
+    take tokens back.
+
+    Args:
+        mixer: of the layer.
+        dtype_bytes: of an element of the slots.
+    """
+    heads, width = mixer.token_shape
+    return ROLLBACK * (heads * width * dtype_bytes + 1) + 2 * torch.int64.itemsize if mixer.late else 0

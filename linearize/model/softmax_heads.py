@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .cache import cache_layer
+from .cache import LinearizedCacheLayer, cache_layer
 from .mixers.base import Context
 from .ops.causal import causal_attention
+from .ops.rows import Rows, in_parts
 from .tokens import Geometry
 
 
@@ -96,21 +97,22 @@ def run(mixer: Any, kept: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, cont
         inside = replace(context, extra=extra, attend=lambda *_: pick(context.attend(q, k, v), G, index))
         return [pick(x, G, index) for x in (q, k, v)], inside
 
-    (qs, ks, vs), inside = part(own)
+    heads, inside = part(own)
     rows, layer = context.rows, None
     if context.cache is not None:
         layer = cache_layer(context.cache, context.layer_idx, mixer.window, mixer.sinks, True, mixer.late)
         layer.check_start(rows)
-    if rows is not None:
-        qs, ks, vs = (rows.gather(x) for x in (qs, ks, vs))
-    x, seen = torch.cat([ks, vs], -1), 0
-    if layer is not None and layer.is_initialized:
-        seen = layer.tensors["count"]
-    if layer is not None:
-        x = layer.grow(x)
-    ks, vs = x.split([ks.shape[-1], vs.shape[-1]], -1)
-    y = causal_attention(qs, ks, vs, seen=seen, scaling=context.scaling, softcap=context.softcap, extra=inside.extra)
-    y = y if rows is None else rows.scatter(y)
+
+    def exact(some: Rows | None, layer: LinearizedCacheLayer | None) -> Tensor:
+        qs, ks, vs = heads if some is None else (some.gather(x) for x in heads)
+        x, widths = torch.cat([ks, vs], -1), (ks.shape[-1], vs.shape[-1])
+        seen = layer.tensors["count"] if layer is not None and layer.is_initialized else 0
+        ks, vs = (x if layer is None else layer.grow(x)).split(widths, -1)
+        numbers = {"scaling": context.scaling, "softcap": context.softcap, "extra": inside.extra}
+        y = causal_attention(qs, ks, vs, seen=seen, **numbers)
+        return y if some is None else some.scatter(y)
+
+    y = in_parts(rows, layer, exact)
     # Behind it: this counts the new tokens.
     arguments, inside = part(rest)
     parts = [each.unflatten(1, (len(index), -1)) for each, index in ((y, own), (mixer(*arguments, inside), rest))]

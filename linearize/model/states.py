@@ -18,7 +18,7 @@ from .cache import LinearizedCacheLayer
 from .transformers_api import DYNAMIC_LAYERS
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LinearizedCacheLayer, *DYNAMIC_LAYERS)}
-_MADE_AGAIN = {"dtype", "device", "stack", "_sliding_window_tensor"}
+_MADE_AGAIN = {"dtype", "device", "stack", "waiting", "_sliding_window_tensor"}
 """Attributes of a layer that follow from its others."""
 _POSITIONS = {"_length", "cumulative_length"}
 """Positions that a layer has seen: in a batch those of the longest row."""
@@ -151,13 +151,15 @@ def check(cache: Cache, model: nn.Module) -> None:
         if (layer.window, layer.sinks, layer.late) != (mixer.window, mixer.sinks, mixer.late):
             raise ValueError(f"layer {index} has window {layer.window} and {layer.sinks} sinks")
         heads, width = mixer.token_shape
-        states = mixer.initial_state(1, torch.device("meta"))
+        states = mixer.stored_state(1, torch.device("meta"))
         wanted = {"tokens": (1, heads, layer.slots, width), "count": (1,)}
         wanted |= {f"state_{number}": tuple(x.shape) for number, x in enumerate(states)}
         wanted |= dict.fromkeys(("settled", "certain"), (1,)) if layer.rollback else {}
         wanted |= {"recent": (1, layer.rollback)} if layer.rollback else {}
         if {name: tuple(x.shape) for name, x in layer.tensors.items()} != wanted:
             raise ValueError(f"layer {index} has tensors of other shapes")
+        if any(layer.tensors[f"state_{number}"].dtype != x.dtype for number, x in enumerate(states)):
+            raise ValueError(f"layer {index} keeps its state in another dtype than {mixer.config.state_dtype}")
         if layer.state_names != [name for name in wanted if name.startswith("state_")]:
             raise ValueError(f"layer {index} names other states")
         count, grown = int(layer.tensors["count"]), layer.grown

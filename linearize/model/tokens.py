@@ -24,8 +24,9 @@ class Geometry:
     def schedule(self, make: Callable[[int], Tensor]) -> Tensor:
         """Constants that differ from head to head, of the heads that are here: `make` gives them [G, ...] for all key/
         value heads of the layer, by their index."""
-        whole = self.kv_heads + len(self.missing)
-        return make(whole)[[g for g in range(whole) if g not in self.missing]]
+        whole = make(self.kv_heads + len(self.missing))
+        # Slices: a list of indices would be copied to the device at every call.
+        return torch.cat([whole[g : g + 1] for g in range(len(whole)) if g not in self.missing])
 
 
 class Tokens:

@@ -18,10 +18,10 @@ from pydantic_core import ArgsKwargs
 
 from linearize.errors import InputError, suggest
 from linearize.formats import plain, quoted
-from linearize.recipe.resources import package_folder
 from linearize.recipe.schema import (
     DEFAULT_MIXER,
     STAGES,
+    Allocate,
     Calibrate,
     Convert,
     Data,
@@ -32,6 +32,8 @@ from linearize.recipe.schema import (
     Source,
     Stage,
 )
+from linearize.recipe.templates import find, names, shipped, source_of
+from linearize.recipe.templates import plain as plain_recipe
 from linearize.recipe.text import parse_yaml, read_yaml
 
 SUFFIXES = (".yaml", ".yml")
@@ -43,22 +45,6 @@ DEFAULTS = {
     "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
 }
 """Source of several shipped recipes -> the one that it gets unasked."""
-
-
-def names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(path.stem for path in package_folder("recipes").glob("*.yaml"))
-
-
-def path_of(name: str) -> Path:
-    """The file of a shipped recipe.
-
-    Raises:
-        InputError: no shipped recipe has this name.
-    """
-    if name not in names():
-        raise InputError(f"unknown recipe {name!r}. {suggest(name, names())}. A file is named with its ending, .yaml")
-    return package_folder("recipes") / f"{name}.yaml"
 
 
 def load(name_or_path: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
@@ -78,12 +64,15 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | Iterable[str] 
         >>> load("smollm2-135m", ["convert.mixer.window=128"]).convert.mixer["window"]
         128
     """
-    path, where = Path(name_or_path), str(name_or_path)
+    path, where, changes = Path(name_or_path), str(name_or_path), {}
+    name = path.stem
     if path.suffix not in SUFFIXES:
-        path, where = path_of(where), f"recipes/{where}.yaml"
+        name, (path, changes, _) = where, find(where)
+        where = f"recipes/{path.name}"
     elif not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
         raise InputError(f"{where}: there is no such recipe file. Shipped recipes: {', '.join(names())}")
-    return from_dict({"name": path.stem, **read_yaml(path, where)}, overrides, where)
+    values = {"name": name, **plain_recipe(read_yaml(path, where))}
+    return from_dict(_override(values, changes)[0] if changes else values, overrides, where)
 
 
 def default(source_id: str, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
@@ -100,7 +89,7 @@ def default(source_id: str, overrides: Mapping[str, Any] | Iterable[str] = ()) -
         InputError: as :func:`load`.
     """
     for name in [DEFAULTS[source_id]] if source_id in DEFAULTS else names():
-        if yaml.safe_load(path_of(name).read_text(encoding="utf-8"))["source"]["id"] == source_id:
+        if source_of(name) == source_id:
             return load(name, overrides)
     return from_dict({"source": {"id": source_id}}, overrides, where="defaults")
 
@@ -121,7 +110,7 @@ def resolve(model: str, overrides: Mapping[str, Any] | Iterable[str] = (), recip
     """
     if recipe is not None:
         return replace(load(recipe, overrides), source=resolve(model).source)
-    if Path(model).suffix in SUFFIXES or model in names():
+    if Path(model).suffix in SUFFIXES or model in shipped():
         return load(model, overrides)
     return default(model, overrides)
 
@@ -272,7 +261,7 @@ def _explain(problem: Any) -> str:
 def _fields(location: list[str]) -> list[str]:
     """The keys that are allowed at a location in the recipe."""
     kinds: dict[str, Any] = {"source": Source, "convert": Convert, "data": Data, "calibrate": Calibrate}
-    kinds |= {"select": Select, "train": Stage, "eval": Eval, "peft": Peft}
+    kinds |= {"allocate": Allocate, "select": Select, "train": Stage, "eval": Eval, "peft": Peft}
     parts = [part for part in location if part in kinds]
     return [field.name for field in fields(kinds[parts[-1]] if parts else Recipe)]
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.dataclasses import dataclass
 
 from linearize.errors import InputError, suggest
-from linearize.formats import plain
+from linearize.formats import parse_bytes, plain
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 LARGEST = 10**15
@@ -75,6 +75,11 @@ def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
     return check
 
 
+def _bytes(text: str | int) -> str | int:
+    parse_bytes(text)
+    return text
+
+
 def one_folder(name: str) -> str:
     """A name that becomes that of a folder or file: one part of a path, never a way to another place.
 
@@ -105,11 +110,13 @@ class Source:
 
 @dataclass(frozen=True, config=STRICT)
 class Convert:
-    """What replaces softmax attention, where, and in which dtype the converted folder is written."""
+    """What replaces softmax attention, where, and in which dtype the converted folder is written. ``cache``: bytes that
+    the linearized layers' cache of one row takes, such as 8MiB, in the place of the mixer's own number."""
 
     mixer: dict[str, Any] = Field(default_factory=lambda: dict(DEFAULT_MIXER))
     layers: Annotated[Any, BeforeValidator(parse_layers)] = "full"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    cache: Annotated[str | int, AfterValidator(_bytes)] | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -152,6 +159,19 @@ class Select(Reading):
     keep: Annotated[int, Field(ge=0, le=LARGEST)] = 4
     by: Annotated[str, AfterValidator(_one_of(CRITERIA))] = "sensitivity"
     per: Annotated[str, AfterValidator(_one_of(PER))] = "layers"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Allocate(Reading):
+    """How many bytes of cache are divided over the layers, on how much text.
+
+    Attributes:
+        cache: as ``convert.cache``; None: as many as the folder has.
+    """
+
+    tokens: Positive = 8192
+    seq_len: Annotated[int, Field(ge=2, le=LARGEST)] = 2048
+    cache: Annotated[str | int, AfterValidator(_bytes)] | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -200,6 +220,8 @@ class Stage:
         decay: share of the steps in which warmup_stable_decay falls to zero at the end, or infinite falls to its
             constant after the warmup; the other schedules need none.
         weight_decay: of matrices; vectors and scalars have none.
+        quantize: nf4 holds the frozen weights in 4 bits while adapters are trained (QLoRA, arXiv 2305.14314), those of
+            the source in kl and transfer too; merging folds the adapters into the weights as they were.
         betas: of AdamW, also where muon leaves a weight to it.
     """
 
@@ -226,6 +248,7 @@ class Stage:
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["nf4"] | None = None
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     save_every: Positive = 100
@@ -248,6 +271,8 @@ class Stage:
                 "top_k is about kl, which must be above 0, and spares the run of the source, which transfer needs in "
                 "every step; set transfer to 0 or leave top_k out"
             )
+        if self.quantize and (self.peft is None or self.peft.method not in ("lora", "rslora")):
+            problems.append("quantize keeps frozen weights in 4 bits, which goes with peft.method lora or rslora")
         if self.keep != "last" and not self.watch:
             problems.append(f"keep: {self.keep} needs what watch measures; set watch above 0")
         if self.schedule in ("warmup_stable_decay", "infinite") and self.warmup + self.decay > 1:
@@ -274,6 +299,7 @@ class Recipe:
     status: Literal["run", "not yet run at full size"] = "not yet run at full size"
     convert: Convert = Field(default_factory=Convert)
     data: tuple[Data, ...] = Field(default_factory=lambda: (Data(),))
+    allocate: Allocate | None = None
     calibrate: Calibrate | None = None
     select: Select | None = None
     train: tuple[Stage, ...] = Field(default_factory=lambda: (Stage(),))
@@ -284,7 +310,7 @@ class Recipe:
         names = [stage.name for stage in self.train]
         if len(set(names)) < len(names):
             raise ValueError(f"train: two stages share a name ({', '.join(names)}); each stage needs its own")
-        if (self.train or self.calibrate or self.select) and not self.data:
+        if (self.train or self.allocate or self.calibrate or self.select) and not self.data:
             raise ValueError("data: found no entry; training needs at least one")
         return self
 

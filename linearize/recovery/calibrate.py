@@ -5,12 +5,13 @@ student are computed beside it from the same queries, keys and values (so no lay
 per head is chosen that brings the student's output nearest to the source's, in squared error:
 
 - a memory with a log weight w: the shift c of w among GRID that is best, error (y + σ(w + c − lse)(m − y) − target)²;
+  for clusters together with γ among MASSES, how much their spread adds to their weight;
 - any other memory: the factor γ of y + γ m, which is a regression of target − y on m.
 
 The best fit of each layer need not be the best for the whole model: all numbers are scaled by that one of SCALES with
 which the model predicts a block of other text best, 0 where they do not help.
 
-No gradient, no change of any source weight. The numbers are the weight `gate` [H] of each layer's mixer.
+No gradient, no change of any source weight. The numbers are the weights `gate` and `mass` [H] of each layer's mixer.
 """
 
 from collections.abc import Callable
@@ -28,11 +29,13 @@ from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
 from linearize.model.mixers import Context, Mixer
 from linearize.model.modeling import linearize_
+from linearize.model.passes import Branch
 from linearize.recipe import load as recipes
 from linearize.recovery import reading
 from linearize.recovery.documents import local_files
 
 GRID = torch.arange(-6.0, 6.01, 0.25)
+MASSES = (0.0, 0.25, 0.5, 0.75)
 LARGEST = 0.99
 """Of |γ|, because a gate is tanh of its weight."""
 SCALES = (1.0, 0.5, 0.0)
@@ -55,24 +58,32 @@ class Watched(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """As of a mixer: q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> [B, H, T, V]."""
-        target = context.attend(q, k, v)
-        near, far = self.mixer.branches(q, k, v, context)
+        target, mass = context.attend(q, k, v), getattr(self.mixer, "mass", None)
+        sums = []
+        for value in (None,) if mass is None else MASSES:
+            if mass is not None and value is not None:
+                mass.data.fill_(value)
+            sums.append(self._sums(target, *self.mixer.branches(q, k, v, context)))
+        if sums[0] is not None:
+            self.sums = self.sums + torch.stack(sums)
+        return target
+
+    def _sums(self, target: Tensor, near: Branch | None, far: Branch | None) -> Tensor | None:
+        """What the fit needs of one block, [·, H]; None where nothing lay behind the window."""
         if near is None or far is None:
-            return target
+            return None
         reach = self.mixer.config.window + self.mixer.config.sinks
         y, m, wanted = (x[:, :, reach:].float() for x in (near.y, far.y, target))
         miss, step = y - wanted, m - y
         if far.log_weight is None or near.log_weight is None:
-            self.sums = self.sums - torch.stack([(m * miss).sum((0, 2, 3)), -(m * m).sum((0, 2, 3))])
-        else:
-            weight, lse = far.log_weight[:, :, reach:], near.log_weight[:, :, reach:]
-            share = (weight - lse + GRID.to(lse.device).view(-1, 1, 1, 1)).sigmoid()
-            products = (miss * step).sum(-1), (step * step).sum(-1)
-            self.sums = self.sums + (2 * share * products[0] + share.square() * products[1]).sum((1, 3))
-        return target
+            return torch.stack([-(m * miss).sum((0, 2, 3)), (m * m).sum((0, 2, 3))])
+        weight, lse = far.log_weight[:, :, reach:], near.log_weight[:, :, reach:]
+        share = (weight - lse + GRID.to(lse.device).view(-1, 1, 1, 1)).sigmoid()
+        products = (miss * step).sum(-1), (step * step).sum(-1)
+        return (2 * share * products[0] + share.square() * products[1]).sum((1, 3))
 
-    def gate(self) -> Tensor:
-        """The gate that fits best, [H].
+    def weights(self) -> dict[str, Tensor]:
+        """The gate that fits best, [H], and where there is one the mass.
 
         Raises:
             InputError: no text reached beyond window and sinks.
@@ -82,9 +93,12 @@ class Watched(nn.Module):
                 "calibrate: no text reached beyond window and sinks; use longer blocks (--seq-len) than they are"
             )
         if self.mixer.weighted:
-            return GRID.to(self.sums.device)[self.sums.argmin(0)]
-        toward, size = self.sums
-        return (toward / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(-LARGEST, LARGEST).atanh()
+            best = self.sums.flatten(0, 1).argmin(0)
+            device, masses = best.device, torch.tensor(MASSES)
+            fitted = {"gate": GRID.to(device)[best % len(GRID)], "mass": masses.to(device)[best // len(GRID)]}
+            return {name: fitted[name] for name in fitted if getattr(self.mixer, name, None) is not None}
+        ((toward, size),) = self.sums
+        return {"gate": (toward / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(-LARGEST, LARGEST).atanh()}
 
 
 @torch.inference_mode()
@@ -114,18 +128,20 @@ def fit(model: PreTrainedModel, ids: Tensor, advance: Callable[[], None] = lambd
         for block in ids:
             model(block[None].to(model.device), use_cache=False, logits_to_keep=1)
             advance()
-        gates = {module.layer_idx: module.mixer.gate() for module in chosen}
+        fitted = {module.layer_idx: module.mixer.weights() for module in chosen}
     finally:
         for module in chosen:
             module.mixer = module.mixer.mixer
     for module in chosen:
-        module.mixer.gate.data.copy_(gates[module.layer_idx])
-    return {index: gate.tolist() for index, gate in gates.items()}
+        for name, weight in fitted[module.layer_idx].items():
+            getattr(module.mixer, name).data.copy_(weight)
+    return {index: weights["gate"].tolist() for index, weights in fitted.items()}
 
 
 @torch.inference_mode()
 def scale(model: PreTrainedModel, block: Tensor) -> dict[float, float]:
-    """Scale the gates of a calibrated model in place, by the factor with which it predicts other text best.
+    """Scale what was fitted in place, away from where it was, by the factor with which the model predicts other text
+    best.
 
     Args:
         model: as `fit` leaves it.
@@ -135,11 +151,14 @@ def scale(model: PreTrainedModel, block: Tensor) -> dict[float, float]:
         Each of SCALES -> the loss of the next token, the best first.
     """
     block = block[None].to(model.device)
-    gates = [(m.mixer.gate.data, m.mixer.gate.data.clone()) for m in linearized_modules(model) if m.mixer.delayed]
+    mixers = [m.mixer for m in linearized_modules(model) if m.mixer.delayed]
+    weights = [(mixer.gate.data, mixer.gate.data.clone(), 0.0) for mixer in mixers]
+    masses = [mixer for mixer in mixers if getattr(mixer, "mass", None) is not None]
+    weights += [(mixer.mass.data, mixer.mass.data.clone(), mixer.config.mass) for mixer in masses]
 
     def set_gates(factor: float) -> None:
-        for gate, fitted in gates:
-            gate.copy_(factor * fitted)
+        for weight, fitted, before in weights:
+            weight.copy_(before + factor * (fitted - before))
 
     losses = {}
     for factor in SCALES:

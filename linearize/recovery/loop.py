@@ -14,11 +14,13 @@ from torch import Tensor
 from linearize.checkpoint import adapters
 from linearize.checkpoint.describe import check_positions
 from linearize.checkpoint.open import is_adapter, open_model
+from linearize.checkpoint.quantize import quantize_
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
 from linearize.recipe.schema import Stage
 from linearize.recovery import optim
 from linearize.recovery.data import Blocks
+from linearize.recovery.head import logits_of, splits
 from linearize.recovery.losses import Losses, count_targets, token_losses
 from linearize.recovery.memory import check_length, drop_windows, position_weights
 from linearize.recovery.monitor import SHOWN, first_not_finite
@@ -43,12 +45,18 @@ def open_student(folder: Path, stage: Stage) -> Any:
     Raises:
         InputError: there is no such model, or it does not fit the stage.
     """
+    model = open_model(folder, getattr(torch, stage.dtype) if adapters.keeps_source(stage.peft) else torch.float32)
+    return prepare(model, stage, folder if is_adapter(folder) else None)
+
+
+def prepare(model: Any, stage: Stage, trained: Path | None = None) -> Any:
+    """A linearized model with what the stage trains, in training mode; arguments and errors as of `adapters.attach`."""
     compute = getattr(torch, stage.dtype)
-    model: Any = open_model(folder, compute if adapters.keeps_source(stage.peft) else torch.float32)
+    quantize_(model, stage.quantize)
     if stage.peft:
-        model = adapters.attach(model, stage.peft, folder if is_adapter(folder) else None)
+        model = adapters.attach(model, stage.peft, trained)
     for weight in model.parameters():
-        if not weight.requires_grad:
+        if not weight.requires_grad and weight.is_floating_point():  # else 4 bits, packed
             weight.data = weight.data.to(compute)
     if stage.gradient_checkpointing:
         # transformers has renamed it and warns at the old name, the only one that earlier releases know.
@@ -87,6 +95,7 @@ class Loop:
         self.teacher = Teacher(
             self.plain, stage, folder, accelerator.device, self.autocast, data.distinct(),
             lambda mine: bool(self._sum([mine])[0]) if self.divided else mine, accelerator.is_main_process,
+            self.divided,
         )  # fmt: skip
         if stage.watch or stage.beyond > 1:
             check_length(self.plain, stage.seq_len, f"train.{stage.name}")
@@ -185,16 +194,20 @@ class Loop:
             self.accelerator.backward(error * (stage.transfer * self.accelerator.num_processes / stage.batch))
 
         if stage.kl or stage.transfer:
-            keep = {} if stage.kl else {"logits_to_keep": 1}
+            if stage.kl and not self.divided:
+                splits(self.teacher.model, ids, self.autocast)  # tried here: transfer watches every forward
             hooks = transfer(self.teacher.model, self.plain, learn) if stage.transfer else nullcontext({})
             with hooks as errors:
-                source = self.teacher(ids, **keep)
+                source = self.teacher(ids) if stage.kl else self.teacher.logits(ids, logits_to_keep=1)
             for layer, error in errors.items():
                 sums[2 + self.layers[layer]] += error
         if not stage.lm and not stage.kl:
             return None
-        with self.autocast():
-            logits = self.model(input_ids=ids, use_cache=False).logits
+        if self.divided:
+            with self.autocast():
+                logits = self.model(input_ids=ids, use_cache=False).logits
+        else:
+            logits = logits_of(self.plain, ids, self.model, self.autocast)
         losses = token_losses(
             logits, ids, source if stage.kl else None, lm=stage.lm, kl=stage.kl, temperature=stage.temperature,
             weights=self.by_position,

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from linearize.recovery.head import Deferred
+
 IGNORE = -100
 CHUNK = 2**22
 """Elements of one fp32 [tokens, V] array at a time (16 MiB): more is slower on a CPU and no faster on a GPU."""
@@ -68,9 +70,9 @@ def count_targets(labels: Tensor, weights: Tensor | None = None) -> float:
 
 
 def token_losses(
-    logits: Tensor,
+    logits: Tensor | Deferred,
     labels: Tensor,
-    source: Tensor | Likeliest | None = None,
+    source: Tensor | Likeliest | Deferred | None = None,
     *,
     lm: float = 1.0,
     kl: float = 0.0,
@@ -81,12 +83,13 @@ def token_losses(
 
     The gradient is computed together with the losses, a few tokens at a time, so no [T, V] array in fp32 ever exists.
     It is written over the logits ``source``, whose content is lost: a source costs one such array more, not three.
+    Of deferred logits only a piece exists at a time, of the student's and of the source's.
 
     Args:
-        logits: of the student, [B, T, V], any floating dtype.
+        logits: of the student, [B, T, V], any floating dtype; there, or deferred.
         labels: token ids int64 [B, T], -100 where there is nothing to learn.
         source: logits of the source, like ``logits`` and without a gradient, or its likeliest tokens [B, T, k] at the
-            same temperature. Needed where ``kl`` is not 0.
+            same temperature. Needed where ``kl`` is not 0. Deferred where ``logits`` are, or likeliest.
         lm: weight of the next-token loss.
         kl: weight of the distillation loss.
         temperature: τ.
@@ -104,22 +107,32 @@ def token_losses(
     """
     if kl and source is None:
         raise ValueError("kl needs source")
-    return Losses(*_TokenLosses.apply(logits, labels, source, weights, lm, kl, temperature))  # type: ignore[misc]
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    settings = lm, kl, temperature
+    if isinstance(logits, Deferred):
+        given = logits.hidden, logits, targets, source, weights, settings, *logits.weights
+        return Losses(*_DeferredLosses.apply(*given))  # type: ignore[misc]
+    return Losses(*_TokenLosses.apply(logits, targets, source, weights, *settings))  # type: ignore[misc]
 
 
-def likeliest(logits: Tensor, k: int, temperature: float = 1.0) -> Likeliest:
+def likeliest(logits: Tensor | Deferred, k: int, temperature: float = 1.0) -> Likeliest:
     """The k likeliest tokens of a distribution.
 
     Their probabilities are rounded here, to fp16, which is finest near 0; `token_losses` makes them sum to 1 again.
 
     Args:
-        logits: [..., V], of any floating dtype; softmax is taken in fp32 at least.
+        logits: [..., V], of any floating dtype, or deferred; softmax is taken in fp32 at least.
         k: how many tokens.
         temperature: τ.
 
     Returns:
         ids int32, log_p fp16, log_rest.
     """
+    if isinstance(logits, Deferred):
+        starts = range(0, logits.hidden.shape[1], logits.step)
+        cut: Any = (_cut(logits, slice(i, i + logits.step)) for i in starts)
+        pieces = [likeliest(each, k, temperature) for each in cut]
+        return Likeliest(*(torch.cat(each, 1) for each in zip(*pieces, strict=True)))
     V = logits.shape[-1]
     parts = []
     for part in logits.reshape(-1, V).split(max(1, CHUNK // V)):
@@ -143,15 +156,15 @@ def _spread(known: Likeliest, log_q: Tensor) -> Tensor:
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, source: Tensor | Likeliest | None, weights: Tensor | None,
+        ctx: Any, logits: Tensor, targets: Tensor, source: Tensor | Likeliest | None, weights: Tensor | None,
         lm: float, kl: float, temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        V = logits.shape[-1]
+        V, rows = logits.shape[-1], len(targets)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        student, targets = logits.reshape(-1, V), F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+        student, targets = logits.reshape(-1, V), targets.flatten()
         counts = (targets != IGNORE).to(dtype)
         if weights is not None:
-            counts = counts * weights.to(counts).repeat(len(labels))
+            counts = counts * weights.to(counts).repeat(rows)
         if isinstance(source, Likeliest):
             source = Likeliest(*(x.flatten(0, 1) for x in source))
         elif source is not None:
@@ -197,3 +210,51 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradient, ctx.gradient = ctx.gradient, None  # scaled in place below: a second backward must fail, not lie
         return gradient.mul_(outputs[0].to(gradient.dtype)), *[None] * 6
+
+
+class _DeferredLosses(torch.autograd.Function):
+    """`_TokenLosses` of one piece of positions after the other: each piece's logits live while it is at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, logits: Deferred, targets: Tensor, source: Likeliest | Deferred | None,
+        weights: Tensor | None, settings: tuple[float, float, float], *trained: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        wanted = [index for index in (0, *range(6, 6 + len(trained))) if ctx.needs_input_grad[index]]
+        gradient = torch.empty_like(hidden)
+        others = [torch.zeros_like(weight) for weight in trained]
+        sums: list[Tensor] = []
+        for start in range(0, hidden.shape[1], logits.step):
+            part = slice(start, start + logits.step)
+            piece = hidden[:, part].detach().requires_grad_(0 in wanted)
+            with torch.set_grad_enabled(bool(wanted)):
+                beside = None if weights is None else weights[part]
+                found = _TokenLosses.apply(
+                    logits.head(piece), targets[:, part], _cut(source, part), beside, *settings
+                )  # fmt: skip
+            sums.append(torch.stack([each.detach() for each in found]))  # type: ignore[union-attr]
+            if wanted:
+                inputs = [piece, *trained]
+                made = torch.autograd.grad(found[0], inputs, allow_unused=True)  # type: ignore[index]
+                gradient[:, part] = made[0]
+                for total, own in zip(others, made[1:], strict=True):
+                    if own is not None:
+                        total += own
+        ctx.gradients = [gradient, *others] if wanted else None
+        total, lm, kl = torch.stack(sums).sum(0)
+        ctx.mark_non_differentiable(lm, kl)
+        return total, lm, kl
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None  # as above
+        first, *others = (gradient.mul_(outputs[0].to(gradient.dtype)) for gradient in gradients)
+        return first, *[None] * 5, *others
+
+
+def _cut(source: Likeliest | Deferred | None, part: slice) -> Tensor | Likeliest | None:
+    """What the source says of some positions."""
+    if isinstance(source, Deferred):
+        with torch.no_grad():
+            return source.head(source.hidden[:, part])
+    return None if source is None else Likeliest(*(x[:, part] for x in source))

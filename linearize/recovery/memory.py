@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from linearize.checkpoint.atomic import sync
 from linearize.errors import InputError
 from linearize.model.branches import branches, reaches, windows
+from linearize.recovery.head import logits_of
 from linearize.recovery.losses import count_targets, token_losses
 from linearize.recovery.resume import read_into
 
@@ -99,7 +100,7 @@ def gain(model: Any, block: Tensor) -> dict[str, float]:
         losses = {}
         for branch in ("all", "window"):
             with branches(model, branch):
-                summed = token_losses(model(input_ids=ids, use_cache=False).logits, ids, weights=weights)
+                summed = token_losses(logits_of(model, ids), ids, weights=weights)
             losses[branch] = float(summed.lm) / count_targets(ids, weights)
     finally:
         model.train(training)

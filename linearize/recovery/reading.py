@@ -1,4 +1,4 @@
-"""What calibrate and select share: their block of the recipe, a model with a little text to read, and small files."""
+"""What allocate, calibrate and select share: their block of the recipe, a model with a little text, and small files."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from linearize.recipe import load as recipes
 from linearize.recipe.schema import Reading
 from linearize.recovery.data import blocks
 
-KEPT = ("source", HASHES, "training", "merged", "calibration", "selection")
+KEPT = ("source", HASHES, "training", "merged", "allocation", "calibration", "selection", "pruning")
 """Facts of a manifest that a folder made from another one keeps."""
 
 
@@ -28,7 +28,7 @@ def settle(wanted: recipes.Recipe, block: str, **given: Any) -> tuple[recipes.Re
 
     Args:
         wanted: the recipe.
-        block: ``calibrate`` or ``select``.
+        block: ``allocate``, ``calibrate`` or ``select``.
         **given: values of the block.
 
     Returns:

@@ -97,9 +97,8 @@ class Checkpoints:
         return int(checkpoint.name.removeprefix("step-"))
 
     def bytes(self) -> int:
-        """Disk space for checkpoints (fp32 weights and two moments), one more while it is written, best and result."""
-        frozen = (KEPT + 1) * 4 * (self.loop.total - self.loop.size) if self.loop.divided else 0
-        return (3 * (KEPT + 1) + 2) * 4 * self.loop.size + frozen
+        """Disk space that they take, see `disk_bytes`."""
+        return disk_bytes(self.loop.size, self.loop.total, self.loop.divided)
 
     def _save_trained(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
         weights.clear()  # the frozen weights are in the model's folder already
@@ -109,6 +108,18 @@ class Checkpoints:
     def _load_trained(self, models: list[nn.Module], folder: str) -> None:
         models.clear()
         read_into(self.loop.trained, Path(folder) / TRAINED)
+
+
+def disk_bytes(trained: int, total: int, divided: bool = False) -> int:
+    """Disk space for checkpoints (fp32 weights and two moments), one more while it is written, best and result.
+
+    Args:
+        trained: numbers that are trained.
+        total: numbers of the model.
+        divided: whether weights are divided over processes, which write the frozen ones too.
+    """
+    frozen = (KEPT + 1) * 4 * (total - trained) if divided else 0
+    return (3 * (KEPT + 1) + 2) * 4 * trained + frozen
 
 
 def checkpoints(work: Path) -> list[Path]:

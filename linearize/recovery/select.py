@@ -38,6 +38,7 @@ from linearize.model.branches import branches
 from linearize.recipe import load as recipes
 from linearize.recovery import reading
 from linearize.recovery.documents import local_files
+from linearize.recovery.head import logits_of
 from linearize.recovery.losses import IGNORE, count_targets, token_losses
 from linearize.recovery.parts import CONTEXT, Part, by_layer, caches, only, write_without
 
@@ -70,10 +71,10 @@ def measure(
     with progress.step_progress(about, len(ids) * len(candidates)) as advance, branches(model, "source"):
         # Candidates inside blocks: the source's logits of one block are all that is kept.
         for block, targets in zip(ids[:, None].to(model.device), labels[:, None].to(model.device), strict=True):
-            source = model(block, use_cache=False).logits
+            source = logits_of(model, block)
             for index, parts in enumerate(candidates):
                 with only(model, parts):
-                    losses = token_losses(model(block, use_cache=False).logits, targets, source, kl=1.0)
+                    losses = token_losses(logits_of(model, block), targets, source, kl=1.0)
                 sums[:, index] += torch.stack([losses.lm, losses.kl]).cpu()
                 advance()
     loss, kl = sums / count_targets(labels)

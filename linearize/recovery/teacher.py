@@ -10,8 +10,8 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from linearize.errors import InputError
 from linearize.progress import byte_progress
 from linearize.recipe.schema import Stage
 from linearize.recovery.data import in_cache
+from linearize.recovery.head import Deferred, logits_of
 from linearize.recovery.losses import Likeliest, likeliest
 
 OTHER = {"linearize", "_name_or_path", "transformers_version", "auto_map", "architectures", "dtype", "model_type"}
@@ -60,6 +61,7 @@ class Teacher:
         blocks: token ids [T] of every block of the run, once each.
         any_process: as for `Known`.
         is_main: whether this is the one process that reads the source's weights to name the folder.
+        divided: whether weights are divided over processes, so that the source runs whole or not at all.
 
     Attributes:
         known: the likeliest tokens; None where the stage asks for all.
@@ -72,9 +74,9 @@ class Teacher:
     def __init__(
         self, student: Any, stage: Stage, folder: Path, device: torch.device,
         autocast: Callable[[], AbstractContextManager], blocks: Iterable[Tensor], any_process: Callable[[bool], bool],
-        is_main: bool = True,
+        is_main: bool = True, divided: bool = False,
     ):  # fmt: skip
-        self.student, self.stage, self.folder = student, stage, folder
+        self.student, self.stage, self.folder, self.divided = student, stage, folder, divided
         self.device, self.autocast = device, autocast
         self.known, self.about = None, ""
         if k := stage.top_k:
@@ -97,11 +99,11 @@ class Teacher:
             model: Any = open_model(self.folder, getattr(torch, self.stage.dtype))
         return model.requires_grad_(False).to(self.device)
 
-    def __call__(self, ids: Tensor, **keep: int) -> Tensor | Likeliest:
-        """The source's logits [B, T, V] for token ids [B, T], or its likeliest tokens; `keep` as for `logits`."""
-        return self.logits(ids, **keep) if self.known is None else self.known(ids)
+    def __call__(self, ids: Tensor) -> Tensor | Deferred | Likeliest:
+        """The source's logits [B, T, V] for token ids [B, T], maybe deferred, or its likeliest tokens."""
+        return self.logits(ids) if self.known is None else self.known(ids)
 
-    def logits(self, ids: Tensor, **keep: int) -> Tensor:
+    def logits(self, ids: Tensor, **keep: int) -> Tensor | Deferred:
         """Run the source.
 
         Args:
@@ -109,10 +111,17 @@ class Teacher:
             keep: of the model's forward: for how many last tokens logits are wanted.
 
         Returns:
-            [B, T, V].
+            [B, T, V], deferred where there are many.
         """
-        with self.autocast(), adapters.as_source(self.model):
+        if not keep and not self.divided:
+            return logits_of(self.model, ids, inside=self._inside)
+        with self._inside():
             return self.model(input_ids=ids, use_cache=False, **keep).logits
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        with self.autocast(), adapters.as_source(self.model):
+            yield
 
 
 class Known:
@@ -122,13 +131,13 @@ class Known:
         folder: where they are kept; its name tells one source, and one way to ask it, from others.
         k: how many tokens.
         temperature: of the distribution.
-        run: the source: ids [1, T] -> logits [1, T, V].
+        run: the source: ids [1, T] -> logits [1, T, V], maybe deferred.
         any_process: told whether this process needs the source for a micro batch, says whether any does: where its
             weights are divided over processes, all must run it together.
     """
 
     def __init__(
-        self, folder: Path, k: int, temperature: float, run: Callable[[Tensor], Tensor],
+        self, folder: Path, k: int, temperature: float, run: Callable[[Tensor], Tensor | Deferred],
         any_process: Callable[[bool], bool] = bool,
     ):  # fmt: skip
         self.folder, self.k, self.temperature = folder, k, temperature
@@ -144,7 +153,8 @@ class Known:
         known = [self._read(self._file(row), len(row)) for row in rows]
         if self.any_process(None in known):
             for index, row in enumerate(ids):
-                asked = likeliest(self.run(row[None])[0], self.k, self.temperature)
+                asked = likeliest(self.run(row[None]), self.k, self.temperature)
+                asked = Likeliest(*(x[0] for x in asked))
                 if known[index] is None:
                     known[index] = asked = Likeliest(*(x.cpu() for x in asked))
                     self._write(self._file(rows[index]), asked)

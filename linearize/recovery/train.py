@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from linearize.checkpoint import adapters, companions, manifest
+from linearize.checkpoint import adapters, companions, manifest, quantize
 from linearize.checkpoint.atomic import (
     check_output,
     explained,
@@ -93,6 +93,7 @@ def train(
     if resume and not overwrite and (finished := made_with(out / MANIFEST)) and not differences(finished, made):
         _forget(work, made)
         return out
+    quantize.check(chosen.quantize, f"train.{chosen.name}.quantize")
     _check_folder(chosen, folder)
     check_output(out, overwrite, [*needed(folder), *local_files(wanted.data)])
     accelerator = _accelerator(chosen)
@@ -220,6 +221,11 @@ def _decide() -> None:
 def _check_processes(stage: Stage, accelerator: Accelerator) -> None:
     """Refuse a stage that these processes cannot share."""
     working = DIVIDED.get(accelerator.distributed_type, OPTIMIZERS)
+    if stage.quantize and accelerator.distributed_type in DIVIDED:
+        raise InputError(
+            f"train.{stage.name}.quantize: weights in 4 bits cannot be divided by "
+            f"{accelerator.distributed_type.value}; run the stage without FSDP and DeepSpeed, or leave quantize out"
+        )
     if stage.optimizer not in working:
         raise InputError(
             f"train.{stage.name}.optimizer: found {stage.optimizer}; with weights divided by "

@@ -25,6 +25,7 @@ SECTIONS = (
     sections.paired,
     sections.positions,
     sections.recall,
+    sections.capacity,
     sections.behaviour,
     sections.speed,
     sections.layers,
@@ -81,10 +82,13 @@ def _render(reports: list[dict[str, Any]]) -> str:
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "undefined": StrictUndefined}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)
     verdicts = [
-        (student, asked := verdict.checks(report), verdict.answer(asked), verdict.sentences(report))
+        (student, asked := verdict.checks(report), verdict.answer(asked), *verdict.told(report))
         for student, report in zip(shown.students, shown.reports, strict=True)
     ]
-    content = {make.__name__: make(shown) for make in SECTIONS}
+    content: dict[str, Any] = {make.__name__: make(shown) for make in SECTIONS}
+    content["picture"] = content.pop("positions") or content["recovery"]  # of the first screen
+    if content["picture"] is content["recovery"]:
+        content["recovery"] = None
     return environment.get_template("page.html.jinja").render(view=shown, verdicts=verdicts, **content).lstrip()
 
 

@@ -1,4 +1,5 @@
-"""Pictures of what `inspect`, `select` and `bench` say, and a report's charts as SVG. matplotlib is only here."""
+"""Pictures of what `inspect`, `allocate`, `select` and `bench` say, and a report's charts as SVG. Only here is
+matplotlib."""
 
 import io
 import warnings
@@ -120,6 +121,32 @@ def draw_selection(selection: dict[str, Any], target: Path) -> Path:
     axes.axvline(sizes[keep], color=COLOURS["window"], label=f"{keep} {per} stay softmax")
     axes.set(xlabel="cache of one row at 32K tokens (MiB)", ylabel="KL to the source, nats per token")
     axes.set_title(f"softmax {per} by {selection['by']}")
+    axes.legend()
+    return _save(figure, target)
+
+
+def draw_allocation(allocation: dict[str, Any], target: Path) -> Path:
+    """Write a picture of what each budget of cache costs, equally divided and allocated: predicted KL against bytes.
+
+    Args:
+        allocation: what `linearize.recovery.allocate` returned.
+        target: as for `draw`.
+
+    Returns:
+        `target`.
+
+    Raises:
+        InputError: as `draw`.
+    """
+    figure = _figure(target, 7, 4.5)
+    axes = figure.subplots()
+    shares = [row["share"] for row in allocation["budgets"]]
+    for name, colour in (("equal", "window"), ("allocated", "student")):
+        costs = [row[name] for row in allocation["budgets"]]
+        axes.plot(shares, costs, ".-", color=COLOURS[colour], label=f"{name}, predicted (a sum over layers)")
+        axes.plot(allocation["equal"], allocation["kl"][name], "o", color=COLOURS[colour], label=f"{name}, measured")
+    axes.set(xlabel=f"{allocation['key']} of a layer, on average", ylabel="KL to the source, nats per token")
+    axes.set_yscale("log")
     axes.legend()
     return _save(figure, target)
 

@@ -13,8 +13,8 @@ from linearize.formats import format_bytes
 from linearize.reporting import charts
 from linearize.reporting.charts import Points
 from linearize.reporting.view import View
-from linearize.results.numbers import fixed, interval, with_error
-from linearize.results.summary import APART, recall_mean
+from linearize.results.numbers import fixed, interval, score, with_error
+from linearize.results.summary import APART, recall_beyond, recall_mean
 from linearize.results.table import Table, lay_out
 
 
@@ -133,18 +133,15 @@ def _paired_rows(pairs: list[dict[str, Any]], names: dict[str, str]) -> list[lis
 
 
 def positions(shown: View) -> Figure | None:
-    """Perplexity by position, all columns."""
+    """Perplexity by position, all columns but the memory alone, beside which the others would become one line."""
     series = {
         name: [(_middle(bucket), bucket["ppl"]) for bucket in column["perplexity"]["by_position"]]
         for name, column in shown.columns.items()
-        if "perplexity" in column
+        if "perplexity" in column and (name != "student/memory" or len(shown.columns) == 1)
     }
     if not series:
         return None
-    note = (
-        "Left of the window, window and student see all that the source sees; right of it, only the memory can. "
-        "Lower is better; a point stands for the tokens of its range of positions."
-    )
+    note = "Lower is better. Left of the window, all see what the source sees; right of it, only the memory can."
     values = [y for points in series.values() for _, y in points]
     options = {"windows": shown.windows, "log_y": max(values) > 3 * min(values)}
     return _lines(shown, series, "Perplexity by the number of tokens before", note, "perplexity", **options)
@@ -163,14 +160,37 @@ def recall(shown: View) -> dict[str, Any] | None:
     tasks = list(dict.fromkeys(entry["task"] for column in columns.values() for entry in column["recall"]))
     skipped = [f"{e['task']} at {e['length']} tokens: {e['skipped']}" for e in asked if e.get("skipped")]
     return {
-        "header": ["average", *tasks, "all"],
+        "header": ["average", *tasks, "all", "beyond the window"],
         "rows": [
-            [name, *(fixed(recall_mean(column, task), 1, 100) for task in [*tasks, None])]
+            [name, *(fixed(recall_mean(column, task), 1, 100) for task in [*tasks, None]), score(recall_beyond(column))]
             for name, column in columns.items()
         ],
         "maps": {task: maps for task in tasks if (maps := _heat_maps(columns, task))},
         "reasons": dict.fromkeys(skipped),
     }
+
+
+def capacity(shown: View) -> dict[str, Any] | None:
+    """Pairs remembered, by how many there were and by the bytes of the cache."""
+    columns = {name: column["capacity"] for name, column in shown.columns.items() if column.get("capacity")}
+    if not columns:
+        return None
+    cells = {name: {cell["pairs"]: cell for cell in row} for name, row in columns.items()}
+    pairs = sorted(set(itertools.chain(*cells.values())))
+    held: dict[str, Points] = {name: [(n, n * cell["value"]) for n, cell in row.items()] for name, row in cells.items()}
+    most = {name: max(y for _, y in points) for name, points in held.items()}
+    mib = {name: row[max(row)]["cache_bytes"] / 2**20 for name, row in cells.items()}
+    best: dict[str, Points] = {name: [(mib[name], most[name])] for name in cells}
+    title, note = "Pairs remembered, by the number of pairs", "Where a memory is full, its line bends."
+    figures = [
+        _lines(shown, held, title, note, "pairs remembered", xlabel="pairs in the text"),
+        _lines(shown, best, "Most pairs remembered, by the cache", "", "pairs remembered", xlabel="MiB of cache"),
+    ]
+    rows = [
+        [name, *(score(row.get(n)) for n in pairs), f"{most[name]:.0f}", f"{mib[name]:.1f}"]
+        for name, row in cells.items()
+    ]
+    return {"header": ["right", *(f"of {n}" for n in pairs), "most", "MiB"], "rows": rows, "figures": figures}
 
 
 def _heat_maps(columns: dict[str, Any], task: str) -> list[Figure]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from linearize.formats import aligned, each_string, format_bytes, plain, ranges
+from linearize.formats import aligned, each_string, format_bytes, plain, ranges, recording
 from linearize.results.file import presenting
 from linearize.results.numbers import fixed
 from linearize.results.table import Table as Content
@@ -110,7 +110,8 @@ def _machine(results: dict[str, Any]) -> str:
     )
     device = "" if settings["device"] == "cpu" else f"{environment['device']}; "
     machine = f"{device}{environment['cpu']}, {environment['threads']} threads"
-    return f"{machine}; {settings['dtype']}; {versions}; commit {environment['commit'] or 'unknown'}"
+    weights = " ".join(filter(None, (settings["dtype"], settings.get("quantize"))))
+    return f"{machine}; {weights}; {versions}; commit {environment['commit'] or 'unknown'}"
 
 
 def speed_panels(results: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float, int]]]]:
@@ -152,7 +153,8 @@ def inspection(description: dict[str, Any]) -> str:
         *(
             (
                 f"cache at {row['context'] // 1024}K",
-                f"{format_bytes(row['linearized'])} (source {format_bytes(row['source_kv'])})",
+                f"{format_bytes(row['linearized'])} (source {format_bytes(row['source_kv'])})"
+                + recording(description["cache"]),
             )
             for row in description["cache"]["contexts"]
         ),

@@ -179,6 +179,40 @@ def answer(asked: list[Check]) -> tuple[bool | None, str]:
     return True, "Yes: it keeps the source's quality"
 
 
+def told(results: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """The words of a verdict, and up to three numbers: value and meaning. With numbers, the words leave out what they
+    say."""
+    shown = _key_numbers(results)
+    if len(shown) < 3:
+        return sentences(results), shown
+    return (f"The memory {_memory_words(results['summary']['memory'])}." if results["summary"]["memory"] else ""), shown
+
+
+def _key_numbers(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Perplexity, then recall or the tasks, then the cache or what else was measured; three at most."""
+    shown = []
+    ratio, control = perplexity_ratio(results), perplexity_ratio(results, "window")
+    if ratio is not None:
+        beside = "" if control is None else f" (window control: {control:.2f})"
+        shown.append((f"{ratio:.2f} ×", f"the source's perplexity{beside}"))
+    ours, source = _recall(results), _recall(results, "source")
+    if ours is not None and source is not None:
+        shown.append((percent(ours), f"recalled (source: {percent(source)})"))
+    if common := _common_speed(results["columns"]):
+        student, beside_it = common
+        where = f"cache at {student['context']} tokens"
+        shown.append(
+            (format_bytes(student["cache_bytes"]), f"{where} (source: {format_bytes(beside_it['cache_bytes'])})")
+        )
+    kept, control = _recovery(results), _recovery(results, "window")
+    if kept is not None:
+        beside = "" if control is None else f" (window control: {percent(control)})"
+        shown.append((percent(kept), f"of the source's average on tasks{beside}"))
+    if results["summary"]["memory"]:
+        shown.append((f"−{off_perplexity(results['summary']['memory'])[0]:.1f} %", "perplexity by the memory"))
+    return shown[:3]
+
+
 def sentences(results: dict[str, Any]) -> str:
     """What was kept, beside the control, what the memory adds, what is saved; without what was not measured."""
     parts = []
@@ -200,20 +234,25 @@ def sentences(results: dict[str, Any]) -> str:
 
 def _saved(columns: dict[str, Any]) -> list[str]:
     """Cache and time per token against the source at the longest context that both were measured at, one row."""
+    common = _common_speed(columns)
+    if common is None:
+        return []
+    sizes = [format_bytes(cell["cache_bytes"]) for cell in common]
+    time = common[0]["token_seconds"] / common[1]["token_seconds"]
+    return [
+        f"At a context of {common[0]['context']} tokens its cache takes {sizes[0]}, the source's {sizes[1]}, and a "
+        f"token takes {time:.2f} of the source's time."
+    ]
+
+
+def _common_speed(columns: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Student and source at the longest context that both were measured at, one row."""
     ours, source = (
         {cell["context"]: cell for cell in columns.get(name, {}).get("speed") or () if cell["batch"] == 1}
         for name in ("student", "source")
     )
     common = ours.keys() & source.keys()
-    if not common:
-        return []
-    context = max(common)
-    sizes = [format_bytes(cells[context]["cache_bytes"]) for cells in (ours, source)]
-    time = ours[context]["token_seconds"] / source[context]["token_seconds"]
-    return [
-        f"At a context of {context} tokens its cache takes {sizes[0]}, the source's {sizes[1]}, and a token takes "
-        f"{time:.2f} of the source's time."
-    ]
+    return (ours[max(common)], source[max(common)]) if common else None
 
 
 def _memory_words(memory: dict[str, float]) -> str:

@@ -109,6 +109,18 @@ def _excused(cell: Recall) -> Recall:
     return cell
 
 
+class Capacity(TypedDict):
+    """Share of right answers about pairs of key and value that stand beyond any window."""
+
+    pairs: int  # in the prompt
+    length: int  # tokens of the longest prompt with its answers
+    cache_bytes: int  # behind the pairs
+    value: float
+    stderr: float | None
+    n: int
+    items: list[float]  # score of each
+
+
 class Divergence(TypedDict):
     """Of a range of positions, see `Bucket`."""
 
@@ -198,6 +210,7 @@ class Column(TypedDict):
     tasks: dict[str, Score]
     perplexity: NotRequired[Perplexity]  # absent when the suite has no texts
     recall: NotRequired[list[Annotated[Recall, AfterValidator(_excused)]]]
+    capacity: NotRequired[list[Capacity]]
     behaviour: NotRequired[Behaviour]
     speed: NotRequired[list[Speed]]  # of source, window and student
     speed_left_out: NotRequired[list[NoSpeed]]  # absent when all could be measured
@@ -273,6 +286,7 @@ class Settings(TypedDict, total=False):
     seed: int
     batch_size: int
     dtype: str
+    quantize: str | None  # int8, int4 or nf4; earlier versions do not say: as they are
     device: str
     window: int | None
     sinks: int | None

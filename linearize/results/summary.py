@@ -69,6 +69,35 @@ def recall_mean(column: dict[str, Any], task: str | None = None, length: int | N
     return sum(values) / len(values) if values else None
 
 
+def beyond(cell: dict[str, Any]) -> bool:
+    """Whether a cell of recall asks for what lies beyond the window; facts without a depth are spread over the text."""
+    return (1 - (cell["depth"] or 0)) * cell["multiple"] > 1
+
+
+def recall_beyond(column: dict[str, Any], length: int | None = None) -> dict[str, Any] | None:
+    """Plain mean of the cells that are `beyond` the window, and its standard error; None where there are none.
+
+    Args:
+        column: as in results.json.
+        length: at this length, in tokens, only.
+    """
+    cells = [
+        cell
+        for cell in column.get("recall") or ()
+        if cell["value"] is not None and length in (None, cell["length"]) and beyond(cell)
+    ]
+    if not cells:
+        return None
+    errors = [cell["stderr"] for cell in cells]
+    stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(cells)
+    return {"value": sum(cell["value"] for cell in cells) / len(cells), "stderr": stderr}
+
+
+def remembered(column: dict[str, Any]) -> float | None:
+    """Most pairs of key and value that a column remembered; None where it was not asked."""
+    return max((cell["pairs"] * cell["value"] for cell in column.get("capacity") or ()), default=None)
+
+
 def recovery(score: float, source: float, chance: float) -> float | None:
     """Share of the distance from chance that is kept, (s - r) / (t - r), for score s, source t, chance r, if t > r."""
     return (score - chance) / (source - chance) if source > chance else None

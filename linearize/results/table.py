@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from linearize.formats import each_string, markdown
+from linearize.formats import each_string, format_bytes, markdown
 from linearize.results.file import presenting
 from linearize.results.numbers import fixed, interval, off_perplexity, percent, perplexity, score, with_error
-from linearize.results.summary import recall_mean
+from linearize.results.summary import beyond, recall_beyond, recall_mean, remembered
 
 Columns = dict[str, dict[str, Any]]
 LEAST_ITEMS = 20
@@ -37,8 +37,9 @@ def lay_out(results: dict[str, Any], columns: list[str] | None = None) -> Table:
     summary = results.get("summary") or {}
     tasks = _union(column["tasks"] for column in shown.values())
     rows = [row for task in tasks for row in _task_rows(task, shown)]
-    rows += [*_summary_rows(summary, shown), *_perplexity_rows(shown), *_recall_rows(shown), *_behaviour_rows(shown)]
-    notes = [*_text_notes(shown), *_recall_notes(shown), *_cache_notes(shown)]
+    rows += [*_summary_rows(summary, shown), *_perplexity_rows(shown), *_recall_rows(shown), *_capacity_rows(shown)]
+    rows += _behaviour_rows(shown)
+    notes = [*_text_notes(shown), *_recall_notes(shown), *_capacity_notes(shown), *_cache_notes(shown)]
     notes += [note for task in tasks for note in _position_bias(task, shown)]
     notes += [*_memory_notes(summary), *_paired_notes(summary, shown)]
     speed_rows, speed_notes = _speed(shown, results["environment"])
@@ -124,7 +125,32 @@ def _recall_rows(columns: Columns) -> list[list[str]]:
     for multiple, length in sorted(asked):
         cells = (fixed(recall_mean(column, length=length), 1, 100) for column in columns.values())
         rows += _row(f"recall at {multiple} × window, {length} tokens", cells)
+        inside = [c for column in columns.values() for c in column.get("recall", ()) if c["n"] and not beyond(c)]
+        if any(cell["length"] == length for cell in inside):
+            rows += _row("… beyond the window", (score(recall_beyond(each, length)) for each in columns.values()))
     return rows
+
+
+def _capacity_rows(columns: Columns) -> list[list[str]]:
+    """A row per number of pairs, and the most that were remembered."""
+    asked = [{cell["pairs"]: cell for cell in column.get("capacity", ())} for column in columns.values()]
+    rows = []
+    for pairs in sorted(_union(asked)):
+        rows += _row(f"recalled of {pairs} pairs", (score(cells.get(pairs)) for cells in asked))
+    return rows + _row("… most pairs remembered", (fixed(remembered(column), 0) for column in columns.values()))
+
+
+def _capacity_notes(columns: Columns) -> list[str]:
+    cells = {
+        name: max(column["capacity"], key=lambda cell: cell["pairs"])
+        for name, column in columns.items()
+        if column.get("capacity")
+    }
+    if not cells:
+        return []
+    held = ", ".join(f"{name} {format_bytes(cell['cache_bytes'])}" for name, cell in cells.items())
+    first = next(iter(cells.values()))
+    return [f"pairs: right answers in per cent, {first['n']} items each; cache behind the most pairs: {held}"]
 
 
 _BEHAVIOUR: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -180,12 +206,13 @@ def _recall_notes(columns: Columns) -> list[str]:
     if not cells:
         return []
     tasks = ", ".join(_union([cell["task"]] for cell in cells))
+    items = max(cell["n"] for cell in cells)
     skipped: dict[str, list[str]] = {}
     for cell in cells:
         if "skipped" in cell:
             skipped.setdefault(cell["skipped"], []).append(f"{cell['task']} at {cell['length']} tokens")
     return [
-        f"recall: right answers in per cent, mean over tasks and depths: {tasks}",
+        f"recall: right answers in per cent, mean over tasks and depths, {items} items each: {tasks}",
         *(f"recall: not measured: {', '.join(those)}: {reason}" for reason, those in skipped.items()),
     ]
 

@@ -64,8 +64,8 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_verbs() -> None:
     expected = (
-        "archs bench calibrate check convert distil doctor eval export generate inspect long merge mixers push recipes "
-        "report run select train transfer"
+        "allocate archs bench calibrate check convert distil doctor eval export generate inspect long merge mixers "
+        "plan prune push recipes report run select train transfer"
     )
     assert expected.split() == VERBS
 

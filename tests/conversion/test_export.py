@@ -50,7 +50,7 @@ def test_what_cannot_be_exported_is_refused(
     (broken / "config.json").write_text(json.dumps({"model_type": "linearized"}))
     for folder, to, text in (
         (added, "source", "weights that its mixers added .model.layers.0.self_attn.mixer.scale"),
-        (converted, "fla", "unknown format. Available: source"),
+        (converted, "fla", "unknown format. Available: onnx, pt2, source"),
         (converted, "sauce", "unknown format. Did you mean 'source'"),
         (llama_folder, "source", "not a linearized model"),
         (broken, "source", "not a linearized model"),

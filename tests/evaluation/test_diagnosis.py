@@ -120,15 +120,24 @@ def test_adapters_lead_to_their_base(converted: Path, tmp_path: Path) -> None:
         (False, None, "torch", "as LINEARIZE_BACKEND says", "ok"),
         (False, None, "flaa", "allowed: torch or fla", "warning"),
         (True, "no module", None, "slower than they need be: no module", "warning"),
-        (True, None, None, "flash-linear-attention, for heads", "ok"),
+        (True, None, None, "flash-linear-attention, for keys up to 256 wide", "ok"),
     ],
 )
 def test_kernels(there, reason, backend, expected: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(fla_backend, "missing", lambda: reason)
+    monkeypatch.setattr(fla_backend, "unsound", lambda device: None)
     monkeypatch.setenv("LINEARIZE_BACKEND", backend or "")
     row = rows(linearize.doctor(), "machine")["kernels"]
     assert expected in row["text"] and row["state"] == state
+
+
+def test_kernels_that_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fla_backend, "missing", lambda: None)
+    monkeypatch.setattr(fla_backend, "unsound", lambda device: "triton 3.6.0 computes wrong gradients")
+    row = rows(linearize.doctor(), "machine")["kernels"]
+    assert row["text"].startswith("PyTorch") and "wrong gradients" in row["text"] and row["state"] == "warning"
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

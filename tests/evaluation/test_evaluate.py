@@ -582,7 +582,7 @@ def test_suites_are_named_by_name_file_or_tasks(tmp_path: Path) -> None:
     [
         ("tasks: [", ["cannot be read as YAML"]),
         ("[]", ["holds no mapping"]),
-        ("limit: 3", ["has neither tasks, perplexity, recall, behaviour nor speed"]),
+        ("limit: 3", ["has neither tasks, perplexity, recall, capacity, behaviour nor speed"]),
         ("columns: [studnet]\ntasks: [{task: a}]", ["unknown column 'studnet'. Did you mean 'student'"]),
         ("taks: 1\nlimit: 0\ntasks: [{metric: acc}]", ["taks: ", "limit: ", "tasks.0.task: "]),
     ],

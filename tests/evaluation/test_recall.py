@@ -1,5 +1,6 @@
 """Generated recall tasks: exact lengths, answers that stand in the prompt, and scores equal to greedy decoding."""
 
+import hashlib
 import json
 import re
 import zlib
@@ -15,11 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from linearize.checkpoint.sources import locate
 from linearize.errors import InputError
-from linearize.evaluation import recall, tasks
+from linearize.evaluation import capacity, recall, stories, tasks
 from linearize.evaluation import suite as suites
 from linearize.evaluation.evaluate import evaluate
 from linearize.evaluation.recall import Item
-from linearize.evaluation.suite import RecallSpec, Suite, TaskSpec
+from linearize.evaluation.suite import CapacitySpec, RecallSpec, Suite, TaskSpec
 from linearize.model.branches import branches
 from linearize.model.modeling import linearize_
 from linearize.progress import Bar
@@ -28,6 +29,7 @@ from linearize.results import file as results_file
 from linearize.results.table import lay_out
 
 LENGTHS = (320, 901)
+LONGER = {"cwe": (1201, 1502), "fwe": (701, 901)}
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -35,7 +37,11 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    words = [*recall.NOUNS, *recall.CITIES, *(word for part in recall.FILLER for text in part for word in text.split())]
+    words = [
+        *stories.NOUNS,
+        *stories.CITIES,
+        *(word for part in stories.FILLER for text in part for word in text.split()),
+    ]
     alphabet = [chr(code) for code in range(33, 127)] + ["\n"]
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<unk>", "<s>"], initial_alphabet=alphabet, show_progress=False
@@ -55,7 +61,23 @@ def tokenizers() -> list[PreTrainedTokenizerFast]:
 
 def read(task: str, prompt: str) -> str:
     """The answer, found by a plain program."""
-    if task in ("needle", "multikey"):
+    if task in ("cwe", "fwe"):
+        context, question = prompt.split(" Question: ")
+        named = re.split(r"They are|often are", question)[1].replace(" and", ",").split(",")
+        counts = Counter(context.split()[8 if task == "fwe" else 7 :]).most_common(10)
+        return " " + next(word for word, count in counts if f" {word}" not in named and count > 1)
+    if task == "nolima":
+        city = re.search(r"who lives in ([\w ]+) is$", prompt)
+        assert city and prompt.count(city[1]) == 2  # in the question alone
+        person = re.search(rf"(\w+) lives next to {stories.LANDMARKS[city[1]]}\.", prompt)
+        assert person
+        return f" {person[1]}"
+    if task == "phonebook":
+        return dict(re.findall(r"^(\w+ \w+):( \d{4})$", prompt, re.M))[prompt.splitlines()[-1].removesuffix(":")]
+    if task == "multivalue":
+        context, question = prompt.split(" Question: ")
+        return [f" {code}" for code in re.findall(r"One secret code of \w+ is (\d+)\.", context)][question.count(",")]
+    if task in ("needle", "multikey", "multiquery"):
         city = re.search(r"The secret code of (\w+) is$", prompt)
         assert city
         return re.findall(rf"The secret code of {city[1]} is( \d+)\.", prompt)[-1]
@@ -88,20 +110,23 @@ def test_items_have_their_length_and_can_be_answered_from_the_prompt(
 ) -> None:
     answers = []
     for tokenizer in tokenizers:
-        words = {word for part in recall.FILLER for text in part for word in text.split()}
+        words = {word for part in stories.FILLER for text in part for word in text.split()}
         longest_word = max(len(tokenizer.tokenize(f"\n{word}.")) for word in words)
-        for length in LENGTHS:
+        for length in LONGER.get(task, LENGTHS):
             for depth in recall.depths(task):
                 for twice in (False, True):
                     for item in recall.items(task, tokenizer, length, 0, 3, depth, twice):
-                        prompt = tokenizer(item.prompt)["input_ids"]
-                        whole = tokenizer(item.prompt + item.answer)["input_ids"]
+                        whole = tokenizer(item.text)["input_ids"]
                         # The first word that does not fit is left out; a merge across its borders may save one more.
                         assert twice or length - longest_word - 2 < len(whole) <= length
                         assert len(whole) <= (2 if twice else 1) * length
-                        assert whole[: len(prompt)] == prompt  # else its first token could not be predicted
-                        assert read(task, item.prompt) == item.answer
-                        answers.append(item.answer)
+                        assert item.prompt[item.context :].strip().startswith(("Question: ", "Again:"))
+                        for before, answer in item.steps:
+                            prompt, until = (tokenizer(text)["input_ids"] for text in (before, before + answer))
+                            # Else its first or last token could not be predicted.
+                            assert whole[: len(prompt)] == prompt and whole[: len(until)] == until
+                            assert read(task, before) == answer
+                        answers.append("".join(answer for _, answer in item.steps))
     # The same items at every length and depth, whatever the tokenizer, and not all the same.
     assert answers == answers[:3] * (len(answers) // 3) and len(set(answers)) > 1
 
@@ -110,11 +135,15 @@ def test_items_have_their_length_and_can_be_answered_from_the_prompt(
 def test_depth_is_where_the_fact_stands(task: str, tokenizers: list[PreTrainedTokenizerFast]) -> None:
     def place(depth: float) -> float:
         (item,) = recall.items(task, tokenizers[0], 1500, 0, 1, depth)
-        context, question = item.prompt.split(" Question: ")
-        city = question.split()[-2]
-        fact = re.search(rf"The secret code of {city} is \d+\.|The list of words is: [a-z ]+\.", context)
+        context = item.prompt[: item.context]
+        asked = item.prompt.split()[-2] if task != "phonebook" else item.prompt.splitlines()[-1]
+        fact = re.search(rf"The secret code of {asked} is \d+\.|The list of words is: [a-z ]+\.|{asked} \d+", context)
+        if task == "nolima":
+            city = item.prompt.split(" who lives in ")[1].removesuffix(" is")
+            fact = re.search(rf"\w+ lives next to {stories.LANDMARKS[city]}\.", context)
         assert fact
-        before, after = fact.start() - context.index(".") - 2, len(context) - fact.end()  # the head does not count
+        head = context.index(":" if task == "phonebook" else ".") + 2  # does not count
+        before, after = fact.start() - head, len(context) - fact.end()
         return before / (before + after)
 
     places = [place(depth) for depth in (0.0, 0.25, 0.5, 0.75, 1.0)]
@@ -125,13 +154,15 @@ def test_depth_is_where_the_fact_stands(task: str, tokenizers: list[PreTrainedTo
 
 def test_the_seed_decides_and_twice_doubles(tokenizers: list[PreTrainedTokenizerFast]) -> None:
     for task in recall.TASKS:
-        made = recall.items(task, tokenizers[0], 400, 0, 3)
-        assert made == recall.items(task, tiny_tokenizer(), 400, 0, 3)
-        assert made[:2] == recall.items(task, tokenizers[0], 400, 0, 2)
-        assert len({item.prompt for item in made + recall.items(task, tokenizers[0], 400, 1, 3)}) == 6
-        for once, twice in zip(made, recall.items(task, tokenizers[0], 400, 0, 3, twice=True), strict=True):
-            separator = "\n" if task == "mqar" else " "
-            context = once.prompt[: once.prompt.rindex("Again:" if task == "mqar" else "Question:")]
+        length = LONGER.get(task, (400,))[0]
+        made = recall.items(task, tokenizers[0], length, 0, 3)
+        assert made == recall.items(task, tiny_tokenizer(), length, 0, 3)
+        assert made[:2] == recall.items(task, tokenizers[0], length, 0, 2)
+        assert len({item.prompt for item in made + recall.items(task, tokenizers[0], length, 1, 3)}) == 6
+        for once, twice in zip(made, recall.items(task, tokenizers[0], length, 0, 3, twice=True), strict=True):
+            lines = task in ("mqar", "phonebook")
+            separator = "\n" if lines else " "
+            context = once.prompt[: once.prompt.rindex("Again:" if lines else "Question:")]
             assert twice.prompt == context + once.prompt and context.endswith(separator)
             assert twice.answer == once.answer
 
@@ -156,8 +187,10 @@ def test_what_cannot_be_made_is_refused(tokenizers: list[PreTrainedTokenizerFast
 W, S = 16, 2
 
 
-def student(layers: int = 2) -> Any:
-    return linearize_(tiny_model(layers=layers), {"name": "gla", "combine": "memory", "window": W, "sinks": S})
+def student(layers: int = 2, **changes: Any) -> Any:
+    return linearize_(
+        tiny_model(layers=layers, **changes), {"name": "gla", "combine": "memory", "window": W, "sinks": S}
+    )
 
 
 def written(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
@@ -204,6 +237,64 @@ def test_the_score_is_that_of_greedy_decoding_and_the_memory_counts(tokenizer: P
                 assert greedy[:5] == [1.0] * 5 and sum(greedy) < len(greedy)
             else:
                 assert sum(greedy[:5]) < 5
+
+
+def test_several_answers_count_by_their_share(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model(layers=1)
+    (own,) = continued(model, tokenizer, 1, 2)
+    before = own.prompt + own.answer + " Again"
+    ids = tokenizer(before, return_tensors="pt")["input_ids"]
+    following = tokenizer.decode(model(ids).logits[0, -1].argmax())
+    rows = [Item(own.prompt, own.answer, ((" Again", text),)) for text in (following, "%" if following != "%" else "&")]
+    assert tokenizer(rows[0].text)["input_ids"][: ids.shape[1]] == ids[0].tolist()
+    for size in (1, 2):
+        assert recall.right(model, tokenizer, rows, size) == [1.0, 0.5]
+    assert recall.summary([1.0, 0.5]) == {"value": 0.75, "stderr": 0.25, "n": 2, "items": [1.0, 0.5]}
+
+
+def test_old_tasks_ask_what_they_asked() -> None:
+    """Numbers measured with them stay comparable: hash of the prompts and answers as of the first version."""
+    made = [item for task in recall.TASKS[:6] for item in recall.items(task, word_tokenizer(), 300, 0, 2, 0.5)]
+    asked = repr([(item.prompt, item.answer) for item in made])
+    assert hashlib.sha256(asked.encode()).hexdigest()[:16] == "7e73b7d521b7bfff"
+
+
+# --- capacity ---------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_stand_beyond_the_window_and_are_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+    for pairs in (3, 7, 40):
+        made = capacity.items(tokenizer, pairs, 50, 0, 3)
+        assert made == capacity.items(tokenizer, pairs, 50, 0, 3) and len({item.prompt for item in made}) == 3
+        for item in made:
+            context = item.prompt[: item.context]
+            known = re.findall(r"^(\w+ \w+):( \d\d)$", context, re.M)
+            assert len({key for key, _ in known}) == len(known) == pairs
+            assert len(item.steps) == min(pairs - 2, 8)
+            for before, answer in item.steps:
+                assert dict(known)[before.splitlines()[-1].removesuffix(":")] == answer
+            behind = context[context.rindex(known[-1][1]) + 3 :]
+            assert len(tokenizer(behind)["input_ids"]) >= 50
+
+
+def test_cells_of_capacity(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "right", lambda m, t, asked, size, advance: advance(len(asked)) or [1.0, 0.5])
+    spec, seen = CapacitySpec([20, 5, 100], items=2), []
+    sizes = {}
+    for model in (tiny_model(layers=1, max_position_embeddings=900), student(1, max_position_embeddings=4096)):
+        cells = capacity.measure(model, tokenizer, spec, W, 0, 2, seen.append)
+        assert [cell["pairs"] for cell in cells] == [5, 20, 100][: len(cells)]
+        assert all((cell["value"], cell["stderr"], cell["n"]) == (0.75, 0.25, 2) for cell in cells)
+        sizes[len(cells)] = [cell["cache_bytes"] for cell in cells]
+    assert sum(seen) == 2 * capacity.total(spec) == 12
+    (grows, _), (same, *others) = sizes[2], sizes[3]  # the source cannot read 100 pairs
+    assert grows < sizes[2][1] and others == [same, same]
+
+
+def test_wrong_numbers_of_pairs() -> None:
+    for pairs, problem in (([], "at least one"), ([5, 5], "each once"), ([2], "from 3 to"), ([9999], "from 3 to")):
+        with pytest.raises(InputError, match=f"capacity: pairs is .*{problem}"):
+            capacity.check(CapacitySpec(pairs))
 
 
 def test_cells_and_what_does_not_fit(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,16 +359,18 @@ def test_lm_eval_gives_the_same_number(llama_folder: Path, monkeypatch: pytest.M
 def test_every_recall_task_of_lm_eval_has_the_items_of_the_library(path: Path, llama_folder: Path) -> None:
     from lm_eval.tasks import TaskManager
 
-    metadata = {"pretrained": str(llama_folder), "lengths": [400, 500], "items": 2, "seed": 5, "twice": True}
+    lengths = [1300, 1400]
+    metadata = {"pretrained": str(llama_folder), "lengths": lengths, "items": 2, "seed": 5, "twice": True}
     manager = TaskManager(include_path=path.parent, include_defaults=False, metadata=metadata)
     task = manager.load([path.stem])["tasks"][path.stem]
     task.build_all_requests()
     name = path.stem.removeprefix("recall_")
     expected = [
-        (item.prompt, item.answer)
-        for length in (400, 500)
+        step
+        for length in lengths
         for depth in recall.depths(name)
         for item in recall.items(name, tiny_tokenizer(), length, 5, 2, depth, True)
+        for step in item.steps
     ]
     assert [instance.args for instance in task.instances] == expected
 
@@ -297,12 +390,14 @@ def test_a_comparison_with_recall(tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path / "student")
     tiny_tokenizer().save_pretrained(tmp_path / "student")
-    suite = Suite(name="r", recall=RecallSpec(["mqar", "copy"], [1, 20], items=2))
+    pairs = CapacitySpec([5], items=2)
+    suite = Suite(name="r", recall=RecallSpec(["mqar", "copy"], [1, 20], items=2), capacity=pairs)
     out = tmp_path / "r.json"
     names = ["student", "student/window"]
     answer = evaluate(tmp_path / "student", suite, out=out, columns=names[:1], progress=False)
     answer = evaluate(tmp_path / "student", suite, out=out, columns=names, resume=True, progress=False)
     assert results_file.read(out) == answer and list(answer["columns"]) == names
+    assert [(cell["pairs"], cell["n"]) for cell in answer["columns"]["student/window"]["capacity"]] == [(5, 2)]
     cells = answer["columns"]["student"]["recall"]
     assert [(cell["task"], cell["length"], cell["depth"], cell["n"]) for cell in cells] == [
         *(("mqar", 16, None, 0), ("mqar", 320, None, 2), ("copy", 16, None, 0)),
@@ -337,9 +432,27 @@ def test_the_table_shows_recall_by_length_and_why_cells_are_empty() -> None:
         ["recall at 4 × window, 256 tokens", "50.0", "25.0", ""],
     ]
     assert table.notes == [
-        "recall: right answers in per cent, mean over tasks and depths: mqar, babi",
+        "recall: right answers in per cent, mean over tasks and depths, 2 items each: mqar, babi",
         "recall: not measured: babi at 64 tokens: needs 80",
     ]
+    columns["source"]["recall"].append(cell("needle", 256, 0.25) | {"depth": 0.5, "stderr": 0.1})
+    columns["source"]["recall"].append(cell("needle", 256, 0.9) | {"depth": 1.0})
+    pairs = [{"pairs": n, "length": 9 * n, "cache_bytes": 2**20 * n, "n": 4, "items": []} for n in (2, 8)]
+    columns["source"]["capacity"] = [
+        each | {"value": v, "stderr": 0.1} for each, v in zip(pairs, (1, 0.5), strict=True)
+    ]
+    content["columns"] |= {name: {"tasks": {}, "seconds": 1.0, **column} for name, column in columns.items()}
+    results_file.validate(content)
+    table = lay_out(content)
+    assert table.rows[1:] == [
+        ["recall at 4 × window, 256 tokens", "55.0", "25.0", ""],
+        ["… beyond the window", "37.5", "25.0", ""],
+        ["recalled of 2 pairs", "100.0 ± 10.0", "", ""],
+        ["recalled of 8 pairs", "50.0 ± 10.0", "", ""],
+        ["… most pairs remembered", "4", "", ""],
+    ]
+    note = "pairs: right answers in per cent, 4 items each; cache behind the most pairs: source 8.00 MiB"
+    assert table.notes[-1] == note
     broken = json.loads(json.dumps(content))
     del broken["columns"]["source"]["recall"][1]["skipped"], broken["columns"]["source"]["recall"][0]["n"]
     with pytest.raises(InputError) as error:
@@ -440,7 +553,11 @@ def test_the_suites_name_tasks_that_exist() -> None:
         assert any(f"\ntask: {spec.task}\n" in f"\n{file.read_text()}" for file in files), spec.task
     for suite in ("recall", "full"):
         spec = suites.load(suite).recall
-        assert spec is not None and tuple(spec.tasks) == recall.TASKS and spec.multiples[:5] == [1, 2, 4, 8, 16]
+        assert spec is not None and tuple(spec.tasks) == recall.TASKS[:6] and spec.multiples[:5] == [1, 2, 4, 8, 16]
         recall.check(spec)
+    whole = suites.load("recall-full")
+    assert whole.recall is not None and tuple(whole.recall.tasks) == recall.TASKS and whole.capacity is not None
+    recall.check(whole.recall)
+    capacity.check(whole.capacity)
     assert suites.load("full").tasks == suites.load("paper").tasks
     assert suites.load("smoke").recall is None

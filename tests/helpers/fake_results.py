@@ -23,6 +23,7 @@ def full() -> dict[str, Any]:
         column["tasks"]["mmlu"] = {**mmlu, "value": 0.31 - 0.01 * i, "stderr": 0.004}
         if name in POWER:
             column["recall"] = _recall(POWER[name])
+            column["capacity"] = _capacity(POWER[name])
         column["behaviour"] = _behaviour(i, name.startswith("student"))
         if "/" not in name and name != "converted":
             column["speed"] = _speed(grows=name == "source", offset=i)
@@ -48,6 +49,21 @@ def _recall(power: float) -> list[dict[str, Any]]:
                     }
                 )
     return entries
+
+
+def _capacity(power: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "pairs": pairs,
+            "length": 9 * pairs,
+            "cache_bytes": 2**20 * (pairs if power == 0 else 6),
+            "value": 0.93 * (8 / pairs) ** (power / 3),
+            "stderr": 0.1,
+            "n": 10,
+            "items": [0.5] * 10,
+        }
+        for pairs in (8, 32, 128)
+    ]
 
 
 def _behaviour(i: int, has_state: bool) -> dict[str, Any]:

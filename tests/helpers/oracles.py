@@ -80,16 +80,15 @@ def naive_window_attention(
 
 
 def clustered(
-    q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: clusters.State, *, chunk: int, scaling: float, softcap=None
+    q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: clusters.State, rule: clusters.Rule
 ) -> tuple[Tensor, Tensor, clusters.State]:
     """`clusters.run` token by token."""
     y, weight = [], []
     for t in range(q.shape[2]):
         now = slice(t, t + 1)
-        keys, values, n, squares = (x.clone() for x in state)
-        state = keys, values, n, squares
-        clusters.update_state(k[:, :, now], v[:, :, now], exists[:, :, now], state, chunk=chunk)
-        y_t, weight_t = clusters.read_state(q[:, :, now], state, scaling=scaling, softcap=softcap)
+        state = tuple(x.clone() for x in state)
+        clusters.update_state(k[:, :, now], v[:, :, now], exists[:, :, now], state, rule)
+        y_t, weight_t = clusters.read_state(q[:, :, now], state, rule)
         y.append(y_t)
         weight.append(weight_t)
     return torch.cat(y, 2), torch.cat(weight, 2), state

@@ -105,19 +105,36 @@ def test_a_reset_cache_serves_the_next_prompt():
     assert float((got - expected).abs().max()) < 1e-4
 
 
-def test_the_decode_step_compiles_without_a_graph_break():
-    model = linearize_(tiny_model("llama", layers=2), {"name": "gla", "window": W, "sinks": S})
+COMPILED = [pytest.param(name, marks=pytest.mark.slow) for name in ("kda", "rwkv7", "gsa", "rg_lru", "aaren")]
+
+
+@pytest.mark.parametrize("name", ["gla", *COMPILED])
+def test_the_decode_step_is_one_graph_for_all_tokens(name):
+    """One graph, no second compilation, and what it changes lies where CUDA graphs can find it: `reduce-overhead`."""
+    model = linearize_(tiny_model("llama", layers=2), {"name": name, "window": W, "sinks": S})
     x = torch.randint(3, 384, (1, 30))
     greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     expected = model.generate(x, **greedy)
     cache = StaticCache(config=model.config, max_cache_len=64)
     with torch.no_grad():
         token = model(x, past_key_values=cache).logits[:, -1:].argmax(-1)
+        lies = addresses(cache)
         # `eager` runs the captured graph as it is: what is asserted is that there is one graph.
         step = torch.compile(model, fullgraph=True, backend="eager")
         out = [token]
         for position in range(30, 41):
             where = torch.tensor([[position]])
-            token = step(out[-1], past_key_values=cache, position_ids=where).logits[:, -1:].argmax(-1)
+            with torch.compiler.set_stance("fail_on_recompile" if position > 30 else "default"):
+                token = step(out[-1], past_key_values=cache, position_ids=where).logits[:, -1:].argmax(-1)
             out.append(token)
     assert torch.equal(torch.cat([x, *out], 1), expected)
+    assert addresses(cache) == lies
+    cache.reset()
+    assert addresses(cache) == lies
+
+
+def addresses(cache: StaticCache) -> list[int]:
+    """Of all tensors of a static cache, each of which must be marked as one that stays."""
+    held = [x for layer in cache.layers for x in (*layer.tensors.values(), layer.get_seq_length())]
+    assert all(hasattr(x, "_dynamo_static_input_type") for x in held)
+    return [x.data_ptr() for x in held]

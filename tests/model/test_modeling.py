@@ -152,6 +152,24 @@ def test_packed_documents_are_separate_documents(once):
         assert difference(part, logits(model, document)) < LIMIT * 10
 
 
+@pytest.mark.parametrize("heads", [[], [1]], ids=["all", "softmax heads"])
+def test_a_cache_goes_on_from_the_last_packed_document(heads):
+    model = converted({"name": "gla", "window": W, "sinks": S, "softmax_heads": heads})
+    lengths, more = [40, 3, 2, 30], tokens(1, 5)
+    x = tokens(1, sum(lengths))
+    with torch.no_grad():
+        packed = model(x, position_ids=torch.cat([torch.arange(n) for n in lengths])[None], use_cache=True)
+        alone = model(x[:, -30:], use_cache=True)
+        assert difference(packed.logits[:, -30:], alone.logits) < LIMIT * 10
+        for t in range(5):
+            where = torch.full((1, 1), 30 + t)
+            got, expected = (
+                model(more[:, t : t + 1], past_key_values=each.past_key_values, position_ids=where).logits
+                for each in (packed, alone)
+            )
+            assert difference(got, expected) < LIMIT * 10
+
+
 @pytest.mark.parametrize("kept", [[], [2, 5]], ids=["all", "hybrid"])
 @pytest.mark.parametrize("combine", MIXERS["gla"].combines)
 def test_generation_is_the_same_with_every_cache(combine, kept):

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from linearize.errors import InputError
 from linearize.recipe import load as recipes
-from linearize.recipe import resources
+from linearize.recipe import resources, templates
 from linearize.recipe.schema import Source, parse_layers
 
 MINIMAL = {"source": {"id": "org/model"}}
@@ -25,12 +24,39 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+PHI = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "short_factor": [1.0] * 6,
+       "long_factor": [2.0] * 6, "original_max_position_embeddings": 512}  # fmt: skip
 SHAPES = {
-    "meta-llama/Llama-3.2-1B": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
-    "mistralai/Mistral-7B-v0.1": ("mistral", {"sliding_window": 4096}),
-    "Qwen/Qwen3-8B": ("qwen3", {}),
+    "meta-llama/Llama-3": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "meta-llama/Meta-Llama-3": ("llama", {}),
+    "HuggingFaceTB/SmolLM2": ("llama", {"tie_word_embeddings": True}),
+    "HuggingFaceTB/SmolLM3": ("smollm3", {"tie_word_embeddings": True}),
+    "mistralai/Mistral-7B": ("mistral", {"sliding_window": 4096}),
+    "Qwen/Qwen2.5": ("qwen2", {"tie_word_embeddings": True}),
+    "Qwen/Qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "google/gemma-3": ("gemma3_text", {"layers": 6, "tie_word_embeddings": True}),
+    "microsoft/Phi-4-mini": ("phi3", {"rope_parameters": PHI, "tie_word_embeddings": True}),
 }
-"""Architecture of a source that is too large for a test, and what its configuration has beside sizes; else llama."""
+"""How the id of a source begins -> its architecture, and what its configuration has beside sizes."""
+
+
+def shape_of(name: str) -> tuple[str, dict]:
+    source = recipes.load(name).source.id
+    return next(shape for start, shape in SHAPES.items() if source.startswith(start))
+
+
+def rehearsed() -> list:
+    """One recipe of each file, device and architecture; all but the first of a file and device take too long here."""
+    seen, chosen = set(), []
+    for name in recipes.names():
+        if recipes.load(name).status != "run":
+            file, changes, _ = templates.find(name)
+            kind = file, *(key for key in changes if key != "source.id")
+            marks = [pytest.mark.slow] if kind in seen else []
+            if (*kind, shape_of(name)[0]) not in seen:
+                chosen.append(pytest.param(name, marks=marks))
+            seen |= {kind, (*kind, shape_of(name)[0])}
+    return chosen
 
 
 def problems(values: dict, overrides=()) -> list[str]:
@@ -39,20 +65,20 @@ def problems(values: dict, overrides=()) -> list[str]:
     return str(caught.value).splitlines()
 
 
-@pytest.mark.parametrize("file", sorted(resources.package_folder("recipes").glob("*.yaml")), ids=lambda file: file.stem)
-def test_shipped_recipe_is_valid(file: Path) -> None:
-    recipe = recipes.load(file.stem)
-    assert recipe.name == file.stem, "the name a user types is the stem; the file must not carry another"
+@pytest.mark.parametrize("name", templates.shipped())
+def test_shipped_recipe_is_valid(name: str) -> None:
+    recipe = recipes.load(name)
+    assert recipe.name == name, "the name a user types; the file must not carry another"
     assert recipe.description and recipe.train
     assert recipes.from_dict(recipes.to_dict(recipe)) == recipe
     results = resources.package_folder("eval") / "results"
     if recipe.status == "run":
-        assert list(results.glob(f"{file.stem}*.json")), "a recipe that says it was run must have its results committed"
+        assert list(results.glob(f"{name}*.json")), "a recipe that says it was run must have its results committed"
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.names() if recipes.load(name).status != "run"])
+@pytest.mark.parametrize("name", rehearsed())
 def test_a_recipe_that_was_not_run_works_on_a_small_model_of_its_architecture(name: str, tmp_path: Path, monkeypatch):
-    """Convert, one step of each stage, merge: with the recipe's own settings but for sizes."""
+    """Convert, two steps of each stage, merge, generate: with the recipe's own settings but for sizes."""
     from linearize.checkpoint.sources import locate
     from linearize.conversion.convert import convert
     from linearize.recovery.merge import merge
@@ -61,21 +87,21 @@ def test_a_recipe_that_was_not_run_works_on_a_small_model_of_its_architecture(na
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 8)
-    model_type, changes = SHAPES.get(recipes.load(name).source.id, ("llama", {}))
+    model_type, changes = shape_of(name)
     # Four query heads to one of keys and values, head width × heads = hidden size: as all these sources have it.
-    changes = {"hidden_size": 64, "num_key_value_heads": 1, **changes}
-    source = save_source(tmp_path / "source", model_type, layers=2, **changes)
+    changes = {"layers": 2, "hidden_size": 64, "num_key_value_heads": 1, **changes}
+    source = save_source(tmp_path / "source", model_type, **changes)
     small = {"source.id": str(source), "data.0.path": str(text)}
     for number, stage in enumerate(recipes.load(name).train):
-        sizes = {"tokens": 2 * 128, "seq_len": 128, "batch": 2, "micro_batch": min(2, stage.micro_batch)}
+        sizes = {"tokens": 4 * 128, "seq_len": 128, "batch": 2, "micro_batch": min(2, stage.micro_batch)}
         small |= {f"train.{number}.{key}": value for key, value in sizes.items()}
     wanted = recipes.load(name, small)
     converted = folder = convert(locate(str(source)), wanted, tmp_path / "converted")
     for stage in wanted.train:
         folder = train(folder, wanted, stage.name, tmp_path / stage.name)
-        (line,) = (folder / "train_log.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
         # A random model of 384 tokens: ln 384 = 6 nats, more as its logits spread; a NaN stops the run.
-        assert 0 < json.loads(line)["lm" if stage.lm else "kl"] < 30
+        assert len(lines) == 2 and all(0 < line["lm" if stage.lm else "kl"] < 30 for line in lines)
     before, after = (
         AutoModelForCausalLM.from_pretrained(folder).eval()
         for folder in (converted, merge(folder, tmp_path / "merged"))
@@ -86,11 +112,28 @@ def test_a_recipe_that_was_not_run_works_on_a_small_model_of_its_architecture(na
     )
     weights = after.state_dict()
     changed = {key.split(".")[-2] for key, value in before.state_dict().items() if not torch.equal(value, weights[key])}
-    assert changed == {f"{role}_proj" for stage in wanted.train for role in stage.peft.roles}
+    roles = {role for stage in wanted.train for role in stage.peft.roles}
+    assert changed == {"qkv_proj" if model_type == "phi3" and role != "o" else f"{role}_proj" for role in roles}
+    assert after.generate(torch.arange(3, 90)[None], max_new_tokens=3, do_sample=False, eos_token_id=-1).shape[1] == 90
 
 
 def test_the_models_of_the_readme_have_recipes() -> None:
     assert set(recipes.names()) >= {"smollm2-135m", "llama-3.2-1b", "llama-3-8b", "mistral-7b", "qwen3-8b"}
+    assert not {"small", "4b", "8b"} & set(recipes.names())
+
+
+def test_a_template_serves_its_models_and_others(tmp_path: Path) -> None:
+    base, small = recipes.load("llama-3.1-8b"), recipes.load("llama-3.1-8b-24gb")
+    assert base.source.id == "meta-llama/Llama-3.1-8B" == small.source.id and small.name == "llama-3.1-8b-24gb"
+    assert base.train[0].seq_len == 2 * small.train[0].seq_len and base.convert == small.convert
+    assert recipes.resolve("org/other-8B", recipe="8b") == replace(recipes.load("8b"), source=Source("org/other-8B"))
+    assert recipes.resolve("llama-3.1-8b", ["convert.mixer.name=gla"]).convert.mixer["name"] == "gla"
+    file = tmp_path / "mine.yaml"
+    file.write_text(templates.find("8b").path.read_text())
+    assert replace(recipes.load(file), name="8b") == recipes.load("8b")
+    file.write_text("source: {id: org/model}\nmodels: 3\n")
+    with pytest.raises(InputError, match="models: unknown key"):
+        recipes.load(file)
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
@@ -118,21 +161,19 @@ def test_the_id_of_a_shipped_source_finds_its_recipe(model: str, name: str) -> N
 
 def test_a_default_is_declared_where_several_recipes_share_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is found by the whole id of the source, whatever the names of the recipes."""
-    sources = [recipes.load(name).source.id for name in recipes.names()]
+    sources = [templates.source_of(name) for name in recipes.names() if len(templates.find(name).changes) < 2]
     assert {source for source in sources if sources.count(source) > 1} == set(recipes.DEFAULTS)
     assert all(recipes.load(name).source.id == source for source, name in recipes.DEFAULTS.items())
     assert recipes.default("meta-llama/meta-llama-3-8b").name == recipes.default("8B").name == ""
-    texts = {name: recipes.path_of(name).read_text() for name in recipes.names()}
-    other = {"qwen3-8b": texts["qwen3-8b"].replace("Qwen/Qwen3-8B", "org/mistral-7b-qwen3-8b")}
     monkeypatch.setattr(
-        recipes, "path_of", lambda name: SimpleNamespace(read_text=lambda **_: {**texts, **other}[name])
+        recipes, "source_of", {**dict.fromkeys(recipes.names(), ""), "qwen3-8b": "org/mistral-7b-qwen3-8b"}.get
     )
     monkeypatch.setattr(recipes, "load", lambda name, overrides: name)
     assert recipes.default("org/mistral-7b-qwen3-8b") == "qwen3-8b"
 
 
 def test_recipe_of_another_model() -> None:
-    recipe = recipes.resolve("folder/llama", ["train.finetune.lr=0.1"], recipe="llama-3-8b")
+    recipe = recipes.resolve("folder/llama", ["train.distil.lr=0.1"], recipe="llama-3-8b")
     assert recipe.source == Source("folder/llama")
     assert replace(recipe, source=recipes.load("llama-3-8b").source) == recipes.load("llama-3-8b", ["train.0.lr=0.1"])
 

@@ -25,8 +25,8 @@ SECTIONS = [
     "What it keeps of the source",
     "All numbers",
     "Paired differences",
-    "Perplexity by position",
     "Recall",
+    "Pairs remembered",
     "Behaviour",
     "Speed and memory by context",
     "Layers",
@@ -119,7 +119,7 @@ def small(results: dict[str, Any]) -> dict[str, Any]:
     """Without what takes long to draw."""
     found = copy.deepcopy(results)
     for column in found["columns"].values():
-        for section in ("recall", "behaviour", "speed"):
+        for section in ("recall", "capacity", "behaviour", "speed"):
             column.pop(section, None)
     return found
 
@@ -166,7 +166,11 @@ def test_the_other_sections_hold_their_numbers(results: dict[str, Any], read: Pa
             assert [*start, f"{1000 * entry['token_seconds']:.2f}"] in [row[:5] for row in rows]
         if "recall" in column:
             mean = 100 * sum(entry["value"] for entry in column["recall"]) / len(column["recall"])
-            assert [name, f"{mean:.1f}"] in [[row[0], row[-1]] for row in rows]
+            within = [
+                entry["value"] for entry in column["recall"] if entry["multiple"] * (1 - (entry["depth"] or 0)) > 1
+            ]
+            told = [name, f"{mean:.1f}", f"{100 * sum(within) / len(within):.1f}"]
+            assert told in [[row[0], row[-2], row[-1].split(" ± ")[0]] for row in rows]
             for entry in column["recall"]:
                 task = f"Recall of {name} in {entry['task']}."
                 (label,) = (label for label in read.figures if label.startswith(task))
@@ -180,10 +184,11 @@ def test_the_other_sections_hold_their_numbers(results: dict[str, Any], read: Pa
 
 def test_every_figure_is_there_in_order(results: dict[str, Any], read: Page) -> None:
     assert read.headings == SECTIONS
-    expected = ["Share of the source's score", "Differences of student", "Perplexity by the number of tokens"]
+    expected = ["Perplexity by the number of tokens", "Share of the source's score", "Differences of student"]
     expected += [
         f"Recall of {n} in {t}" for t in ("needle", "associative") for n in ("student", "student/window", "source")
     ]
+    expected += ["Pairs remembered, by the number of pairs", "Most pairs remembered, by the cache"]
     expected += ["KL to the source", "Share of prompts still equal", "Norm of the memory", "Effective rank"]
     expected += [f"{t}, {n}" for n in ("1 row", "8 rows") for t in ("Time per decoded token", "Peak memory", "Cache")]
     expected += ["Layers of student"]
@@ -202,6 +207,7 @@ def test_what_could_not_be_measured_leaves_its_figure_out(results: dict[str, Any
         for row in column["behaviour"]["state"] or ():
             row["effective_rank"] = None
         column.pop("recall", None)
+        column.pop("capacity", None)
         for score in column["tasks"].values():
             for key in Score.__optional_keys__ & score.keys():
                 del score[key]
@@ -232,13 +238,15 @@ def test_bars_are_shares_of_the_source_with_the_interval_of_the_paired_differenc
 def test_what_was_not_measured_is_left_out(small: dict[str, Any], undrawn: None) -> None:
     del small["layers"]
     found = Page(page.render([small]))
-    assert found.headings == [name for name in SECTIONS if name not in ("Recall", "Behaviour", "Layers", SECTIONS[6])]
+    assert found.headings == [
+        name for name in SECTIONS if not name.startswith(("Recall", "Pairs", "Behaviour", "Layers", "Speed"))
+    ]
     small["columns"] = {
         "student": {"tasks": {}, "seconds": 1.0, "perplexity": small["columns"]["student"]["perplexity"]}
     }
     small["summary"] = statistics.summarize(small["columns"], 64)
     found = Page(page.render([small]))
-    assert found.headings == ["All numbers", "Perplexity by position", "Settings, machine, versions, data"]
+    assert found.headings == ["All numbers", "Settings, machine, versions, data"]
     assert "Cannot be told yet" in found.text
 
 
@@ -418,7 +426,7 @@ def test_the_sentence_by_hand(results: dict[str, Any]) -> None:
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
-PROBE = """({
+PROBE = """(page.querySelectorAll("details").forEach(part => { part.open = true }), {
   width: page.documentElement.scrollWidth,
   figures: [...page.querySelectorAll("figure > svg")].map(svg => {
     const box = svg.getBoundingClientRect(), texts = [...svg.querySelectorAll("text")];
@@ -467,3 +475,9 @@ def test_a_browser_draws_it_on_a_phone_and_asks_nobody(html: str, read: Page, tm
     found, log, addresses = opened(bad, tmp_path)
     assert addresses == {"http://example.invalid/a.png", "https://b.invalid/x"} and "CONSOLE" in log
     assert found["width"] > 390 and found["figures"][0]["shapes"] == 0
+
+
+@pytest.mark.skipif(browsers.browser() is None, reason="no Chromium or Chrome found: apt-get install chromium")
+def test_the_verdict_fits_the_first_screen_of_a_laptop(html: str) -> None:
+    probe = "page.querySelector('header').getBoundingClientRect().bottom"
+    assert float(browsers.measured(browsers.open_page(html, 1280, "--dump-dom", probe=probe))) <= 720

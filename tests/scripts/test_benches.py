@@ -56,6 +56,15 @@ def test_the_benchmark_of_states(recipe: Path, tmp_path: Path, monkeypatch: pyte
     assert "| folder |" in (tmp_path / "tiny.md").read_text()
 
 
+def test_the_benchmark_of_packed_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runner("bench_packed", tmp_path, monkeypatch)
+    results = run("--longest", "90", "--texts", "6", "--short", "10", "--mixers", "gla", "--repeats", "1")
+    tokens = {cell["row"]: cell["tokens"] for cell in results["cells"]}
+    assert tokens == {"padded to the longest": 7 * 90, "rows of like length": 150, "one text": 150}
+    assert [claim["limit"] for claim in results["claims"]] == ["≤ 1.3", "≤ 0.2"]
+    assert "| gla | rows of like length | 150 |" in (tmp_path / "tiny.md").read_text()
+
+
 @linux
 def test_the_benchmark_of_recurrences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = runner("bench_ops", tmp_path, monkeypatch)

@@ -19,7 +19,7 @@ MIXERS: dict[str, type[Mixer]] = {name: import_module(f"{__name__}.{name}").Mixe
 LARGEST = 2**31 - 1
 """Of every number in a configuration: larger ones are no sizes of anything."""
 
-__all__ = ["MIXERS", "Context", "Geometry", "Mixer", "MixerConfig", "build_config"]
+__all__ = ["MIXERS", "Context", "Geometry", "Mixer", "MixerConfig", "build_config", "read_config"]
 
 
 def build_config(values: dict[str, Any]) -> MixerConfig:
@@ -56,6 +56,8 @@ def build_config(values: dict[str, Any]) -> MixerConfig:
             good[key] = value
     config = cls(**cls.preset(good.get("combine", cls.combine)) | good)
     problems += [f"mixer.{p}" for p in config.problems()]
+    if not MIXERS[name].recurrent and config.state_dtype != "float32":
+        problems.append(f"mixer.state_dtype: found {config.state_dtype!r}; {name} has no state; leave it out")
     if config.combine not in MIXERS[name].combines:
         problems.append(
             f"mixer.combine: {config.combine!r} is not possible for {name}; allowed: {', '.join(MIXERS[name].combines)}"
@@ -63,6 +65,13 @@ def build_config(values: dict[str, Any]) -> MixerConfig:
     if problems:
         raise InputError("; ".join(problems))
     return config
+
+
+def read_config(values: dict[str, Any]) -> MixerConfig:
+    """The same of what a folder holds, which may be older than some settings."""
+    name = values.get("name")
+    older = MIXERS[name].Config.older if isinstance(name, str) and name in MIXERS else {}
+    return build_config({**older, **values})
 
 
 def _short(value: Any) -> str:

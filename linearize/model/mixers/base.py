@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..cache import LinearizedCacheLayer, Stack, cache_layer
+from ..cache import LinearizedCacheLayer, cache_layer
 from ..decoding import Step
+from ..ops import compact
+from ..ops.rows import Rows, in_parts
 from ..ops.window import slot_attention, window_attention
 from ..passes import Branch, Context, Pass
+from ..stack import Stack
 from ..tokens import Geometry, Tokens
 from .config import MixerConfig
 
@@ -52,6 +55,10 @@ class Mixer(nn.Module):
     recurrent: ClassVar[bool] = True
     keeps_source_cache: ClassVar[bool] = False
     """Whether it leaves the layer its source's own cache, which grows with the text."""
+    read_by: ClassVar[tuple[str, ...]] = ("gate", "mass")
+    """Weights that only reading needs: layers update their states together, whatever these are."""
+    rounds_itself: ClassVar[bool] = False
+    """Whether its operations keep the state in `state_dtype` themselves."""
     scheduled: ClassVar[bool] = False
     summary: ClassVar[str]
     rule: ClassVar[str]
@@ -149,6 +156,30 @@ class Mixer(nn.Module):
         """The fp32 state on `device` of `batch` rows that have seen nothing, [batch, G, ...] each."""
         return ()
 
+    def stored_state(self, batch: int, device: torch.device) -> tuple[Tensor, ...]:
+        """The same as a cache keeps it, in `state_dtype`."""
+        return self.stored(self.initial_state(batch, device))
+
+    def stored(self, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What a cache keeps of a state."""
+        return state if self.rounds_itself else compact.stored(state, self._dtype)
+
+    def opened(self, kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The state of which a cache keeps this."""
+        return kept if self.rounds_itself else compact.opened(kept, self._dtype)
+
+    def take_in(self, updates: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
+        """`update_state` of a state as a cache keeps it."""
+        state = self.opened(kept)
+        self.update_state(updates, state)
+        if self._dtype is not None and not self.rounds_itself:
+            for old, new in zip(kept, self.stored(state), strict=True):
+                old.copy_(new)
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        return compact.DTYPES[self.config.state_dtype]
+
     def content(self, state: tuple[Tensor, ...]) -> Tensor:
         """What a state holds of the text, without the sums of weights beside it: a matrix per head [B, G, ·, V], or a
         vector [B, G, V]. To look at, not to compute with."""
@@ -171,7 +202,7 @@ class Mixer(nn.Module):
     @cached_property
     def alike(self) -> tuple | None:
         """Equal for mixers whose updates are the same function; None for one with weights of its own."""
-        own = any(name != "gate" for name, _ in self.named_parameters())
+        own = any(name not in self.read_by for name, _ in self.named_parameters())
         g = self.geometry if self.scheduled else replace(self.geometry, missing=())
         return None if own else (type(self), replace(self.config, softmax_heads=()), g)
 
@@ -184,7 +215,7 @@ class Mixer(nn.Module):
         """
         heads, width = self.token_shape
         kept = heads * width * (self.config.window + self.config.sinks) * dtype_bytes
-        state = sum(x.nbytes for x in self.initial_state(1, torch.device("meta")))
+        state = sum(x.nbytes for x in self.stored_state(1, torch.device("meta")))
         return batch * (kept + state + torch.int64.itemsize)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
@@ -208,48 +239,56 @@ class Mixer(nn.Module):
         if past is not None and T == 1 and rows is None:
             return self._step(q, k, v, context, past)
         query, tokens = self._prepare(q, k, v, context)
-        lengths = torch.full((q.shape[0],), T, device=q.device)
-        real = None
-        if rows is not None:
-            q, query, tokens.x = (rows.gather(x) for x in (q, query, tokens.x))
-            real, lengths = rows.valid, rows.valid.sum(1)
-        block = Pass(q, query, tokens.x, real, lengths)
-        if layer is None:
-            y = self._join(*self._block(block, context, None)[:2], q, context)
-        elif layer.rollback and block.q.shape[2] > layer.rollback:
-            certain, rest, put_together = block.parted(layer.rollback)
-            y = put_together(self._cached(certain, context, layer, True), self._cached(rest, context, layer, False))
-        else:
-            y = self._cached(block, context, layer, not layer.rollback)
+
+        def run(part: Rows | None, layer: LinearizedCacheLayer | None) -> Tensor:
+            if part is None:
+                lengths = torch.full((q.shape[0],), T, device=q.device)
+                return self._pass(Pass(q, query, tokens.x, None, lengths), context, layer)
+            own = [part.gather(x) for x in (q, query, tokens.x)]
+            block = Pass(own[0], own[1], own[2], part.valid, part.valid.sum(1))
+            return part.scatter(self._pass(block, context, layer))
+
+        y = in_parts(rows, layer, run)
         if layer is not None:
             layer.advance(0, T)
             layer.remember(None if rows is None or rows.packed else rows.real, T)
-            if rows is not None and rows.packed:
-                layer.batch_select_indices(rows.last)
-        return y if rows is None else rows.scatter(y)
+        return y
 
-    def _cached(self, block: "Pass", context: Context, layer: LinearizedCacheLayer, certain: bool) -> Tensor:
+    def _pass(self, block: "Pass", context: Context, layer: LinearizedCacheLayer | None) -> Tensor:
+        """A block of tokens, of an empty cache, or behind those in the layer, which then holds them; y [B, H, T, V]."""
+        if layer is None:
+            return self._join(*self._block(block, context, None)[:2], block.q, context)
+        if layer.rollback and block.q.shape[2] > layer.rollback:
+            certain, rest, put_together = block.parted(layer.rollback)
+            passed = certain.q.shape[2]
+            before = self._cached(certain, context, layer, True)
+            return put_together(before, self._cached(rest, context, layer, False, passed))
+        return self._cached(block, context, layer, not layer.rollback)
+
+    def _cached(
+        self, block: "Pass", context: Context, layer: LinearizedCacheLayer, certain: bool, passed: int = 0
+    ) -> Tensor:
         """A block of tokens behind those in the cache, which then holds them too; y [B, H, T, V].
 
         Args:
             block: the tokens.
             context: of the call.
             layer: of the cache.
+            passed: tokens of the same forward pass that came before.
             certain: whether none of them will be taken back, so that the state may take in what leaves the window.
         """
-        near, far, state = self._block(block, context, layer if layer.is_initialized else None)
+        near, far, state = self._block(block, context, layer if layer.is_initialized else None, passed)
         y = self._join(near, far, block.q, context)
         if not layer.is_initialized:
-            states = self.initial_state(block.q.shape[0], block.q.device)
+            states = self.stored_state(block.q.shape[0], block.q.device)
             layer.lazy_initialization(block.q.shape[0], block.x, self.token_shape, states)
         if self.windowed:
             layer.extend(block.x[..., : self.token_shape[1]], block.lengths)
         layer.advance(block.lengths, 0)
         if certain:
-            for cached, final in zip(layer.state, state, strict=True):
+            for cached, final in zip(layer.state, self.stored(state), strict=True):
                 cached.copy_(final.detach())
-            if layer.rollback:
-                layer.tensors["settled"].copy_(layer.tensors["count"])
+            layer.settle()
         return y
 
     def branches(
@@ -266,7 +305,7 @@ class Mixer(nn.Module):
         return query, Tokens.join(k, v, kept, k.new_ones(*k.shape[:3], 1), self.geometry)
 
     def _block(
-        self, block: "Pass", context: Context, past: LinearizedCacheLayer | None
+        self, block: "Pass", context: Context, past: LinearizedCacheLayer | None, passed: int = 0
     ) -> tuple[Branch | None, Branch | None, tuple[Tensor, ...]]:
         """Several tokens at once: both branches, and the state after the last real token of each row."""
         W, s = self.window, self.sinks
@@ -274,7 +313,7 @@ class Mixer(nn.Module):
         T = q.shape[2]
         seen = 0 if past is None else past.tensors["count"]
         wait = 0 if past is None or not self.delayed else past.pending()
-        state = self.initial_state(q.shape[0], q.device) if past is None else past.state
+        state = self.initial_state(q.shape[0], q.device) if past is None else self.opened(past.state)
         near = far = None
 
         if self.windowed:
@@ -297,7 +336,7 @@ class Mixer(nn.Module):
                 # Those that wait come first, with queries that ask nothing.
                 entering, query = x[:, :, skip : wait + T], F.pad(query, (0, 0, wait, 0))
                 if past is not None or keep is not None:
-                    token = torch.as_tensor(seen, device=q.device).view(-1, 1) - W
+                    token = (seen.view(-1, 1) if isinstance(seen, Tensor) else seen) - W
                     left = token + torch.arange(skip - wait, T, device=q.device) >= s
                     if wait and past is not None:
                         new = token + torch.arange(-wait, T, device=q.device) >= past.tensors["settled"][:, None] - W
@@ -306,6 +345,8 @@ class Mixer(nn.Module):
             if keep is not None:
                 entering = entering * keep[:, None, :, None]
             updates = self.updates(Tokens(entering, self.geometry))
+            most = 0 if past is None else past.entered(self.delayed, passed)
+            context = replace(context, taken=most, whole=past is None and keep is None)
             y, weight, state = self.scan(query[:, :, skip:], updates, state, context)
             y, weight = y[:, :, wait:], None if weight is None else weight[:, :, wait:]
             if skip:
@@ -335,8 +376,8 @@ class Mixer(nn.Module):
         new = Tokens.join(k, v, late, step.one, self.geometry)
         if self.recurrent:
             if not self.delayed:
-                self.update_state(self.updates(new), past.state)
-            state = step.state(index, past)
+                self.take_in(self.updates(new), past.state)
+            state = self.opened(step.state(index, past))
             answer = self.read_state(self.query(q, context), state, context)
             if self.weighted and self.delayed and context.branch == "all":
                 memory = answer
@@ -348,8 +389,9 @@ class Mixer(nn.Module):
             width = min(new.x.shape[-1], cached.shape[-1])
             cached.scatter_(2, step.slot[..., :width], new.x[..., :width])
         if self.windowed and context.branch != "memory":
+            keys, values = step.slots[index]
             y = slot_attention(
-                q, *step.slots[index], step.bias,
+                q, keys, values, step.bias,
                 scaling=context.scaling, softcap=context.softcap, extra=context.extra, memory=memory,
             )  # fmt: skip
             near = Branch(y, None)

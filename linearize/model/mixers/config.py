@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from ..ops.compact import DTYPES
+
 
 @dataclass(frozen=True)
 class MixerConfig:
@@ -10,22 +12,30 @@ class MixerConfig:
 
     Attributes:
         positive: numbers that must be above 0.
+        sized: the number that decides how large the state is, if one does, and its step; see conversion/budget.py.
+        least: the smallest such number.
+        older: what folders mean that were written before a setting existed.
         name: the mixer's file name.
         combine: memory | liger | none.
         window: W ≥ 1 tokens of exact attention, the query's own included.
         sinks: s ≥ 0 first tokens that stay exact.
         softmax_heads: key/value heads that stay softmax, with their query heads, ascending; see softmax_heads.py.
+        state_dtype: float32 | bfloat16 | int8, in which the state is kept between two steps; see ops/compact.py.
         calibrated: whether a memory that has a log weight also has a weight `gate` [H] that is added to it, one number
             per head, as `linearize calibrate` fits it. A memory without a log weight always has its gate.
     """
 
     positive: ClassVar[tuple[str, ...]] = ()
+    sized: ClassVar[tuple[str, int] | None] = None
+    least: ClassVar[int] = 1
+    older: ClassVar[dict[str, Any]] = {"state_dtype": "float32"}
 
     name: str = ""
     combine: str = "memory"
     window: int = 64
     sinks: int = 4
     softmax_heads: tuple[int, ...] = ()
+    state_dtype: str = "float32"
     calibrated: bool = False
 
     @classmethod
@@ -42,11 +52,14 @@ class MixerConfig:
             problems.append(f"sinks: found {self.sinks}; expected at least 0")
         if list(self.softmax_heads) != sorted({g for g in self.softmax_heads if g >= 0}):
             problems.append(f"softmax_heads: found {list(self.softmax_heads)}; expected different indices, ascending")
+        if self.state_dtype not in DTYPES:
+            problems.append(f"state_dtype: found {self.state_dtype!r}; expected {', '.join(DTYPES)}")
         values = {key: getattr(self, key) for key in self.positive}
         return problems + [f"{key}: found {x}; expected above 0" for key, x in values.items() if not x > 0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the heads that stay softmax where there are none, as folders were before they were possible."""
-        values = asdict(self)
-        heads = list(values.pop("softmax_heads"))
-        return {**values, "softmax_heads": heads} if heads else values
+        """Without heads that stay softmax and a dtype of the state where they are as in folders before they could be
+        set."""
+        values = asdict(self) | {"softmax_heads": list(self.softmax_heads)}
+        before = {"softmax_heads": [], "state_dtype": "float32"}
+        return {key: value for key, value in values.items() if key not in before or value != before[key]}

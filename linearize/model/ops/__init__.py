@@ -91,6 +91,6 @@ def run_delta(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`delta.chunked`, with its arguments and result, by whatever runs it here: see `chooses_fla`."""
-    if chooses_fla(q, fla_backend.restriction(q, v), backend):
+    if chooses_fla(q, fla_backend.restriction(q, v, "delta"), backend):
         return fla_backend.delta(q, k, v, beta, log_decay, state)
     return delta.chunked(q, k, v, beta, log_decay, state)

@@ -37,13 +37,13 @@ def causal_attention(
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=H != G)
     rep, C = H // G, max(1, ELEMENTS // (B * H * N))
     extra = None if extra is None else extra.float().view(G, rep, 1, 1)
-    seen = torch.as_tensor(seen, device=q.device).view(-1, 1, 1)
+    seen = seen.view(-1, 1, 1) if isinstance(seen, Tensor) else seen
     parts = []
     for start in range(0, T, C):
         new = q[:, :, start : start + C]
         n = new.shape[2]
         end = N - T + start + n  # no row sees a slot behind it
-        token = seen + start + torch.arange(n, device=q.device)[:, None]
+        token = seen + start + torch.arange(n, device=q.device)[None, :, None]
         bias = bias_of(torch.arange(end, device=q.device) <= token)[:, None, None]
         p, _ = normalise(scores(new.view(B, G, rep, n, K), k[:, :, :end], bias, scaling, softcap), extra)
         parts.append((p.to(q.dtype).view(B, G, rep * n, end) @ v[:, :, :end]).view(B, H, n, V))

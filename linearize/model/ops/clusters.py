@@ -1,32 +1,44 @@
 """Softmax attention over at most M clusters of keys: what has left the window is merged, never dropped.
 
-A cluster holds the mean key k̄ and mean value v̄ of n tokens, and a query sees it as n equal ones:
+A cluster holds the mean key k̄ and mean value v̄ of n tokens, and a query sees it as n equal ones, and a little more:
 
-    y_t = Σ_m p_m v̄_m,  p = softmax_m(a(q_t, k̄_m) + ln n_m),  log weight ln Σ_m e^{a(q_t, k̄_m) + ln n_m},
+    y_t = Σ_m p_m v̄_m,  p = softmax_m(b_m),  b_m = a(q_t, k̄_m) + ln n_m + γ c_m,  log weight ln Σ_m e^{b_m},
 
-a being the source's own score: exact while no more than M tokens were taken in. A token that finds all M taken makes
-room for C: each cluster finds the earlier one that it costs least to join, and the C cheapest do (after ToMe, arXiv
-2210.09461, which joins tokens of an image; clusters of keys are in SubGen, arXiv 2402.06082). Joining i and j changes
-an output by about its share times the change of score times the difference of the values, so that its cost is
+a being the source's own score: exact while no more than M tokens were taken in. By Jensen's inequality e^{a(q, k̄)} is
+too small for what it stands for; c_m = ½ Σ_d w_d Var_d(m), with Var the variance of the keys of a cluster and w_d the
+mean square of channel d over the scaled queries so far, is the second-order term of what is missing, for queries whose
+channels are independent. They are not, so γ = 1 is too much.
 
-    min(n_i, n_j) · Σ_d w_d (k̄_i − k̄_j)_d² · |v̄_i − v̄_j|²,
+A token that finds all M taken makes room for C: each cluster finds the earlier one that it costs least to join, and the
+C cheapest do (after ToMe, arXiv 2210.09461, which joins tokens of an image; clusters of keys are in SubGen, arXiv
+2402.06082). Joining i and j changes an output by about its share times the change of score times the difference of the
+values, so that its cost is
 
-with w_d the mean square of channel d over the queries that have read so far. (Ward's n_i n_j / (n_i + n_j) in the place
-of the lesser count left SmolLM2-135M at 1.159 of its source's perplexity at 2048 tokens, this at 1.141.) Which pairs
-join is decided without gradient; the means have theirs.
+    min(n_i A_i^α, n_j A_j^α) · Σ_d w_d (k̄_i − k̄_j)_d² · |v̄_i − v̄_j|²,  A_m = exp(μ·k̄_m + ½ Σ_d σ_d² k̄_md²).
 
-Letters and shapes as in ops/additive.py: q [B, H, T, K], k and v [B, G, T, ·], exists [B, G, T, 1]. State, fp32 and all
-zeros at first: keys [B, G, M, K], values [B, G, M, V], n [B, G, M, 1], and [B, G, 1, K + 1] the sums of squares of the
-queries, with a last column that says whether the last token existed. Taken clusters come before free ones.
+A_m is the weight that a key is expected to get from queries like those so far, of mean μ and variance σ² (Expected
+Attention of kvpress, arXiv 2510.00636, drops keys of little A; here they are merged first). Which pairs join is decided
+without gradient; the means have theirs.
+
+Means are kept in the dtype of the state and computed with in fp32. They are rounded when a token enters and after every
+merge, by the block form as by the steps. int8 has a scale for the key and one for the value of each cluster.
+
+Letters and shapes as in ops/additive.py: q [B, H, T, K], k and v [B, G, T, ·], exists [B, G, T, 1]. State, all zeros at
+first: means [B, G, M, K + V]; sizes [B, G, M, 2] fp32, n and Σ_d w_d Var_d times the heads of a group; queries
+[B, G, 1, 2K + 1] fp32, sums of the squares of the scaled queries and of these themselves, with a last column that says
+whether the last token existed; for int8 scales [B, G, M, 2] bf16. Taken clusters come before free ones.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import host
 from .window import normalise, scores
 
-State = tuple[Tensor, Tensor, Tensor, Tensor]
+State = tuple[Tensor, ...]
 EMPTY = -1e30
 """Log weight of a free cluster: finite, so that a softmax over free ones alone is not NaN."""
 PIECE = 2048
@@ -34,47 +46,86 @@ PIECE = 2048
 a token."""
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What does not change from token to token.
+
+    Attributes:
+        chunk: C, how many clusters are merged away when all are taken.
+        mass: γ, a number or one per head, fp32 [H].
+        expected: α, how much the attention that a cluster is expected to get decides what is merged.
+        heads: query heads of a group.
+        scaling: the source's, of q·k; only reading needs it.
+        softcap: the source's, or None.
+    """
+
+    chunk: int
+    mass: float | Tensor = 0.0
+    expected: float = 0.0
+    heads: int = 1
+    scaling: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether c_m is needed."""
+        return isinstance(self.mass, Tensor) or self.mass != 0
+
+
 def initial_state(
-    batch: int, kv_heads: int, key_width: int, value_width: int, clusters: int, device: torch.device
-) -> State:
-    """fp32 zeros on `device`, of M = `clusters`: keys, values, n and the sums of squares of the queries."""
-    keys = torch.zeros(batch, kv_heads, clusters, key_width, device=device)
-    values = keys.new_zeros(batch, kv_heads, clusters, value_width)
-    return keys, values, keys.new_zeros(batch, kv_heads, clusters, 1), keys.new_zeros(batch, kv_heads, 1, key_width + 1)
+    batch: int, kv_heads: int, key_width: int, value_width: int, clusters: int, device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> State:  # fmt: skip
+    """Zeros on `device`, of M = `clusters`, the means in `dtype`: bf16, int8, or None for fp32."""
+    means = torch.zeros(batch, kv_heads, clusters, key_width + value_width, device=device, dtype=dtype)
+    sizes = torch.zeros(batch, kv_heads, clusters, 2, device=device)
+    state = means, sizes, sizes.new_zeros(batch, kv_heads, 1, 2 * key_width + 1)
+    return state if dtype != torch.int8 else (*state, sizes.to(torch.bfloat16))
 
 
-def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, *, chunk: int) -> None:
+def opened(state: State) -> Tensor:
+    """The means of a state, [B, G, M, K + V] fp32, not to be changed."""
+    means, sizes, queries, *scales = state
+    return _opened(means, scales[0] if scales else None, queries.shape[-1] // 2, sizes.dtype)
+
+
+def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule) -> None:
     """Take in one token (T = 1; shapes as of `run`). `state` is updated in place."""
-    keys, values, n, squares = state
+    means, sizes, queries = state[:3]
     here = exists > 0
-    full = (n[:, :, -1:] > 0) & here
-    # Compiled code has no branches: it merges at every step and keeps what it needs.
-    if torch.compiler.is_compiling() or bool(full.any()):
-        # Of copies: what autograd keeps must not change below.
-        kept = _merge(keys.clone(), values.clone(), n.clone(), squares, chunk)
-        for x, merged in zip((keys, values, n), kept, strict=True):
-            x.copy_(torch.where(full, merged, x))
-    index = (n > 0).sum(2, keepdim=True).clamp(max=n.shape[2] - 1)
-    for x, new in zip((keys, values, n), (k, v, exists), strict=True):  # free clusters are zeros
+    full = (sizes[:, :, -1:, :1] > 0) & here
+    # Where a look at a value is not free, it is merged at every step, and what is needed is kept.
+    if not host.is_free(means) or bool(full.any()):
+        kept, size = _merge(opened(state).clone(), sizes.clone(), queries, rule)  # of copies, for autograd
+        merged = *_stored(kept, k.shape[-1], means.dtype), size
+        for x, new in zip((means, *state[3:], sizes), merged, strict=True):
+            x.copy_(torch.where(full, new, x))
+    index = (sizes[..., :1] > 0).sum(2, keepdim=True).clamp(max=means.shape[2] - 1)
+    token = torch.cat([k, v], -1).to(sizes.dtype)
+    entering = *_stored(token, k.shape[-1], means.dtype), torch.cat([exists, torch.zeros_like(exists)], -1)
+    for x, new in zip((means, *state[3:], sizes), entering, strict=True):  # free clusters are zeros
         x.scatter_add_(2, index.expand(-1, -1, 1, x.shape[-1]), new.to(x.dtype) * here)
-    squares[..., -1:] = here.to(squares.dtype)
+    queries[..., -1:] = here.to(queries.dtype)
 
 
-def read_state(q: Tensor, state: State, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """What one token q [B, H, 1, K] reads: y [B, H, 1, V] and its log weight [B, H, 1], both fp32. The squares of its
+def read_state(q: Tensor, state: State, rule: Rule) -> tuple[Tensor, Tensor]:
+    """What one token q [B, H, 1, K] reads: y [B, H, 1, V] and its log weight [B, H, 1], both fp32. The queries of its
     query are added to the state."""
-    keys, values, n, squares = state
-    y, weight = _read(q, keys, values, n, None, scaling, softcap)
+    sizes, queries = state[1:3]
+    y, weight = _read(q, opened(state), sizes, None, rule)
     with torch.no_grad():
-        squares[..., :-1] += _squares(q.to(keys.dtype), keys.shape[1]).sum(2, keepdim=True) * squares[..., -1:]
+        seen = _seen(q.to(sizes.dtype) * rule.scaling, sizes.shape[1])
+        queries[..., :-1] += seen.sum(2, keepdim=True) * queries[..., -1:]
     return y, weight
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: State, *, chunk: int, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor, State]:
+    q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule,
+    *, taken: int | None = None, whole: bool = False,
+) -> tuple[Tensor, Tensor, State]:  # fmt: skip
     """A block of tokens. Between two merges, clusters only fill up, so that what a query reads is causal attention over
-    them: first all merges, one per C tokens, then all reads at once. Time O(T·M).
+    them: first all merges, one per C tokens, then all reads at once. Time O(T·M²/C). No value on the device decides
+    what is computed.
 
     Args:
         q: [B, H, T, K].
@@ -82,72 +133,75 @@ def run(
         v: [B, G, T, V].
         exists: [B, G, T, 1], 1 for a token and 0 for none.
         state: as `initial_state` makes it.
-        chunk: C, how many clusters are merged away when all are taken.
-        scaling: the source's, of q·k.
-        softcap: the source's, or None.
+        rule: what does not change from token to token.
+        taken: how many clusters of a row are taken at most; None: all.
+        whole: whether every token exists and exactly `taken` clusters of every row are taken.
 
     Returns:
         y [B, H, T, V] and log weight [B, H, T], fp32 (those of a token that does not exist mean nothing); the final
         state.
     """
-    parts = []
+    M, parts = state[0].shape[2], []
+    first = M if taken is None else min(taken, M)
     for start in range(0, max(q.shape[2], 1), PIECE):
         here = slice(start, start + PIECE)
         piece = q[:, :, here], k[:, :, here], v[:, :, here], exists[:, :, here]
-        *part, state = _run(*piece, state, chunk=chunk, scaling=scaling, softcap=softcap)
+        *part, state = _run(*piece, state, rule, first, whole)
         parts.append(part)
+        first += piece[0].shape[2]
+        if first > M:
+            first = M - rule.chunk + (first - M - 1) % rule.chunk + 1 if whole else M
     y, weight = (torch.cat(x, 2) for x in zip(*parts, strict=True))
     return y, weight, state
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: State, *, chunk: int, scaling: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule, first: int, whole: bool
 ) -> tuple[Tensor, Tensor, State]:
-    keys, values, n, squares = state
+    old_means, (_, sizes, queries), chunk = opened(state), state[:3], rule.chunk
     B, H, T, K = q.shape
-    G, M = keys.shape[1:3]
-    real = exists[:, 0, :, 0] > 0
+    G, M = sizes.shape[1:3]
     if T == 0:
-        return q.new_zeros(B, H, 0, values.shape[-1], dtype=values.dtype), q.new_zeros(B, H, 0), state
+        return q.new_zeros(B, H, 0, v.shape[-1], dtype=sizes.dtype), q.new_zeros(B, H, 0, dtype=sizes.dtype), state
+    real = exists[:, 0, :, 0] > 0
     # All rows on one tape: where token i of a row that holds f clusters lies at f + i, rows merge at the same indices.
-    taken, count = (n[:, 0, :, 0] > 0).sum(1, keepdim=True), real.sum(1, keepdim=True)
-    used, first = int((taken + count).max()), int(taken[0])
-    merges = -(-max(used - M, 0) // chunk)
-    length = M + merges * chunk if merges else max(used, 1)
+    taken, count = (sizes[:, 0, :, 0] > 0).sum(1, keepdim=True), real.sum(1, keepdim=True)
+    merges = -(-max(first + T - M, 0) // chunk)
+    length = M + merges * chunk if merges else first + T
     at = torch.arange(length, device=q.device)
     on = ((at >= taken) & (at < taken + count))[:, None, :, None]
-    even = bool((taken == first).all() & real.all())  # rows lie on the tape as they are: nothing to gather
-    order = real.logical_not().sort(dim=1, stable=True).indices
-    token = order.gather(1, (at - taken).clamp(0, T - 1))[:, None, :, None]
+    order = None if whole else real.logical_not().long().sort(dim=1, stable=True).indices
+    token = None if order is None else order.gather(1, (at - taken).clamp(0, T - 1))[:, None, :, None]
 
     def lay(x: Tensor) -> Tensor:
-        if even:
-            return F.pad(x.to(keys.dtype), (0, 0, first, length - first - T))
-        x = x.gather(2, token.expand(-1, x.shape[1], -1, x.shape[-1])).to(keys.dtype)
+        if token is None:  # rows lie on the tape as they are
+            return F.pad(x.to(sizes.dtype), (0, 0, first, length - first - T))
+        x = x.gather(2, token.expand(-1, x.shape[1], -1, x.shape[-1])).to(sizes.dtype)
         return torch.where(on, x, 0)
 
-    tape, one, q = lay(torch.cat([k, v], -1)), on.to(n.dtype).expand(-1, G, -1, -1), lay(q)
+    tape, q = _rounded(lay(torch.cat([k, v], -1)), K, state[0].dtype), lay(q)
+    one = F.pad(on.to(sizes.dtype), (0, 1)).expand(-1, G, -1, -1)  # n of 1, no variance
     start = min(M, length)
     old = at[:start, None] < taken[:, None, None]
-    mean = torch.where(old, torch.cat([keys, values], -1)[:, :, :start], tape[:, :, :start])
-    n = torch.where(old, n[:, :, :start], one[:, :, :start])
-    mean, n = (F.pad(x, (0, 0, 0, M - start)) for x in (mean, n))
+    means = torch.where(old, old_means[:, :, :start], tape[:, :, :start])
+    sizes = torch.where(old, sizes[:, :, :start], one[:, :, :start])
+    means, sizes = (F.pad(x, (0, 0, 0, M - start)) for x in (means, sizes))
     with torch.no_grad():
-        square = _squares(q, G)
+        square = _seen(q * rule.scaling, G)
         square = [square[:, :, :start].sum(2, keepdim=True), square[:, :, start:].unflatten(2, (merges, chunk)).sum(3)]
-        metric = torch.cat(square, 2).cumsum(2) + squares[..., :-1]
+        metric = torch.cat(square, 2).cumsum(2) + queries[..., :-1]
     goes_on = taken + count > M + chunk * torch.arange(merges, device=q.device)
-    keys, values, n = _Merges.apply(mean, n, tape[:, :, start:], one[:, :, start:], metric, goes_on, K)  # type: ignore[misc]
+    given = means, sizes, tape[:, :, start:], one[:, :, start:], metric, goes_on, rule, state[0].dtype
+    every, sizes = _Merges.apply(*given) if torch.is_grad_enabled() else _merges(*given)[:2]  # type: ignore[misc]
     slots = torch.arange(M, device=q.device)
-    y, weight = _read(q[:, :, :start], keys[0], values[0], n[0], slots <= at[:start, None], scaling, softcap)
+    y, weight = _read(q[:, :, :start], every[0], sizes[0], slots <= at[:start, None], rule)
     if merges:
         later = q[:, :, start:].unflatten(2, (merges, chunk)).movedim(2, 0).flatten(0, 1)
         seen = slots <= M - chunk + at[:chunk, None]
-        then = keys[1:].flatten(0, 1), values[1:].flatten(0, 1), n[1:].flatten(0, 1)
-        part = _read(later, *then, seen, scaling, softcap)
+        part = _read(later, every[1:].flatten(0, 1), sizes[1:].flatten(0, 1), seen, rule)
         part = (x.unflatten(0, (merges, B)).movedim(0, 2).flatten(2, 3) for x in part)
         y, weight = (torch.cat(x, 2) for x in zip((y, weight), part, strict=True))
-    if even:
+    if token is None:
         y, weight = y[:, :, first : first + T], weight[:, :, first : first + T]
     else:
         index = taken + real.cumsum(1) - 1
@@ -155,113 +209,172 @@ def _run(
         index = index.clamp(min=0)[:, None].expand(-1, H, -1)
         weight = weight.gather(2, index).masked_fill(none, float("-inf"))
         y = y.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, y.shape[-1])).masked_fill(none.unsqueeze(-1), 0)
-    squares = torch.cat([metric[:, :, -1:], real[:, -1:, None, None].to(metric).expand(-1, G, -1, -1)], -1)
+    queries = torch.cat([metric[:, :, -1:], real[:, -1:, None, None].to(metric).expand(-1, G, -1, -1)], -1)
     # Of copies: a view would keep the clusters of every chunk in memory.
-    return y, weight, (keys[-1].clone(), values[-1].clone(), n[-1].clone(), squares)
+    means, *scales = _stored(every[-1].clone(), K, state[0].dtype)
+    return y, weight, (means, sizes[-1].clone(), queries, *scales)
 
 
 class _Merges(torch.autograd.Function):
+    """`_merges`, whose gradient is one gather a merge: autograd would write down every operation of every merge.
+    Rounding passes the gradient on as it is; sizes have none."""
+
+    @staticmethod
+    def forward(ctx, means, sizes, tape, one, metric, goes_on, rule, dtype):  # type: ignore[override]
+        means, sizes, ctx.to = _merges(means, sizes, tape, one, metric, goes_on, rule, dtype)
+        ctx.chunk = rule.chunk
+        ctx.mark_non_differentiable(sizes)
+        ctx.save_for_backward(sizes)
+        return means, sizes
+
+    @staticmethod
+    def backward(ctx, means, _):  # type: ignore[override]
+        (sizes,) = ctx.saved_tensors
+        counts, g, tape = sizes[..., :1], means[-1], []
+        for i, to in reversed(list(enumerate(ctx.to))):
+            tape.append(g[:, :, -ctx.chunk :])
+            g = g / counts[i + 1].clamp(min=1)
+            back = g.flatten(0, 2).index_select(0, to.flatten()).view_as(g)
+            g = means[i] + counts[i] * back
+        return g, None, torch.cat(tape[::-1], 2) if tape else g[:, :, :0], None, None, None, None, None
+
+
+def _merges(
+    means: Tensor, sizes: Tensor, tape: Tensor, one: Tensor, metric: Tensor, goes_on: Tensor, rule: Rule,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Clusters before the first merge and after each, filled up with the chunk of the tape that follows it.
 
-    Autograd would write down every operation of every merge: here the gradient of a merge is one gather.
-
     Args:
-        mean: [B, G, M, K + V], keys and values.
-        n: [B, G, M, 1].
-        tape, one: what fills up, [B, G, S·C, K + V], and 1 where there is a token [B, G, S·C, 1], else 0 in both.
-        metric: [B, G, S + 1, K], sums of squares of the queries until each merge.
+        means: [B, G, M, K + V].
+        sizes: [B, G, M, 2].
+        tape: what fills up, [B, G, S·C, K + V], zeros where there is no token.
+        one: [B, G, S·C, 2], 1 and 0 where there is a token, else zeros.
+        metric: [B, G, S + 1, K], sums of the queries until each merge.
         goes_on: [B, S], whether a row still merges.
-        key_width: K.
+        rule: as of `run`.
+        dtype: that means are rounded to.
 
     Returns:
-        keys [S + 1, B, G, M, K], values [S + 1, B, G, M, V] and n [S + 1, B, G, M, 1].
+        means [S + 1, B, G, M, K + V] and sizes [S + 1, B, G, M, 2]; and of each merge where each cluster went, as an
+        index [B, G, M] into all rows.
     """
-
-    @staticmethod
-    def forward(ctx, mean, n, tape, one, metric, goes_on, key_width):  # type: ignore[override]
-        merges, widths = goes_on.shape[1], (key_width, mean.shape[-1] - key_width)
-        keys, values, counts = (n.new_empty(merges + 1, *n.shape[:3], width) for width in (*widths, 1))
-        stay = torch.arange(n.numel(), device=n.device).view(n.shape[:3])
-        sums, chunk = mean * n, tape.shape[2] // max(merges, 1)
-        ctx.to, ctx.chunk = [], chunk
-        for i in range(merges + 1):
-            counts[i] = n
-            for x, every in zip(sums.split(widths, -1), (keys, values), strict=True):
-                torch.div(x, n.clamp(min=1), out=every[i])
-            if i == merges:
-                break
-            to = _destinations(keys[i], values[i], n, metric[:, :, i : i + 1], chunk)
-            to = torch.where(goes_on[:, i].view(-1, 1, 1), to, stay)
-            fill = slice(i * chunk, (i + 1) * chunk)
-            sums, n = _gathered(sums, to), _gathered(n, to)
-            sums[:, :, -chunk:] += tape[:, :, fill]
-            n[:, :, -chunk:] += one[:, :, fill]
-            ctx.to.append(to)
-        ctx.mark_non_differentiable(counts)
-        ctx.save_for_backward(counts)
-        return keys, values, counts
-
-    @staticmethod
-    def backward(ctx, keys, values, _):  # type: ignore[override]
-        (counts,) = ctx.saved_tensors
-        g, tape = torch.cat([keys[-1], values[-1]], -1), []
-        for i, to in reversed(list(enumerate(ctx.to))):
-            g = g / counts[i + 1].clamp(min=1)
-            tape.append(g[:, :, -ctx.chunk :])
-            back = g.flatten(0, 2).index_select(0, to.flatten()).view_as(g)
-            g = torch.cat([keys[i], values[i]], -1) + counts[i] * back
-        return g, None, torch.cat(tape[::-1], 2) if tape else g[:, :, :0], None, None, None, None
+    every, counts, chunk = [means], [sizes], rule.chunk
+    stay, went = torch.arange(sizes[..., 0].numel(), device=sizes.device).view(sizes.shape[:3]), []
+    for i in range(goes_on.shape[1]):
+        on, fill = goes_on[:, i].view(-1, 1, 1, 1), slice(i * chunk, (i + 1) * chunk)
+        merged, size, to = _joined(means, sizes, metric[:, :, i : i + 1], rule)
+        means = torch.where(on, _rounded(merged, metric.shape[-1] // 2, dtype), means)
+        sizes = torch.where(on, size, sizes)
+        went.append(torch.where(on[..., 0], to, stay))
+        means = torch.cat([means[:, :, :-chunk], means[:, :, -chunk:] + tape[:, :, fill]], 2)
+        sizes = torch.cat([sizes[:, :, :-chunk], sizes[:, :, -chunk:] + one[:, :, fill]], 2)
+        every.append(means)
+        counts.append(sizes)
+    return torch.stack(every), torch.stack(counts), went
 
 
-def _squares(q: Tensor, groups: int) -> Tensor:
-    """[B, H, T, K] -> sums over the heads of a group [B, G, T, K]."""
-    return q.square().unflatten(1, (groups, -1)).sum(2)
+def _seen(q: Tensor, groups: int) -> Tensor:
+    """Scaled queries [B, H, T, K] -> sums over the heads of a group, of queries and of themselves, [B, G, T, 2K]."""
+    return torch.cat([q.square(), q], -1).unflatten(1, (groups, -1)).sum(2)
 
 
-def _read(
-    q: Tensor, keys: Tensor, values: Tensor, n: Tensor, seen: Tensor | None, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def _read(q: Tensor, means: Tensor, sizes: Tensor, seen: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
     """Attention of q [B, H, L, K] over the clusters, those of `seen` [L, M]."""
     B, H, L, K = q.shape
-    G, M = keys.shape[1:3]
-    size = n.clamp(min=1).log().masked_fill(n == 0, EMPTY).mT
+    G, M = means.shape[1:3]
+    n, spread = sizes.mT.unsqueeze(2).split(1, 3)  # [B, G, 1, 1, M] each
+    bias = n.clamp(min=1).log().masked_fill(n == 0, EMPTY)
+    if rule.weighs:
+        mass = rule.mass.view(G, -1, 1, 1).to(bias) if isinstance(rule.mass, Tensor) else rule.mass
+        bias = bias + (0.5 / rule.heads * mass) * spread
     if seen is not None:
-        size = torch.where(seen, size, EMPTY)
-    a = scores(q.to(keys.dtype).reshape(B, G, -1, L, K), keys, size.unsqueeze(2), scaling, softcap)
+        bias = torch.where(seen, bias, EMPTY)
+    a = scores(q.to(means.dtype).reshape(B, G, -1, L, K), means[..., :K], bias, rule.scaling, rule.softcap)
     p, weight = normalise(a, None)
-    y = p.view(B, G, -1, M) @ values
+    y = p.view(B, G, -1, M) @ means[..., K:]
     weight = weight.masked_fill(weight < EMPTY / 2, float("-inf"))
     return y.view(B, H, L, -1), weight.view(B, H, L)
 
 
-def _merge(keys: Tensor, values: Tensor, n: Tensor, squares: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _merge(means: Tensor, sizes: Tensor, queries: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """M taken clusters -> M − C taken ones, in their order, and C free ones."""
-    to = _destinations(keys, values, n, squares[..., :-1], chunk)
-    keys, values, total = (_gathered(x, to) for x in (keys * n, values * n, n))
-    return keys / total.clamp(min=1), values / total.clamp(min=1), total
+    return _joined(means, sizes, queries[..., :-1], rule)[:2]
+
+
+def _joined(means: Tensor, sizes: Tensor, metric: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """The same; and where each cluster went, as an index [B, G, M] into the rows of all of them, [B·G·M, ·]."""
+    K, n = metric.shape[-1] // 2, sizes[..., :1]
+    into, order, gone = _partners(means, n, metric, rule)
+    squares = metric[..., :K]
+    total = n if not rule.weighs else torch.cat([n, _second(means[..., :K], sizes, squares)], -1)
+    sums = _gathered(torch.cat([means * n, total], -1), into, order, gone)
+    means, n, second = sums.tensor_split((-total.shape[-1], means.shape[-1] + 1), -1)
+    means = means / n.clamp(min=1)
+    spread = torch.zeros_like(n)
+    if rule.weighs:
+        with torch.no_grad():
+            spread = second / n.clamp(min=1) - (means[..., :K].square() * _mean(squares, n)).sum(-1, keepdim=True)
+    to = order.argsort(-1).gather(2, into)
+    first = to.shape[2] * torch.arange(to.shape[0] * to.shape[1], device=to.device).view(*to.shape[:2], 1)
+    return means, torch.cat([n, spread.clamp(min=0)], -1), to + first
 
 
 @torch.no_grad()
-def _destinations(keys: Tensor, values: Tensor, n: Tensor, metric: Tensor, chunk: int) -> Tensor:
-    """Where each of M taken clusters goes, to one of M − C in their order: [B, G, M], rows of all of them as
-    [B·G·M, ·]."""
-    B, G, M = n.shape[:3]
-    cost = _distances(keys * metric.sqrt()).mul_(_distances(values)).mul_(torch.minimum(n, n.mT))
+def _second(keys: Tensor, sizes: Tensor, squares: Tensor) -> Tensor:
+    """Σ_d w_d Σ k_d² over the members of each cluster, [B, G, M, 1]."""
+    n, spread = sizes.split(1, -1)
+    return n * (spread + (keys.square() * _mean(squares, n)).sum(-1, keepdim=True))
+
+
+def _mean(sums: Tensor, n: Tensor) -> Tensor:
+    """A mean over tokens, summed over the heads of a group, [B, G, 1, K]: a query of each came with each token."""
+    return sums / n.sum(2, keepdim=True).clamp(min=1)
+
+
+@torch.no_grad()
+def _partners(means: Tensor, n: Tensor, metric: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of M taken clusters join which.
+
+    Returns:
+        [B, G, M], the one that each becomes part of, its own index if it stays; [B, G, M], those that stay in their
+        order, then those that go; [B, G, C], those that go.
+    """
+    M, K, chunk = n.shape[2], metric.shape[-1] // 2, rule.chunk
+    keys, values = means.split((K, means.shape[-1] - K), -1)
+    weight = n if rule.expected == 0 else n * (rule.expected * _log_expected(keys, n, metric, rule.heads)).exp()
+    cost = _distances(keys * metric[..., :K].sqrt()).mul_(_distances(values)).mul_(torch.minimum(weight, weight.mT))
     cost += cost.new_full((M, M), float("inf")).triu()  # adding is much faster than masking
     gone = cost.amin(-1).topk(chunk, largest=False, sorted=False).indices
-    first = M * torch.arange(B * G, device=n.device).view(B, G, 1)
-    partner = cost.flatten(0, 2).index_select(0, (gone + first).flatten()).argmin(-1).view_as(gone)
-    into = torch.arange(M, device=n.device).expand(B, G, -1).scatter(2, gone, partner)
+    partner = cost.gather(2, gone.unsqueeze(-1).expand(-1, -1, -1, M)).argmin(-1)
+    own = torch.arange(M, device=n.device).expand_as(n[..., 0])
+    into = own.scatter(2, gone, partner)
     for _ in range((chunk - 1).bit_length()):  # where a partner goes too, to where it goes
         into = into.gather(2, into)
-    index = torch.ones_like(into).scatter_(2, gone, 0).cumsum(2) - 1
-    return index.gather(2, into) + first
+    order = torch.sort((into != own).long(), dim=2, stable=True).indices
+    return into, order, order[:, :, -chunk:]
 
 
-def _gathered(x: Tensor, to: Tensor) -> Tensor:
-    """The rows of x [B, G, M, D] summed where `to` sends them."""
-    rows = x.flatten(0, 2)
-    return torch.zeros_like(rows).index_add_(0, to.flatten(), rows).view_as(x)
+def _log_expected(keys: Tensor, n: Tensor, metric: Tensor, heads: int) -> Tensor:
+    """ln A_m up to its largest, [B, G, M, 1]."""
+    square, mean = (_mean(metric, n) / heads).chunk(2, -1)
+    variance = (square - mean.square()).clamp(min=0)
+    log = (keys * mean + 0.5 * keys.square() * variance).sum(-1, keepdim=True)
+    return log - log.amax(2, keepdim=True)
+
+
+def _gathered(x: Tensor, into: Tensor, order: Tensor, gone: Tensor) -> Tensor:
+    """The rows of x [B, G, M, D] that stay, with those that go added; zeros behind.
+
+    A product with ones and zeros: its order of adding is the same at every run, on every device.
+    """
+
+    def rows(index: Tensor) -> Tensor:
+        return x.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+
+    stay = order[:, :, : -gone.shape[2]]
+    joins = (stay.unsqueeze(-1) == into.gather(2, gone).unsqueeze(2)).to(x.dtype)
+    return F.pad(rows(stay) + joins @ rows(gone), (0, 0, 0, gone.shape[2]))
 
 
 def _distances(x: Tensor) -> Tensor:
@@ -269,3 +382,35 @@ def _distances(x: Tensor) -> Tensor:
     square = x.square().sum(-1, keepdim=True)
     both = (square + square.mT).flatten(0, 1)
     return both.baddbmm_(x.flatten(0, 1), x.mT.flatten(0, 1), alpha=-2).unflatten(0, x.shape[:2])
+
+
+def _stored(x: Tensor, key_width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Means [..., K + V] as a state keeps them, and for int8 their scales [..., 2]."""
+    if dtype != torch.int8:
+        return (x.to(dtype if dtype == torch.bfloat16 else x.dtype),)
+    parts = x.split((key_width, x.shape[-1] - key_width), -1)
+    scales = [(part.abs().amax(-1, keepdim=True) / 127).bfloat16() for part in parts]
+    codes = [
+        (part / scale.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-127, 127).to(torch.int8)
+        for part, scale in zip(parts, scales, strict=True)
+    ]
+    return torch.cat(codes, -1), torch.cat(scales, -1)
+
+
+def _opened(means: Tensor, scales: Tensor | None, key_width: int, dtype: torch.dtype) -> Tensor:
+    """What `_stored` keeps, in `dtype`."""
+    x = means.to(dtype)
+    if scales is not None:
+        scale = scales.to(dtype)
+        x[..., :key_width] *= scale[..., :1]
+        x[..., key_width:] *= scale[..., 1:]
+    return x
+
+
+def _rounded(x: Tensor, key_width: int, dtype: torch.dtype) -> Tensor:
+    """Means as they are after they were stored; the gradient passes as if they were not."""
+    if dtype not in (torch.bfloat16, torch.int8):
+        return x
+    stored = _stored(x.detach(), key_width, dtype)
+    kept = _opened(stored[0], stored[1] if len(stored) > 1 else None, key_width, x.dtype)
+    return x + (kept - x).detach() if x.requires_grad else kept

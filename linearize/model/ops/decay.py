@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import host
+
 CHUNK = 64
 LEAF = 8
 """Width of the diagonal blocks that are computed without a reference point."""
@@ -99,9 +101,10 @@ def centred(g: Tensor) -> Tensor:
 
 
 def leaf_width(g: Tensor) -> int:
-    """Width of the largest blocks in which no channel decays by more than e^STRONG; 0 where even LEAF tokens do."""
-    if torch.compiler.is_compiling():
-        return 0  # a choice by value would break the graph
+    """Width of the largest blocks in which no channel decays by more than e^STRONG; 0 where even LEAF tokens do, or
+    where a choice by value would wait for the device or break a graph."""
+    if not host.is_free(g):
+        return 0
     leaf, width, total = 0, LEAF, g.detach().unflatten(-2, (-1, LEAF)).sum(-2)
     while float(total.amin()) >= STRONG:
         leaf, width = width, 2 * width

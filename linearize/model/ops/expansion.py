@@ -14,12 +14,16 @@ tokens more.
 Kept from token to token are n, the covariance beside the mean key, S = [Σ k vᵀ / n − k̄ v̄ᵀ, k̄], and m = [v̄, log n]: for
 one query, qᵀ S + m is then the output and its log weight at once. Shapes as in ops/additive.py; keys and values come
 with their column of ones.
+
+(1 − μ) Σ v + qᵀ S takes two numbers from each other, both as large as the score that all keys have in common. fp32 has
+the digits, but kernels multiply in 16 bits or TF32: there the mean key c of the block is taken from all keys, which
+leaves the output as it is and the log weight too small by q·c.
 """
 
 import torch
 from torch import Tensor
 
-from . import additive, run_additive
+from . import chooses_fla, fla_backend, run_additive
 
 State = tuple[Tensor, ...]
 """S, m and n of `initial_state`."""
@@ -53,24 +57,38 @@ def run(
     G = k1.shape[1]
     q = q.to(torch.promote_types(q.dtype, torch.float32))
     S, m, n = state
-    mean_k, mean_v = S[..., -1:], m[..., :-1]
+    q, k = q * scaling, k1[..., :K]
+    mean_k, mean_v, centre = S[..., -1:], m[..., :-1], None
+    if chooses_fla(q, fla_backend.restriction(q, v1)):
+        centre = _mean_key(k1)
+        k, mean_k = k - centre * k1[..., K:].detach(), mean_k - centre.mT
     whole = torch.cat([S[..., :-1] + mean_k * mean_v, mean_k], -1) * n
     part = torch.cat([mean_v, torch.ones_like(n)], -1) * n
-    x, S = run_additive(q * scaling, k1[..., :K], v1, log_decay, whole)
+    x, S = run_additive(q, k, v1, log_decay, whole)
     one = torch.ones_like(log_decay, dtype=q.dtype)
-    sums, m = additive.chunked(one, one, v1, log_decay, part)
+    sums, m = run_additive(one, one, v1.to(q.dtype), log_decay, part)  # not in 16 bits, which cannot count to 300
     x, sums = x.view(B, G, H // G, T, -1), sums[:, :, None]
     n, count = _count(sums)
     mean = x[..., -1:] / count
     y = torch.addcmul(x[..., :-1], 1 - mean, sums[..., :-1]) / count
     # Not n.log(): its gradient at zero is 0/0.
-    weight = (count.log() + mean + strength).masked_fill(n == 0, float("-inf"))
+    weight = count.log() + mean + strength
+    if centre is not None:
+        weight = weight + q.view(B, G, H // G, T, K) @ centre.mT.unsqueeze(2)
+    weight = weight.masked_fill(n == 0, float("-inf"))
 
     n, count = _count(m)
     S, mean_v = S / count, m[..., :-1] / count
-    S = torch.cat([S[..., :-1] - S[..., -1:] * mean_v, S[..., -1:]], -1)
+    mean_k = S[..., -1:]
+    S = torch.cat([S[..., :-1] - mean_k * mean_v, mean_k if centre is None else mean_k + centre.mT], -1)
     m = torch.cat([mean_v, n.log() + strength], -1)
     return y.view(B, H, T, -1), weight.view(B, H, T), (S, m, n)
+
+
+def _mean_key(k1: Tensor) -> Tensor:
+    """fp32 [B, G, 1, K] of k1 [B, G, T, K + 1]. Without a gradient: the output does not depend on it."""
+    total = k1.detach().sum(-2, keepdim=True, dtype=torch.float32)
+    return total[..., :-1] / total[..., -1:].clamp(min=1)
 
 
 def _count(sums: Tensor) -> tuple[Tensor, Tensor]:

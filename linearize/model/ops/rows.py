@@ -5,12 +5,16 @@ padding at the end: causality hides the padding from every real query. So left p
 documents all become rows once per forward pass, and no mixer knows any of them.
 """
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
+from .. import host
 
 _NOT_ROWS = (
     "attention_mask: a mask of four dimensions is honoured where each token sees all tokens before it in its own "
@@ -21,23 +25,22 @@ _NOT_ROWS = (
 
 @dataclass
 class Rows:
-    """How B×T token positions map to R rows of L: R = B for padding, one row per document for packing.
+    """How B×T token positions map to R rows of L tokens: R = B for padding, one row per document for packing.
 
     Attributes:
         index: [R, L] int64, flat position b·T + t of each row's token (0 where there is none).
         valid: [R, L] bool, True at real tokens, left-aligned.
-        back: [B, T] int64, flat row position r·L + l of each token (0 at padding).
-        real: [B, T] bool, False at padding.
-        last: [B] int64, the row in which each batch item ends.
-        packed: whether any item holds several documents.
+        back: [B, T] int64, flat row position r·L + l of each token that lies in a row (0 elsewhere).
+        real: [B, T] bool, whether it does: False at padding, and where these rows are a part, at the tokens of others.
     """
 
     index: Tensor
     valid: Tensor
     back: Tensor
     real: Tensor
-    last: Tensor
-    packed: bool
+
+    packed: ClassVar[bool] = False
+    """Whether any item of the batch holds several documents."""
 
     @classmethod
     def from_padding(cls, real: Tensor) -> "Rows":
@@ -48,11 +51,10 @@ class Rows:
         order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
         rank = real.cumsum(1) - 1
         valid = torch.arange(T, device=real.device) < real.sum(1, keepdim=True)
-        back = torch.where(real, rank, 0) + offset
-        return cls(order + offset, valid, back, real, torch.arange(B, device=real.device), False)
+        return cls(order + offset, valid, torch.where(real, rank, 0) + offset, real)
 
-    @classmethod
-    def from_positions(cls, position_ids: Tensor, restarts_only: bool = False) -> "Rows | None":
+    @staticmethod
+    def from_positions(position_ids: Tensor, restarts_only: bool = False) -> "Packed | None":
         """From position ids that restart at every document.
 
         Args:
@@ -67,26 +69,30 @@ class Rows:
         starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
         if restarts_only:
             starts[:, 1:] &= position_ids[:, 1:] == 0
-        return None if int(starts.sum()) == len(starts) else cls._from_starts(starts, torch.ones_like(starts))
+        return Packed.where_several(starts)
+
+    @property
+    def documents(self) -> int:
+        """How many rows there are in all."""
+        return len(self.index)
+
+    def parts(self, cached: bool) -> "list[Rows]":
+        """Rows to run one after the other; a token lies in one of them.
+
+        Args:
+            cached: whether the first part is to hold what a cache goes on from, a row for each item of the batch.
+        """
+        return [self]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Rows":
+        """The same on another device: accelerate calls this where a model lies on several."""
+        tensors = (self.index, self.valid, self.back, self.real)
+        if torch.empty(0, device=device).device == self.index.device:
+            return self
+        return Rows(*(x.to(device, non_blocking=non_blocking) for x in tensors))
 
     @classmethod
-    def _from_starts(cls, starts: Tensor, real: Tensor) -> "Rows":
-        """From where documents start and which tokens are real, both [B, T] bool; every document has a real start."""
-        (B, T), device = starts.shape, starts.device
-        row = (starts.flatten().cumsum(0) - 1).clamp(min=0)
-        rank = real.flatten().cumsum(0) - 1
-        within = rank - rank[starts.flatten()][row]
-        token = real.flatten().nonzero().flatten()
-        shape = (int(starts.sum()), int(within.max()) + 1)
-        index = torch.zeros(shape, dtype=torch.int64, device=device)
-        valid = torch.zeros(shape, dtype=torch.bool, device=device)
-        index[row[token], within[token]] = token
-        valid[row[token], within[token]] = True
-        back = torch.where(real, (row * shape[1] + within).view(B, T), 0)
-        return cls(index, valid, back, real, row.view(B, T)[:, -1], bool((starts.sum(1) > 1).any()))
-
-    @classmethod
-    def from_mask(cls, mask: Tensor, past: int, count: Tensor | None) -> "Rows | None":
+    def from_mask(cls, mask: Tensor, past: int, count: Tensor | None) -> "Rows | Packed | None":
         """From a mask of four dimensions: padding, and documents of which none sees another.
 
         Args:
@@ -104,9 +110,11 @@ class Rows:
         if mask.shape[-1] == T:  # nothing is said of those before
             past, count = 0, None if count is None else torch.zeros_like(count)
         allowed = mask if mask.dtype == torch.bool else mask == 0
-        plain = mask.dtype == torch.bool or bool((allowed | (mask <= -1e4)).all())
-        if not plain or mask.shape[-1] < past + T or not bool((allowed == allowed[:, :1]).all()):
+        if mask.shape[-1] < past + T:
             raise InputError(_NOT_ROWS)
+        plain = (allowed == allowed[:, :1]).all()
+        if mask.dtype != torch.bool:
+            plain &= (allowed | (mask <= -1e4)).all()
         old, new, rest = allowed[:, 0].split([past, T, mask.shape[-1] - past - T], -1)
         at = torch.arange(T, device=mask.device)
         # A row of padding sees nothing, or, where that would divide by zero, everything.
@@ -119,12 +127,14 @@ class Rows:
         fits = (same | (first == at)) & (new == expected).all(-1) & ~rest.any(-1)
         if count is not None:
             fits &= (same | (before < 0)) & (old.sum(-1) == count[:, None])
-        if not bool((fits | ~real).all()) or not bool(real.any(1).all()):
-            raise InputError(_NOT_ROWS)
         starts = real & (first == at)
-        if bool(real.all()) and int(starts.sum()) == len(starts):
+        holds = plain & (fits | ~real).all() & real.any(1).all()
+        holds, whole, texts = host.read(holds, real.all(), starts.sum())
+        if not holds:
+            raise InputError(_NOT_ROWS)
+        if whole and texts == len(starts):
             return None
-        return cls._from_starts(starts, real) if count is None else cls.from_padding(real)
+        return Packed(starts.cpu(), real.cpu(), mask.device) if count is None else cls.from_padding(real)
 
     def gather(self, x: Tensor) -> Tensor:
         """x [B, H, T, D], tokens as the batch has them -> [R, H, L, D], as the rows have them."""
@@ -134,3 +144,101 @@ class Rows:
         """y [R, H, L, D] -> [B, H, T, D], zero at padding."""
         y = y.transpose(1, 2).flatten(0, 1)[self.back]
         return (y * self.real[:, :, None, None]).transpose(1, 2)
+
+
+class Packed:
+    """Documents of which several lie in one item of a batch. Rows of like length run together, so that each costs its
+    own length and not that of the longest.
+
+    Args:
+        starts: [B, T] bool, where documents start, on the CPU, as all that is computed here.
+        real: [B, T] bool, which tokens are real; every document has a real start.
+        device: of the rows.
+
+    Attributes:
+        real: the same, on the device.
+    """
+
+    def __init__(self, starts: Tensor, real: Tensor, device: torch.device):
+        self.shape, self.device, self.real = starts.shape, device, real.to(device)
+        document = starts.flatten().cumsum(0) - 1
+        self.token = real.flatten().nonzero().flatten()
+        self.lengths = document[self.token].bincount(minlength=int(starts.sum()))
+        self.last = document.view(starts.shape)[:, -1]
+        self._parts: dict[bool, list[Rows]] = {}
+        self._moved: dict[torch.device, Packed] = {device: self}
+
+    @classmethod
+    def where_several(cls, starts: Tensor) -> "Packed | None":
+        """Of starts [B, T] bool, on any device, where all tokens are real; None where no item holds several."""
+        there = starts.cpu()
+        return cls(there, torch.ones_like(there), starts.device) if bool(there[:, 1:].any()) else None
+
+    @property
+    def packed(self) -> bool:
+        """Whether any item of the batch holds several documents."""
+        return len(self.lengths) > len(self.last)
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+        return len(self.lengths)
+
+    def parts(self, cached: bool) -> list[Rows]:
+        """As of `Rows`: the last document of each item first, if it goes into a cache, and the others by length."""
+        if cached not in self._parts:
+            rest = torch.arange(self.documents)
+            first = [self.last] if cached else []
+            groups = self._alike(rest[~torch.isin(rest, self.last)] if cached else rest)
+            self._parts[cached] = [self._rows(each) for each in (*first, *groups)]
+        return self._parts[cached]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Packed":
+        """As of `Rows`."""
+        device = torch.empty(0, device=device).device
+        if device not in self._moved:
+            moved = self._moved[device] = copy.copy(self)
+            moved.device, moved._parts, moved.real = device, {}, self.real.to(device, non_blocking=non_blocking)
+        return self._moved[device]
+
+    def _alike(self, documents: Tensor) -> list[Tensor]:
+        """Documents, int64 [n], in groups of which padding makes a third at most, the longest first."""
+        groups: list[list[int]] = []
+        longest = tokens = 0
+        order = self.lengths[documents].argsort(descending=True, stable=True)
+        for document, length in zip(documents[order].tolist(), self.lengths[documents][order].tolist(), strict=True):
+            if not groups or (len(groups[-1]) + 1) * longest > 1.5 * (tokens + length):
+                groups.append([])
+                longest, tokens = length, 0
+            groups[-1].append(document)
+            tokens += length
+        return [torch.tensor(sorted(group)) for group in groups]
+
+    def _rows(self, documents: Tensor) -> Rows:
+        lengths, first = self.lengths[documents], (self.lengths.cumsum(0) - self.lengths)[documents]
+        within = torch.arange(int(lengths.max()))
+        valid = within < lengths[:, None]
+        index = torch.where(valid, self.token[(first[:, None] + within).clamp(max=len(self.token) - 1)], 0)
+        back = torch.zeros(self.shape.numel(), dtype=torch.int64)
+        real = torch.zeros_like(back, dtype=torch.bool)
+        back[index[valid]], real[index[valid]] = valid.flatten().nonzero().flatten(), True
+        tensors = index, valid, back.view(self.shape), real.view(self.shape)
+        return Rows(*(x.to(self.device) for x in tensors))
+
+
+def in_parts(rows: Rows | Packed | None, layer: Any, run: Callable[[Rows | None, Any], Tensor]) -> Tensor:
+    """What `run` gives for all tokens of a batch, [B, H, T, D].
+
+    Args:
+        rows: of the batch; None: it is rows of real tokens as it is.
+        layer: of the cache, or None.
+        run: from rows, or None, and the layer, or None for rows that it does not hold, to outputs as the batch has
+            them, zero where no row has the token.
+    """
+    if rows is None:
+        return run(None, layer)
+    first, *rest = rows.parts(layer is not None)
+    y = run(first, layer)
+    for part in rest:
+        y = y + run(part, None)
+    return y

@@ -67,7 +67,7 @@ def run(
     Raises:
         InputError: as `ops.chooses_fla`.
     """
-    if chooses_fla(q, fla_backend.restriction(q, v), backend):
+    if chooses_fla(q, fla_backend.restriction(q, v, "slots"), backend):
         return fla_backend.slots(q, k, v, input_gate, log_decay, state)
     y, _, state = weighted(q, k, v, input_gate, log_decay, state)
     return y, state

@@ -108,10 +108,10 @@ def window_attention(
     i = torch.arange(C, device=q.device)
     e = torch.arange(C + window, device=q.device)
     near = (e > i[:, None]) & (e <= i[:, None] + window)
-    seen = torch.as_tensor(seen, device=q.device).view(-1, 1)
-    block = torch.arange(N, device=q.device) * C
-    token = seen[:, :, None] + (block[:, None] + e) - window
-    t = seen[:, :, None] + (block[:, None] + i)
+    seen = seen.view(-1, 1, 1) if isinstance(seen, Tensor) else seen
+    block = (torch.arange(N, device=q.device) * C)[None, :, None]
+    token = seen + (block + e) - window
+    t = seen + (block + i)
     mask = torch.cat([torch.arange(s, device=q.device) <= t[..., None], (token >= s)[:, :, None] & near], -1)
     extra = None if extra is None else extra.float().view(G, 1, rep, 1, 1)
     p, lse = normalise(scores(qb, kb, bias_of(mask)[:, None, :, None], scaling, softcap), extra)

@@ -14,7 +14,7 @@ from linearize.model.modeling import linearize_
 from linearize.model.ops import clusters as ops
 
 B, H, G, K, V, M, C = 2, 4, 2, 6, 5, 8, 2
-RULE = {"chunk": C, "scaling": 0.4, "softcap": 20.0}
+RULE = ops.Rule(chunk=C, mass=0.5, expected=0.7, heads=H // G, scaling=0.4, softcap=20.0)
 
 
 def drawn(T: int, dtype=torch.float64, holes: bool = True):
@@ -31,10 +31,10 @@ def empty(dtype=torch.float64):
 @pytest.mark.parametrize("holes", [False, True], ids=["whole", "holes"])
 def test_blocks_are_steps(T, holes):
     x = drawn(T, holes=holes)
-    y, weight, state = ops.run(*x, empty(), **RULE)
+    y, weight, state = ops.run(*x, empty(), RULE)
     if T == 0:
         return
-    expected = clustered(*x, empty(), **RULE)
+    expected = clustered(*x, empty(), RULE)
     real = x[3][:, :1, :, 0].expand(-1, H, -1) > 0
     # fp64: sums of at most 57 terms in two orders.
     for a, b in zip((y[real], weight[real], *state), (expected[0][real], expected[1][real], *expected[2]), strict=True):
@@ -46,10 +46,10 @@ def test_pieces_are_the_whole(cuts, monkeypatch):
     x = drawn(57)
     with monkeypatch.context() as small:
         small.setattr(ops, "PIECE", 16)  # and so are those that it makes itself
-        y, weight, last = ops.run(*x, empty(), **RULE)
+        y, weight, last = ops.run(*x, empty(), RULE)
     state, parts = empty(), []
     for start, end in zip((0, *cuts), (*cuts, 57), strict=True):
-        *part, state = ops.run(*(each[:, :, start:end] for each in x), state, **RULE)
+        *part, state = ops.run(*(each[:, :, start:end] for each in x), state, RULE)
         parts.append(part)
     real = x[3][:, :1, :, 0].expand(-1, H, -1) > 0
     for whole, pieces in zip((y, weight), zip(*parts, strict=True), strict=True):
@@ -64,8 +64,8 @@ def test_gradients_are_those_of_the_definition():
         torch.manual_seed(3)
         *x, exists = drawn(30, holes=False)
         x = [each.requires_grad_() for each in x]
-        y, weight, state = form(*x, exists, empty(), **RULE)
-        total = y.square().sum() + weight.sin().sum() + state[0].square().sum() + state[1].sin().sum()
+        y, weight, state = form(*x, exists, empty(), RULE)
+        total = y.square().sum() + weight.sin().sum() + state[0].square().sum()
         found.append(torch.autograd.grad(total, x))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
@@ -74,13 +74,17 @@ def test_gradients_are_those_of_the_definition():
 def test_a_merge_is_the_cheapest_pairs_and_keeps_every_token():
     """By hand: of eight clusters two go, each into the earlier one that changes outputs least; counts and sums stay."""
     keys, values, n = torch.randn(1, 1, M, K), torch.randn(1, 1, M, V), torch.randint(1, 5, (1, 1, M, 1)).float()
-    squares = torch.rand(1, 1, 1, K + 1)
-    merged = ops._merge(keys, values, n, squares, C)
-    w, k, v, count = squares[0, 0, 0, :K], keys[0, 0], values[0, 0], n[0, 0, :, 0]
+    queries, sizes = 9 * torch.rand(1, 1, 1, 2 * K + 1), torch.cat([n, torch.rand(1, 1, M, 1)], -1)
+    means, size = ops._merge(torch.cat([keys, values], -1), sizes, queries, RULE)
+    merged = *means.split((K, V), -1), size[..., :1]
+    w, k, v, count = queries[0, 0, 0, :K], keys[0, 0], values[0, 0], n[0, 0, :, 0]
+    square, mean = (queries[0, 0, 0, part] / count.sum() / 2 for part in (slice(0, K), slice(K, 2 * K)))
+    variance = (square - mean**2).clamp(min=0)
+    share = count * ((k * mean).sum(1) + 0.5 * (k**2 * variance).sum(1)).exp() ** 0.7
     found = []
     for i in range(1, M):
         costs = [
-            min(count[i], count[j]) * (w * (k[i] - k[j]).square()).sum() * (v[i] - v[j]).square().sum()
+            min(share[i], share[j]) * (w * (k[i] - k[j]).square()).sum() * (v[i] - v[j]).square().sum()
             for j in range(i)
         ]
         found.append((float(min(costs)), i, int(torch.stack(costs).argmin())))
@@ -107,13 +111,27 @@ def test_it_is_the_source_while_nothing_is_merged_and_merges_after():
     assert (logits[:, reach + 4 :] - source[:, reach + 4 :]).abs().max() > 1e-3
 
 
+def test_the_spread_of_a_cluster_is_the_variance_of_its_members():
+    """After merges of all kinds, a cluster of tokens at known places holds Σ_d w_d Var_d of them."""
+    keys = torch.tensor([0.0, 0.1, 5.0, 5.3, 9.0, 9.1, 20.0, 30.0]).view(1, 1, M, 1).expand(-1, -1, -1, K).clone()
+    values = keys[..., :V].clone()
+    sizes = torch.tensor([1.0, 0.0]).expand(1, 1, M, 2).clone()
+    queries = 8 * torch.rand(1, 1, 1, 2 * K + 1)
+    rule = ops.Rule(chunk=2, mass=1.0)
+    _, size = ops._merge(torch.cat([keys, values], -1), sizes, queries, rule)  # 0 with 0.1, 9 with 9.1
+    w = float(queries[..., :K].sum()) / M  # all channels of a key are equal
+    expected = [w * 0.05**2, 0, 0, w * 0.05**2, 0, 0, 0, 0]
+    torch.testing.assert_close(size[0, 0, :, 1], torch.tensor(expected), rtol=1e-3, atol=2e-4 * w)
+    assert size[0, 0, :, 0].tolist() == [2, 1, 1, 2, 1, 1, 0, 0]
+
+
 def test_equal_tokens_merge_without_loss():
     """Two tokens, said again and again, are two clusters with counts: what full attention over all of them gives."""
     T = 60
     key, value = torch.randn(1, 1, 2, K).repeat(1, 1, T // 2, 1), torch.randn(1, 1, 2, V).repeat(1, 1, T // 2, 1)
     q = torch.randn(1, 1, T, K)
     state = ops.initial_state(1, 1, K, V, M, torch.device("cpu"))
-    y, weight, _ = ops.run(q, key, value, torch.ones(1, 1, T, 1), state, **RULE)
+    y, weight, _ = ops.run(q, key, value, torch.ones(1, 1, T, 1), state, RULE)
     a = 20 * (0.4 * q @ key.mT / 20).tanh()
     a = a.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), float("-inf"))
     torch.testing.assert_close(y, a.softmax(-1) @ value, rtol=0, atol=1e-5)  # fp32, sums of 60 terms
@@ -133,4 +151,4 @@ def test_a_mixer_decodes_what_it_prefills_across_merges():
 
 def test_too_few_clusters_are_refused():
     with pytest.raises(InputError, match=r"clusters: found 20; expected at least 2 x chunk = 32"):
-        build_config({"name": "clusters", "clusters": 20})
+        build_config({"name": "clusters", "clusters": 20, "chunk": 16})

@@ -2,11 +2,14 @@
 of the chunked forms on a CPU at a small size.
 
 A recurrence is held to its token-by-token form in fp64 on the same inputs: outputs, final states and gradients. What is
-allowed is twice the error of that form in the tested dtype, plus 1e-3, of the largest number in question. A mixer is
-held to its own PyTorch form in fp32 in the same way. Where a recurrence has no kernels, PyTorch runs it on the GPU.
+allowed is twice the error of that form in the tested dtype, plus a share (`SLACK`) of the largest number in question. A
+mixer is held to its own PyTorch form in fp32 in the same way. Where a recurrence has no kernels, PyTorch runs it on the
+GPU.
 """
 
+import os
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -20,6 +23,18 @@ from linearize.model.mixers import MIXERS, Geometry
 from linearize.model.ops import additive, average, delta, diagonal, dplr, fla_backend, slots
 
 TAU = 16.0
+SLACK = {
+    ("torch", "float32"): 1e-3,
+    ("torch", "bfloat16"): 1e-3,
+    # Kernels multiply in TF32, with 10 bits of mantissa: 1.9e-3 in gradients.
+    ("fla", "float32"): 5e-3,
+    # They round what goes from chunk to chunk, too: 1.5e-2 in the gradients of slots and of the delta rule.
+    ("fla", "bfloat16"): 2.5e-2,
+}
+"""By backend and dtype. Those of fla are from fla's kernels in Triton's interpreter (eval/results/check-kernels.md)."""
+CONFIGURATIONS = 2
+"""Of each kernel that are tried: a cold machine would take half an hour to compile all 2,000, and numbers do not depend
+on which one is the fastest. Not 1: on some devices the first has no room."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORMS = {
     "additive": (ops.run_additive, additive.recurrent),
@@ -55,6 +70,10 @@ def setting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Device, tokens and heads, with the backend forced."""
     backend, *rest = request.param
     monkeypatch.setenv("LINEARIZE_BACKEND", backend)
+    if backend == "fla":
+        tuner = import_module("triton.runtime.autotuner").Autotuner
+        prune = tuner.prune_configs
+        monkeypatch.setattr(tuner, "prune_configs", lambda *args: prune(*args)[:CONFIGURATIONS])
     return tuple(rest)
 
 
@@ -133,10 +152,11 @@ def errors(made: Made, truth: Made) -> dict[str, float]:
     return {what: max(map(one, made[what], truth[what])) for what in truth}
 
 
-def check(made: Made, reference: Made, truth: Made) -> None:
+def check(made: Made, reference: Made, truth: Made, slack: float) -> None:
     """The module's docstring says what is allowed."""
     error, usual = errors(made, truth), errors(reference, truth)
-    short = {what: (error[what], 2 * usual[what] + 1e-3) for what in error if error[what] > 2 * usual[what] + 1e-3}
+    limit = {what: 2 * usual[what] + slack for what in error}
+    short = {what: (error[what], limit[what]) for what in error if error[what] > limit[what]}
     assert not short, f"error, limit: {short}"
 
 
@@ -147,7 +167,8 @@ def test_a_recurrence_is_its_definition(name: str, dtype: str, setting: tuple[st
     x = inputs(name, *setting)
     low = cast(x, DTYPES[dtype])
     assert ops.has_kernels(lambda: run(*low)) == (name in HAVE_KERNELS)
-    check(results(run, low), results(definition, low), results(definition, cast(x, torch.float64)))
+    slack = SLACK[os.environ["LINEARIZE_BACKEND"], dtype]
+    check(results(run, low), results(definition, low), results(definition, cast(x, torch.float64)), slack)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -168,13 +189,13 @@ def test_a_mixer_is_its_pytorch_form(
         weight = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
         return {"output": [y], "gradient": list(torch.autograd.grad((y.float() * weight).sum(), leaves))}
 
-    made = whole(DTYPES[dtype])
+    made, slack = whole(DTYPES[dtype]), SLACK[os.environ["LINEARIZE_BACKEND"], dtype]
     monkeypatch.setenv("LINEARIZE_BACKEND", "torch")
-    check(made, whole(DTYPES[dtype]), whole(torch.float32))
+    check(made, whole(DTYPES[dtype]), whole(torch.float32), slack)
 
 
 def test_a_wrong_recurrence_and_a_nan_are_noticed() -> None:
     truth: Made = {"output": [torch.ones(3)]}
     for wrong in (torch.full((3,), 1.01), torch.tensor([1.0, float("nan"), 1.0])):
         with pytest.raises(AssertionError, match="error, limit: .*'output'"):
-            check({"output": [wrong]}, truth, truth)
+            check({"output": [wrong]}, truth, truth, 1e-3)

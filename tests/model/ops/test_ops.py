@@ -3,6 +3,7 @@ for."""
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from helpers.closeness import LIMIT, assert_close
 from helpers.oracles import naive_window_attention
 from torch import Tensor
@@ -173,9 +174,39 @@ def test_rows_of_packed_documents():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 0]])
     rows = Rows.from_positions(positions)
     x = torch.arange(12.0).view(2, 1, 6, 1)
-    got = rows.gather(x)
-    documents = [r[v].tolist() for r, v in zip(got[:, 0, :, 0], rows.valid, strict=True)]
-    assert documents == [[0, 1, 2], [3, 4], [5], [6, 7, 8, 9, 10], [11]]
-    assert torch.equal(rows.scatter(got), x)
-    assert rows.last.tolist() == [2, 4]
+
+    def documents(part):
+        got = part.gather(x)
+        return [r[v].tolist() for r, v in zip(got[:, 0, :, 0], part.valid, strict=True)]
+
+    for cached in (False, True):
+        parts = rows.parts(cached)
+        assert torch.equal(sum(part.scatter(part.gather(x)) for part in parts), x)
+        every = [document for part in parts for document in documents(part)]
+        assert sorted(every) == [[0, 1, 2], [3, 4], [5], [6, 7, 8, 9, 10], [11]]
+    assert documents(rows.parts(True)[0]) == [[5], [11]], "a cache goes on from the last document of each item"
     assert Rows.from_positions(torch.arange(6)[None] + 3) is None
+
+
+def test_packed_documents_cost_their_own_length():
+    lengths = [100] * 70 + [2048] + [100] * 70
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    for cached in (False, True):
+        parts = Rows.from_positions(positions).parts(cached)
+        assert sum(part.valid.numel() for part in parts) == sum(lengths) and len(parts) <= 3
+    lengths = [int(n) for n in torch.randint(1, 500, (90,))]
+    parts = Rows.from_positions(torch.cat([torch.arange(n) for n in lengths])[None]).parts(False)
+    assert sum(part.valid.numel() for part in parts) <= 1.5 * sum(lengths) and len(parts) < 9
+
+
+def test_rows_go_where_a_layer_lies():
+    """Where a model lies on several devices, accelerate sends the arguments of each layer to its own."""
+    packed = Rows.from_positions(torch.tensor([[0, 1, 0, 1]]))
+    for rows in (Rows.from_padding(torch.tensor([[0, 1, 1]])), packed):
+        moved = send_to_device({"rows": rows}, "meta")["rows"]
+        for part in moved.parts(True):
+            assert {x.device.type for x in (part.index, part.valid, part.back, part.real)} == {"meta"}
+            part.gather(torch.zeros(*part.real.shape[:1], 1, part.real.shape[1], 2, device="meta"))
+        assert moved.documents == rows.documents and moved.real.device.type == "meta"
+        assert rows.to("cpu") is rows
+    assert packed.to("meta") is packed.to("meta"), "made once, not once per layer"

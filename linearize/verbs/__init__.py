@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import InputError
+from linearize.verbs.stages import Name, files_of, recipe_of_folder
 
 if TYPE_CHECKING:
     from linearize.checkpoint.open import load as load
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
     from linearize.model.modeling import linearize_ as linearize_
     from linearize.model.states import split_states as split_states
     from linearize.model.states import stack_states as stack_states
-    from linearize.recipe.schema import Recipe
+    from linearize.pipeline import plan as plan
     from linearize.recovery.merge import merge as merge
     from linearize.reporting.page import report as report
-
-Name = str | Path
-"""A folder, a file, a recipe or a Hub id."""
+    from linearize.verbs.stages import allocate as allocate
+    from linearize.verbs.stages import calibrate as calibrate
+    from linearize.verbs.stages import prune as prune
+    from linearize.verbs.stages import select as select
 
 _HOMES = {
     **dict.fromkeys(("LinearizedConfig", "LinearizedForCausalLM", "linearize_"), "model.modeling"),
@@ -46,14 +48,20 @@ _HOMES = {
     **dict.fromkeys(("Chat", "Lossless", "StateStore", "chat", "generate"), "generation"),
     **dict.fromkeys(("load_state", "save_state"), "checkpoint.states"),
     **dict.fromkeys(("split_states", "stack_states"), "model.states"),
+    **dict.fromkeys(("allocate", "calibrate", "prune", "select"), "verbs.stages"),
     "InputError": "errors",
     "branches": "model.branches",
     "doctor": "evaluation.diagnosis",
     "evaluate": "evaluation.evaluate",
     "export": "conversion.export",
+    "facts_of": "checkpoint.manifest",
+    "graph_chat": "generation.graph:chat",
+    "graph_generate": "generation.graph:generate",
+    "is_graph": "generation.graph",
     "load": "checkpoint.open",
     "lossless_line": "generation.speed:line",
     "merge": "recovery.merge",
+    "plan": "pipeline",
     "push": "hub.push",
     "push_plan": "hub.push:plan",
     "report": "reporting.page",
@@ -71,9 +79,9 @@ def __getattr__(name: str) -> Any:
 def convert(
     model: Name, out: Name | None = None, *,
     recipe: Name | None = None, mixer: str | None = None, window: int | None = None, sinks: int | None = None,
-    combine: str | None = None, layers: str | Sequence[int] | None = None, dtype: str | None = None,
-    revision: str | None = None, link: bool = False, allow_pickle: bool = False, with_code: bool = False,
-    set: Iterable[str] = (), dry_run: bool = False, overwrite: bool = False,
+    combine: str | None = None, layers: str | Sequence[int] | None = None, cache: str | int | None = None,
+    dtype: str | None = None, revision: str | None = None, link: bool = False, allow_pickle: bool = False,
+    with_code: bool = False, set: Iterable[str] = (), dry_run: bool = False, overwrite: bool = False,
     on_plan: Callable[..., None] | None = None,
 ) -> "Path | Plan":  # fmt: skip
     """Convert a model: same weights, other attention.
@@ -87,6 +95,7 @@ def convert(
         sinks: first tokens that stay visible to all.
         combine: memory, liger or none.
         layers: full, all, a list of numbers, "0-11,20" or "keep:20,23".
+        cache: bytes of the linearized layers' cache of one row, "8MiB", in the place of a number of clusters.
         dtype: float32, bfloat16, float16 or auto, as stored.
         revision: branch, tag or commit on the Hub.
         link: hard-link unchanged weights instead of copying them.
@@ -117,12 +126,13 @@ def convert(
     from linearize.recipe import load as recipes
 
     flags = {"mixer.window": window, "mixer.sinks": sinks, "mixer.combine": combine, "layers": layers, "dtype": dtype}
-    flags = {f"convert.{key}": value for key, value in flags.items()} | {"source.revision": revision}
+    flags = {f"convert.{key}": value for key, value in {**flags, "cache": cache}.items()}
+    flags["source.revision"] = revision
     wanted = recipes.with_flags(str(model), recipe, mixer, flags, set)
     located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
     planned = plan(located, wanted)
     target = Path(out) if out is not None else recipes.run_folder(wanted) / "0-converted"
-    check_apart(target, _files(model, recipe))
+    check_apart(target, files_of(model, recipe))
     if dry_run:  # what the real run would refuse before it writes, and what the stages after it would
         check_output(target, overwrite, [located.read])
         if located.gguf is None:
@@ -133,79 +143,6 @@ def convert(
     if dry_run:
         return planned
     return run(located, wanted, target, overwrite, link=link, allow_pickle=allow_pickle, with_code=with_code)
-
-
-def calibrate(
-    folder: Name, out: Name, *,
-    recipe: Name | None = None, tokens: int | None = None, seq_len: int | None = None,
-    set: Iterable[str] = (), overwrite: bool = False,
-) -> Path:  # fmt: skip
-    """Fit how much each head trusts its memory, in closed form, without training.
-
-    Args:
-        folder: a converted folder.
-        out: folder to appear.
-        recipe: name or file; None: `folder`/recipe.yaml.
-        tokens: how much text to fit to; None: the recipe's.
-        seq_len: tokens in a block; None: the recipe's.
-        set: changes of the recipe.
-        overwrite: replace a model folder in the place of `out`.
-
-    Returns:
-        `out`.
-
-    Raises:
-        InputError: no layer has a memory, the blocks are too short, or bad input.
-
-    Example:
-        >>> linearize.calibrate("runs/demo/0-converted", "runs/demo/calibrated")
-    """
-    from linearize.recovery.calibrate import calibrate as run
-
-    wanted = _recipe_of(folder, recipe, set, out)
-    return run(folder, wanted, out, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
-
-
-def select(
-    folder: Name, out: Name | None = None, *,
-    keep: int | None = None, per: str | None = None, by: str | None = None, plot: Name | None = None,
-    recipe: Name | None = None, tokens: int | None = None, seq_len: int | None = None,
-    set: Iterable[str] = (), overwrite: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Choose which replaced layers, or heads, become softmax again, and price every budget in loss and cache.
-
-    Args:
-        folder: a converted folder, calibrated or not.
-        out: folder to appear; None: only measure.
-        keep: how many stay softmax; None: as the recipe says, else 4.
-        per: layers, or key/value heads; None: the recipe's, else layers.
-        by: uniform, sensitivity, greedy or recall; None: the recipe's, else sensitivity.
-        plot: also draw it: FILE.png, .svg or .pdf.
-        recipe: name or file; None: `folder`/recipe.yaml.
-        tokens: how much text to measure on; None: the recipe's.
-        seq_len: tokens in a block; None: the recipe's.
-        set: changes of the recipe.
-        overwrite: replace a model folder in the place of `out`.
-
-    Returns:
-        JSON-safe: the choice, each part alone, and every budget; see `linearize.recovery.select.choose`.
-
-    Raises:
-        InputError: `keep` out of range, blocks too short, or bad input.
-
-    Example:
-        >>> linearize.select("runs/demo/0-converted", keep=4, by="recall")["layers"]
-    """
-    from linearize.recovery.select import select as run
-    from linearize.reporting.plot import check_target, draw_selection
-
-    if plot is not None:
-        check_target(Path(plot))  # before the measurement, which takes minutes
-    wanted = _recipe_of(folder, recipe, set, out)
-    chosen = run(folder, wanted, out, keep=keep, by=by, per=per, tokens=tokens, seq_len=seq_len, overwrite=overwrite)
-    if plot is not None:
-        draw_selection(chosen, Path(plot))
-    return chosen
 
 
 def train(
@@ -239,10 +176,10 @@ def train(
     from linearize.recipe.schema import STAGES
 
     if stage in STAGES:
-        known = recipes.with_stage(_recipe_of(folder, recipe, (), out), stage)
+        known = recipes.with_stage(recipe_of_folder(folder, recipe, (), out), stage)
         wanted = recipes.from_dict(recipes.to_dict(known), set, "command line")
     else:
-        wanted = _recipe_of(folder, recipe, set, out)
+        wanted = recipe_of_folder(folder, recipe, set, out)
     return pipeline.train_stage(Path(folder), wanted, stage, Path(out), resume=resume, overwrite=overwrite, flags=flags)
 
 
@@ -250,7 +187,7 @@ def run(
     model: Name, out: Name | None = None, *,
     set: Iterable[str] = (), overwrite: bool = False, flags: Sequence[str] = (), note: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run a whole recipe: convert, calibrate and select if it says so, train, merge, evaluate.
+    """Run a whole recipe: convert, allocate, calibrate and select if it says so, train, merge, evaluate.
 
     Finished stages are kept: after an interruption the same call goes on where it stopped.
 
@@ -276,14 +213,14 @@ def run(
 
     wanted = recipes.resolve(str(model), list(set))
     folder = Path(out) if out is not None else recipes.run_folder(wanted)
-    return pipeline.run(wanted, folder, overwrite=overwrite, flags=flags, note=note, reads=_files(model))
+    return pipeline.run(wanted, folder, overwrite=overwrite, flags=flags, note=note, reads=files_of(model))
 
 
 def bench(
     folder: Name, *,
     contexts: Sequence[int] = (1024, 8192, 32768), batches: Sequence[int] = (1,), steps: int = 12,
-    source: str | None = None, out: Name | None = None, dtype: str = "auto", plot: Name | None = None,
-    lossless: bool = False,
+    source: str | None = None, out: Name | None = None, dtype: str = "auto", quantize: str | None = None,
+    plot: Name | None = None, lossless: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure speed and memory by context length, beside the source and the window control.
 
@@ -295,6 +232,7 @@ def bench(
         source: the model that was converted; None: the recorded one.
         out: results file; None writes none.
         dtype: float32, bfloat16, float16, or auto: as in `folder`.
+        quantize: hold the weights of all models as int8, int4 or nf4.
         plot: also draw it: FILE.png, .svg or .pdf.
         lossless: measure lossless mode instead, on real text: `steps` tokens, batch 1, no picture.
 
@@ -310,10 +248,10 @@ def bench(
     if lossless:
         from linearize.generation.speed import bench_lossless
 
-        if plot is not None or list(batches) != [1] or source is not None:
+        if plot is not None or list(batches) != [1] or source is not None or quantize is not None:
             raise InputError(
                 "bench: lossless writes one text at a time, from the recorded source, and draws nothing; leave out "
-                "batches, source and plot"
+                "batches, source, quantize and plot"
             )
         return bench_lossless(folder, contexts, steps, dtype, out)
     from linearize.evaluation.evaluate import bench as run
@@ -322,18 +260,19 @@ def bench(
 
     if plot is not None:
         check_target(Path(plot))  # before the measurement, which takes minutes
-    results = run(folder, contexts, batches, steps, source, out, dtype=dtype)
+    results = run(folder, contexts, batches, steps, source, out, dtype=dtype, quantize=quantize)
     if plot is not None:
         draw_speed(terminal.speed_panels(results), Path(plot))
     return results
 
 
-def inspect(folder: Name, plot: Name | None = None) -> dict[str, Any]:
+def inspect(folder: Name, plot: Name | None = None, *, outliers: bool = False) -> dict[str, Any]:
     """Describe what a model folder is made of, from its headers.
 
     Args:
         folder: any model folder, GGUF file or Hub id.
         plot: also draw it: FILE.png, .svg or .pdf.
+        outliers: also run a linearized model over a text, and tell of outliers in its activations and states.
 
     Returns:
         JSON-safe: layers, sizes, cache by context length; see `linearize.checkpoint.describe.inspect`.
@@ -352,6 +291,10 @@ def inspect(folder: Name, plot: Name | None = None) -> dict[str, Any]:
         from linearize.reporting.plot import draw
 
         draw(description, Path(plot))
+    if outliers:
+        from linearize.evaluation.outliers import outliers as look
+
+        description["outliers"] = look(folder)
     return description
 
 
@@ -382,18 +325,3 @@ def check(files: Name | Sequence[Name]) -> None:
             problems.append(str(error))
     if problems:
         raise InputError("\n".join(problems))
-
-
-def _files(*names: Name | None) -> list[Path]:
-    """Those of the names that are files: of a recipe, which nothing that is made by it may replace."""
-    return [Path(name) for name in names if name is not None and os.path.isfile(name)]
-
-
-def _recipe_of(folder: Name, recipe: Name | None, overrides: Iterable[str], out: Name | None) -> "Recipe":
-    from linearize.checkpoint.atomic import working_folder
-    from linearize.checkpoint.replacing import check_apart
-    from linearize.recipe.load import recipe_of
-
-    if out is not None:  # a launched process is given the recipe in the working folder
-        check_apart(Path(out), [file for file in _files(recipe) if file.parent != working_folder(out)])
-    return recipe_of(Path(folder), None if recipe is None else str(recipe), list(overrides))

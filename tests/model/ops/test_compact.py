@@ -1,0 +1,45 @@
+"""A state in fewer bits is near what it stands for, and small updates are not lost in it."""
+
+import pytest
+import torch
+
+from linearize.model.ops import compact
+
+SHAPE = 2, 3, 17, 16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "bytes_of_a_row"), [(None, 0.0, 64), (torch.bfloat16, 2**-8, 32), (torch.int8, 1 / 127 / 16, 26)]
+)
+def test_what_is_opened_is_what_was_stored(dtype, error, bytes_of_a_row):
+    x = torch.randn(SHAPE) * torch.logspace(-6, 4, 17)[:, None]
+    x[0, 0, 0] = 0
+    sums = x[..., :1, :1]
+    kept = compact.stored((x, sums), dtype)
+    again, short = compact.opened(kept, dtype)
+    largest = x.abs().amax(-1, keepdim=True)
+    assert bool(((again - x).abs() <= error * largest * 1.01).all())  # 1 %: the scale itself is rounded to bf16
+    assert torch.equal(short, sums)
+    assert sum(each.nbytes for each in kept[:-1]) == bytes_of_a_row * x[..., 0].numel()
+
+
+@pytest.mark.parametrize("width", [2, 7, 8, 9, 15])
+def test_odd_rows(width):
+    x = torch.randn(1, 2, 4, width)
+    (again,) = compact.opened(compact.stored((x,), torch.int8), torch.int8)
+    assert again.shape == x.shape and (again - x).abs().max() < 0.01
+
+
+def test_small_updates_are_not_lost_in_int8():
+    """A thousand additions, each an eighth of a step of int8: plain rounding keeps none of them, error feedback all."""
+    x = torch.zeros(1, 1, 1, 16)
+    x[..., 0] = 127.0  # so that a step is 1
+    kept, plain = compact.stored((x,), torch.int8), x.clone()
+    for _ in range(100):
+        (state,) = compact.opened(kept, torch.int8)
+        state[..., 1] += 0.125
+        kept = compact.stored((state,), torch.int8)
+        plain[..., 1] += 0.125
+        plain = plain.round()
+    assert plain[..., 1] == 0
+    assert abs(float(compact.opened(kept, torch.int8)[0][..., 1]) - 12.5) < 0.1
