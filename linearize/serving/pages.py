@@ -22,13 +22,13 @@ Pages = Sequence[Tensor]
 
 
 def layout(mixer: Mixer, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each part of a page; fp32 states come first, so that every part begins where its dtype may.
+    """Shape and dtype of each part of a page, in this order: the recurrent state as caches keep it, and the slots.
 
     Args:
         mixer: of the layer.
         dtype: of keys and values.
     """
-    parts = [(tuple(x.shape[1:]), x.dtype) for x in mixer.initial_state(1, torch.device("meta"))]
+    parts = [(tuple(x.shape[1:]), x.dtype) for x in mixer.stored_state(1, torch.device("meta"))]
     heads, width = mixer.token_shape
     return [*parts, ((heads, mixer.sinks + mixer.window, width), dtype)] if width else parts
 
@@ -46,11 +46,13 @@ class Piece:
         tokens: where they lie among the tokens of the step.
         page: int64 [1].
         seen: int64 [1], tokens of the request before these; None where they are its first, whatever the page holds.
+        most: the same as a number.
     """
 
     tokens: slice
     page: Tensor
     seen: Tensor | None
+    most: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Schedule:
             numbers = numbers.pin_memory()
         before, first = numbers.to(pages.device, non_blocking=True)
         pieces = [
-            Piece(slice(starts[r], starts[r + 1]), pages[r : r + 1], before[r : r + 1] if seen[r] else None)
+            Piece(slice(starts[r], starts[r + 1]), pages[r : r + 1], before[r : r + 1] if seen[r] else None, seen[r])
             for r in others
         ]
         if rows == list(range(len(rows))):  # servers sort them so
@@ -99,7 +101,7 @@ class Schedule:
         return cls(first[index], pages[index], before[index], pieces)
 
 
-def gather(mixer: Mixer, pages: Pages, index: Tensor, seen: Tensor) -> LinearizedCacheLayer:
+def gather(mixer: Mixer, pages: Pages, index: Tensor, seen: Tensor, most: int = 0) -> LinearizedCacheLayer:
     """A cache layer with copies of some pages.
 
     Args:
@@ -107,6 +109,7 @@ def gather(mixer: Mixer, pages: Pages, index: Tensor, seen: Tensor) -> Linearize
         pages: of all requests.
         index: int64 [B], which.
         seen: int64 [B], tokens of each request.
+        most: tokens of the longest; needed to read several at once.
     """
     layer = LinearizedCacheLayer(mixer.window, mixer.sinks, late=mixer.late)
     parts = [x.index_select(0, index) for x in pages]
@@ -114,7 +117,7 @@ def gather(mixer: Mixer, pages: Pages, index: Tensor, seen: Tensor) -> Linearize
     tokens = parts.pop() if width else parts[0].new_zeros(len(index), heads, layer.slots, 0)
     layer.state_names = [f"state_{i}" for i in range(len(parts))]
     layer.tensors = {"tokens": tokens, **dict(zip(layer.state_names, parts, strict=True)), "count": seen.clone()}
-    layer.dtype, layer.device, layer.is_initialized = tokens.dtype, tokens.device, True
+    layer.dtype, layer.device, layer.is_initialized, layer._length = tokens.dtype, tokens.device, True, most
     return layer
 
 
@@ -160,7 +163,7 @@ def run(
         if piece.seen is None:
             layer = LinearizedCacheLayer(mixer.window, mixer.sinks, late=mixer.late)
         else:
-            layer = gather(mixer, pages, piece.page, piece.seen)
+            layer = gather(mixer, pages, piece.page, piece.seen, piece.most)
         attend(piece.tokens, 1, layer, torch.zeros_like(piece.page) if piece.seen is None else piece.seen)
         scatter(pages, piece.page, layer)
     return y
