@@ -18,10 +18,10 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from ..errors import InputError
 from ..model import architectures
 from ..model.mixers import MIXERS, Geometry, Mixer, build_config
-from ..model.transformers_api import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from . import pages
 from .refusals import ELSEWHERE, check_layers
 from .vllm_layer import OPERATION, LinearizedLayer
+from .vllm_plugin import source_architecture
 
 ALIGNED = 16
 """Bytes that a page is a multiple of, so that each begins where any dtype can."""
@@ -174,18 +174,8 @@ def served_class(source: type[nn.Module]) -> type[nn.Module]:
 
 
 def source_class(vllm_config: Any) -> type[nn.Module]:
-    """vLLM's class for the architecture that a folder was converted from.
-
-    Raises:
-        InputError: vLLM has none.
-    """
-    kind = vllm_config.model_config.hf_config.linearize["source"]["model_type"]
-    name = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]].__name__
-    if name not in ModelRegistry.get_supported_archs():
-        raise InputError(
-            f"{name}: this version of vLLM has no model of the source's architecture ({kind}); {ELSEWHERE}"
-        )
-    return ModelRegistry.models[name].load_model_cls()
+    """vLLM's class for the architecture that a folder was converted from."""
+    return ModelRegistry.models[source_architecture(vllm_config.model_config.hf_config)].load_model_cls()
 
 
 class LinearizedForCausalLM(nn.Module, HasInnerState, IsHybrid):
@@ -193,7 +183,15 @@ class LinearizedForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
         """The model: of `served_class`, and none of this class."""
-        return served_class(source_class(vllm_config))(vllm_config=vllm_config, prefix=prefix)
+        config, made = vllm_config.model_config.hf_text_config, served_class(source_class(vllm_config))
+        counted = getattr(config, "layer_types", None)
+        if counted:  # the plugin's; the source's code reads its own
+            config.layer_types = config.source_layer_types
+        try:
+            return made(vllm_config=vllm_config, prefix=prefix)
+        finally:
+            if counted:
+                config.layer_types = counted
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         raise TypeError("made by __new__")

@@ -3,9 +3,32 @@
 import logging
 from typing import Any
 
-from .refusals import check_layers, check_settings
+from ..errors import InputError
+from ..model.transformers_api import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from .refusals import ELSEWHERE, check_layers, check_settings
 
 NAME = "LinearizedForCausalLM"
+
+
+def source_architecture(config: Any) -> str:
+    """vLLM's name for what a folder was converted from; no model is imported.
+
+    Args:
+        config: with its `linearize` block.
+
+    Raises:
+        InputError: vLLM has no class of its own for it.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    kind = config.linearize["source"]["model_type"]
+    name = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]].__name__
+    own = getattr(ModelRegistry.models.get(name), "module_name", None)
+    if own is None or own.startswith("vllm.model_executor.models.transformers"):  # the latter runs transformers' code
+        raise InputError(
+            f"{name}: this version of vLLM has no class of its own for the source's architecture ({kind}); {ELSEWHERE}"
+        )
+    return name
 
 
 class Settings:
@@ -23,10 +46,11 @@ class Settings:
         """
         check_settings(vllm_config)
         config = vllm_config.model_config.hf_text_config
+        source_architecture(vllm_config.model_config.hf_config)
         linearized = check_layers(config)
-        if getattr(config, "layer_types", None):  # vLLM counts layers with a state by them
-            kinds = enumerate(config.layer_types)
-            config.layer_types = ["linear_attention" if i in linearized else kind for i, kind in kinds]
+        if kinds := getattr(config, "layer_types", None):  # vLLM counts layers with a state by them
+            config.source_layer_types = kinds
+            config.layer_types = ["linear_attention" if i in linearized else kind for i, kind in enumerate(kinds)]
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching:
             logging.getLogger("vllm.linearize").warning(
