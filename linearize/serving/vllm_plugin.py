@@ -49,7 +49,7 @@ class Settings:
         source_architecture(vllm_config.model_config.hf_config)
         linearized = check_layers(config)
         if kinds := getattr(config, "layer_types", None):  # vLLM counts layers with a state by them
-            config.source_layer_types = kinds
+            config.source_layer_types = getattr(config, "source_layer_types", kinds)
             config.layer_types = ["linear_attention" if i in linearized else kind for i, kind in enumerate(kinds)]
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching:

@@ -1,11 +1,17 @@
 """Pages of a server's cache: what mixers say of whole texts, they say of texts cut into the steps of a server."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from helpers.closeness import assert_close
 from helpers.mixers import G, H, K, context, mixer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from linearize.model import host
+from linearize.model.cache import LinearizedCacheLayer
 from linearize.model.mixers import MIXERS
 from linearize.serving.pages import Schedule, layout, page_bytes, run
 
@@ -14,6 +20,15 @@ LENGTHS, PAGES = (37, 5, 24), (3, 1, 4)
 STEPS = ((20, 0, 9), (1, 3, 0), (15, 1, 13), (0, 1, 1), (1, 0, 1))
 SEED = {"clusters": {"clusters": 16, "chunk": 4}}
 CASES = [(name, combine) for name, cls in MIXERS.items() if not cls.keeps_source_cache for combine in cls.combines]
+READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"}
+
+
+class Blind(TorchDispatchMode):
+    """Refuses a look at a number, which waits for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in READS
+        return func(*args, **(kwargs or {}))
 
 
 def unrotate(positions: Tensor):
@@ -74,6 +89,34 @@ def test_texts_in_the_steps_of_a_server_are_whole_texts(name: str, combine: str)
     assert_close(tuple(got), tuple(expected), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["gla", "kda", "clusters"])
+def test_states_in_fewer_bits_are_those_of_a_cache(name: str, dtype: str) -> None:
+    torch.manual_seed(0)
+    m = mixer(name=name, state_dtype=dtype, **SEED.get(name, {}))
+    (drawn,) = texts()[:1]
+    cache: Any = SimpleNamespace(layers=[LinearizedCacheLayer(m.window, m.sinks, late=m.late)])
+    expected = []
+    with torch.no_grad():
+        for (n, _, _), seen in zip(STEPS, (0, 20, 21, 36, 36), strict=True):
+            if n:
+                at = slice(seen, seen + n)
+                q, k, v = (x[at].transpose(0, 1)[None] for x in drawn)
+                y = m(q, k, v, context(unrotate(torch.arange(seen, seen + n)[None]), cache=cache))
+                expected.append(y[0].transpose(0, 1))
+    steps = tuple((n, 0, 0) for n, _, _ in STEPS if n)
+    assert_close(tuple(in_steps(m, [drawn, *texts()[1:]], steps, empty_pages(m))), (torch.cat(expected),), 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in MIXERS.items() if not cls.keeps_source_cache])
+def test_no_step_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "is_free", lambda x: False)
+    m = mixer(name=name, **SEED.get(name, {}))
+    drawn, pages = texts(), empty_pages(m)
+    with Blind():
+        in_steps(m, drawn, STEPS, pages)
+
+
 def test_a_request_that_lost_its_page_starts_anew_and_no_other_page_is_touched() -> None:
     torch.manual_seed(0)
     m = mixer(name="gla")
@@ -95,6 +138,7 @@ def test_a_page_takes_the_same_bytes_as_the_cache_of_a_row(name: str) -> None:
 def test_decoding_requests_may_lie_anywhere() -> None:
     torch.manual_seed(0)
     m = mixer(name="kda")
+    assert m.gate is not None
     torch.nn.init.normal_(m.gate)
     drawn = texts()
     steps = ((3, 5, 2), (1, 0, 1), (32, 0, 1), (1, 0, 20))

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from linearize.errors import InputError
 from linearize.serving.refusals import check_layers, check_settings
@@ -15,7 +16,13 @@ def settings(**changes):
     parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
     values = {
         "parallel_config": SimpleNamespace(**{**parallel, **changes.pop("parallel", {})}),
-        "model_config": SimpleNamespace(quantization=changes.pop("quantization", None)),
+        "model_config": SimpleNamespace(
+            **{"quantization": None, "runner_type": "generate", "dtype": torch.bfloat16} | changes.pop("model", {})
+        ),
+        "cache_config": SimpleNamespace(
+            **dict.fromkeys(("cache_dtype", "mamba_cache_dtype", "mamba_ssm_cache_dtype"), "auto")
+            | changes.pop("cache", {})
+        ),
         "speculative_config": None,
         "lora_config": None,
         "kv_transfer_config": None,
@@ -29,6 +36,7 @@ def folder(*mixers):
 
 def test_plain_settings_pass() -> None:
     check_settings(settings())
+    check_settings(settings(cache={"cache_dtype": "bfloat16", "mamba_ssm_cache_dtype": "float32"}))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +44,10 @@ def test_plain_settings_pass() -> None:
     [
         ({"speculative_config": object()}, "speculative decoding is on"),
         ({"lora_config": object()}, "linearize merge"),
-        ({"quantization": "fp8"}, "quantization is 'fp8'"),
+        ({"model": {"quantization": "fp8"}}, "quantization is 'fp8'"),
+        ({"model": {"runner_type": "pooling"}}, "runner is 'pooling'"),
+        ({"cache": {"cache_dtype": "fp8"}}, "--kv-cache-dtype out"),
+        ({"cache": {"mamba_ssm_cache_dtype": "float16"}}, "--mamba-ssm-cache-dtype out"),
         ({"parallel": {"tensor_parallel_size": 2}}, "tensor_parallel_size is 2"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
     ],
@@ -48,7 +59,7 @@ def test_a_setting_that_would_give_wrong_text_is_refused(changes, says) -> None:
 
 def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(InputError, match="speculative.*quantization.*LoRA"):
-        check_settings(settings(speculative_config=object(), quantization="fp8", lora_config=object()))
+        check_settings(settings(speculative_config=object(), model={"quantization": "fp8"}, lora_config=object()))
 
 
 def test_layers_with_the_sources_own_cache_are_left_to_vllm() -> None:
