@@ -206,18 +206,10 @@ class LinearizedForCausalLM(nn.Module, HasInnerState, IsHybrid):
         """Of the largest page."""
         return tuple(dtype for _, dtype in _largest_page(vllm_config))
 
-    # vLLM asks the class of the door, before it is opened, whether it writes text.
-
-    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Of the source's model."""
-        raise NotImplementedError
-
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
     ):
-        """Of the source's model."""
+        """Of the source's model, as the others; vLLM asks the class of the door whether it writes text."""
         raise NotImplementedError
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """Of the source's model."""
-        raise NotImplementedError
+    embed_input_ids = compute_logits = forward

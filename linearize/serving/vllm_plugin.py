@@ -8,6 +8,9 @@ from ..model.transformers_api import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from .refusals import ELSEWHERE, check_layers, check_settings
 
 NAME = "LinearizedForCausalLM"
+VERSION = "0.32"
+"""Of vLLM: what the plugin uses of it changes from one to the next."""
+LOG = logging.getLogger("vllm.linearize")
 
 
 def source_architecture(config: Any) -> str:
@@ -44,6 +47,10 @@ class Settings:
         Raises:
             InputError: one paragraph.
         """
+        from vllm import __version__
+
+        if not __version__.startswith(f"{VERSION}."):
+            raise InputError(f"vLLM {__version__}: linearized folders need {VERSION}; pip install 'vllm=={VERSION}.*'")
         check_settings(vllm_config)
         config = vllm_config.model_config.hf_text_config
         source_architecture(vllm_config.model_config.hf_config)
@@ -53,7 +60,7 @@ class Settings:
             config.layer_types = ["linear_attention" if i in linearized else kind for i, kind in enumerate(kinds)]
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching:
-            logging.getLogger("vllm.linearize").warning(
+            LOG.warning(
                 "prefix caching is turned off: what a linearized layer keeps of a text cannot be cut at a block"
             )
             cache.enable_prefix_caching = False
@@ -65,12 +72,15 @@ class Settings:
 
 def register() -> None:
     """Tell vLLM of linearized folders. It runs in every process of vLLM, and imports no model."""
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    from vllm.model_executor.models.registry import ModelRegistry
-    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-
     import linearize.model.modeling  # noqa: F401  registers model type `linearized` with transformers
 
+    try:
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+        from vllm.model_executor.models.registry import ModelRegistry
+        from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+    except ImportError as error:  # other models are served all the same
+        LOG.warning("linearized folders cannot be served: they need vLLM %s.*, and here: %s", VERSION, error)
+        return
     if not hasattr(MambaAttentionBackendEnum, "LINEARIZED"):
         MambaAttentionBackendEnum.register("LINEARIZED", "linearize.serving.vllm_layer.Backend")
     ModelRegistry.register_model(NAME, f"linearize.serving.vllm_model:{NAME}")
