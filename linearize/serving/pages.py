@@ -45,14 +45,14 @@ class Piece:
     Attributes:
         tokens: where they lie among the tokens of the step.
         page: int64 [1].
-        seen: int64 [1], tokens of the request before these; None where they are its first, whatever the page holds.
-        most: the same as a number.
+        seen: int64 [1], tokens of the request before these.
+        before: the same as a number; 0: the page holds what another request left.
     """
 
     tokens: slice
     page: Tensor
-    seen: Tensor | None
-    most: int
+    seen: Tensor
+    before: int
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,7 @@ class Schedule:
         if pages.is_cuda:
             numbers = numbers.pin_memory()
         before, first = numbers.to(pages.device, non_blocking=True)
-        pieces = [
-            Piece(slice(starts[r], starts[r + 1]), pages[r : r + 1], before[r : r + 1] if seen[r] else None, seen[r])
-            for r in others
-        ]
+        pieces = [Piece(slice(starts[r], starts[r + 1]), pages[r : r + 1], before[r : r + 1], seen[r]) for r in others]
         if rows == list(range(len(rows))):  # servers sort them so
             return cls(slice(0, len(rows)), pages[: len(rows)], before[: len(rows)], pieces)
         index = torch.tensor(rows, dtype=torch.int64)
@@ -148,22 +145,19 @@ def run(
     """
     y = q.new_zeros(*q.shape[:2], v.shape[-1])
 
-    def attend(tokens: slice | Tensor, rows: int, layer: LinearizedCacheLayer, seen: Tensor) -> None:
-        parts = [x[tokens].unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v)]
+    def attend(tokens: slice | Tensor, index: Tensor, seen: Tensor, layer: LinearizedCacheLayer) -> None:
+        parts = [x[tokens].unflatten(0, (len(index), -1)).transpose(1, 2) for x in (q, k, v)]
         positions = seen[:, None] + torch.arange(parts[0].shape[2], device=seen.device)
-        cache = SimpleNamespace(layers=[layer])
-        y[tokens] = mixer(*parts, context(cache, positions)).transpose(1, 2).flatten(0, 1)
+        called = context(SimpleNamespace(layers=[layer]), positions)
+        y[tokens] = mixer(*parts, called).transpose(1, 2).flatten(0, 1)
+        scatter(pages, index, layer)
 
-    rows = len(schedule.pages)
-    if rows:
-        layer = gather(mixer, pages, schedule.pages, schedule.seen)
-        attend(schedule.decoding, rows, layer, schedule.seen)
-        scatter(pages, schedule.pages, layer)
+    index, seen = schedule.pages, schedule.seen
+    if len(index):
+        attend(schedule.decoding, index, seen, gather(mixer, pages, index, seen))
     for piece in schedule.pieces:
-        if piece.seen is None:
-            layer = LinearizedCacheLayer(mixer.window, mixer.sinks, late=mixer.late)
-        else:
-            layer = gather(mixer, pages, piece.page, piece.seen, piece.most)
-        attend(piece.tokens, 1, layer, torch.zeros_like(piece.page) if piece.seen is None else piece.seen)
-        scatter(pages, piece.page, layer)
+        layer = LinearizedCacheLayer(mixer.window, mixer.sinks, late=mixer.late)
+        if piece.before:
+            layer = gather(mixer, pages, piece.page, piece.seen, piece.before)
+        attend(piece.tokens, piece.page, piece.seen, layer)
     return y
