@@ -280,9 +280,8 @@ def _architectures(cells: list[Cell]) -> list[str]:
         return "equal" if found["equal"] == found["texts"] else "**differs**"
 
     columns = ("gla", "clusters", "source")
-    rows = [
-        (kind, *(shown(kind, name) for name in columns)) for kind in dict.fromkeys(c["architecture"] for c in cells)
-    ]
+    kinds = dict.fromkeys(c["architecture"] for c in cells)
+    rows = [(kind, *(shown(kind, name) for name in columns)) for kind in kinds]
     head = ("tiny random model", "gla in three of six layers", "clusters in all", "its source, where one differs")
     return common.table(head, rows, left=4)
 
