@@ -40,6 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "chunked, 16 given up": {"max_num_batched_tokens": 256},
     "preempted": {"max_num_batched_tokens": 2048},
 }
+NOISE = 1e-7
+CONTROL = "`generate`, weights times 1 ± 1e-7"
 TIE = 1e-3
 """Difference of the two largest logits below which either token is right."""
 
@@ -98,31 +100,47 @@ def by_generate(model: Any, given: list[list[int]], new: int) -> list[dict[str, 
     return found
 
 
-def compared(expected: list[dict[str, Any]], got: dict[str, Any]) -> Cell:
+def listed(got: dict[str, Any]) -> list[dict[str, Any]]:
+    """vLLM's texts in the form of `by_generate`."""
+    pairs = zip(got["tokens"], got["logprobs"], strict=True)
+    return [{"tokens": tokens, "logprobs": logprobs} for tokens, logprobs in pairs]
+
+
+def compared(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> Cell:
     """How many texts are equal, where not how near a tie, and the largest difference of log-probabilities before."""
     equal, ties, worst = 0, [], 0.0
-    for want, tokens, logprobs in zip(expected, got["tokens"], got["logprobs"], strict=True):
-        n = next((i for i, (a, b) in enumerate(zip(want["tokens"], tokens, strict=True)) if a != b), len(tokens))
-        equal += n == len(tokens)
-        if n < len(tokens):
+    for want, found in zip(expected, got, strict=True):
+        pairs = zip(want["tokens"], found["tokens"], strict=True)
+        n = next((i for i, (a, b) in enumerate(pairs) if a != b), len(want["tokens"]))
+        equal += n == len(want["tokens"])
+        if n < len(want["tokens"]):
             ties.append(want["gaps"][n])
-        worst = max([worst, *(abs(a - b) for a, b in zip(want["logprobs"][:n], logprobs[:n], strict=True))])
-    rest = {key: got[key] for key in ("steps", "preempted", "aborted", "most_running", "seconds", "pages")}
-    return {"texts": len(expected), "equal": equal, "gaps_where_not": ties, "logprob_difference": worst, **rest}
+        worst = max([worst, *(abs(a - b) for a, b in zip(want["logprobs"][:n], found["logprobs"][:n], strict=True))])
+    return {"texts": len(expected), "equal": equal, "gaps_where_not": ties, "logprob_difference": worst}
 
 
 def texts(given: Any, made: dict[str, Path]) -> Iterator[Cell]:
-    """The same prompts by `generate` and by vLLM."""
+    """The same prompts by `generate` and by vLLM; and by `generate` with weights that differ by what rounding does."""
     for name in RECIPES:
-        drawn = prompts(made[name], given.prompts, given.longest, given.seed)
-        expected = by_generate(linearize.load(made[name], dtype=torch.float32)[0], drawn, given.new)
+        drawn, first = prompts(made[name], given.prompts, given.longest, given.seed), None
+        model: Any = linearize.load(made[name], dtype=torch.float32)[0]
+        expected = by_generate(model, drawn, given.new)
+        if name == "clusters":
+            for parameter in (x.data for x in model.parameters() if x.ndim == 2):
+                parameter.mul_(1 + NOISE * torch.randn_like(parameter))
+            noisy = by_generate(model, drawn, given.new)
+            yield {"part": "texts", "folder": name, "setting": CONTROL, **compared(expected, noisy)}
         for setting, values in SETTINGS.items():
             values = {"max_model_len": given.longest + given.new + 64, "max_num_seqs": 64, **values}
             got = by_vllm(
                 given, task="texts", folder=made[name], prompts=drawn, new=given.new, settings=values,
-                preempt=12 if setting == "preempted" else 0, abort=16 if "given up" in setting else 0,
+                preempt=16 if setting == "preempted" else 0, abort=16 if "given up" in setting else 0,
             )  # fmt: skip
-            yield {"part": "texts", "folder": name, "setting": setting, **compared(expected, got)}
+            first = first or got
+            same = sum(a == b for a, b in zip(first["tokens"], got["tokens"], strict=True))
+            found = compared(expected, listed(got))
+            rest = {key: got[key] for key in ("steps", "preempted", "aborted", "most_running", "seconds", "pages")}
+            yield {"part": "texts", "folder": name, "setting": setting, **found, "equal_to_first": same, **rest}
 
 
 def loads(given: Any, made: dict[str, Path]) -> Iterator[Cell]:
@@ -200,8 +218,7 @@ def architectures(given: Any, made: dict[str, Path]) -> Iterator[Cell]:
         first = {"part": "architectures", "architecture": kind, "model": name}
         if isinstance(got, str):
             return {**first, "refused": got[:400]}
-        found = compared(expected[kind, name], got)
-        return first | {key: found[key] for key in ("texts", "equal", "gaps_where_not", "logprob_difference")}
+        return first | compared(expected[kind, name], listed(got))
 
     own = [key for key in tasks if key[1] != "source"]
     for key, got in zip(own, by_vllm(given, task="several", tasks=[tasks[key] for key in own]), strict=True):
@@ -219,8 +236,9 @@ PARTS = {"texts": texts, "room": room, "loads": loads, "http": http, "architectu
 def claims(cells: list[Cell]) -> list[Claim]:
     """What was promised, as far as it is measured."""
     made = []
-    for cell in (each for each in cells if each["part"] == "texts"):
+    for cell in (each for each in cells if each["part"] == "texts" and each["setting"] != CONTROL):
         name = f"{cell['folder']}, {cell['setting']}"
+        made.append(common.claim(f"{name}: texts other than together", "≤ 0", cell["texts"] - cell["equal_to_first"]))
         wrong = sum(gap > TIE for gap in cell["gaps_where_not"])
         made.append(common.claim(f"{name}: texts that differ without a near-tie", "≤ 0", wrong))
         made.append(
@@ -243,10 +261,10 @@ def markdown(results: dict[str, Any]) -> list[str]:
     by_part = {part: [c for c in cells if c["part"] == part] for part in PARTS}
     lines = ["# vLLM's plugin against `generate`", "", __doc__.strip().partition("\n")[2].strip().partition("\n\n")[0]]
     lines += ["", f"SmolLM2-135M, fp32, vLLM on {results['settings']['threads']} thread(s) of a CPU."]
-    head = ("folder", "setting", "texts", "equal", "log-probability differs by", "steps", "pages lost on the way", "s")
+    head = ("folder", "by", "texts", "as `generate`", "as together", "log-probability differs by", "steps", "preempted")
     lines += common.table(head, [
-        (c["folder"], c["setting"], str(c["texts"]), str(c["equal"]), f"{c['logprob_difference']:.1e}", str(c["steps"]),
-         str(c["preempted"]), f"{c['seconds']:.0f}")
+        (c["folder"], c["setting"], str(c["texts"]), str(c["equal"]), str(c.get("equal_to_first", "")),
+         f"{c['logprob_difference']:.1e}", str(c.get("steps", "")), str(c.get("preempted", "")))
         for c in by_part["texts"]
     ], left=2)  # fmt: skip
     if rooms := by_part["room"]:
@@ -291,6 +309,7 @@ def main() -> None:
     parser = common.options(__doc__, name="check-vllm")
     parser.add_argument("--python", required=True, help="of an environment with vLLM")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--add", action="store_true", help="to what the file of results holds")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--longest", type=int, default=3000)
     parser.add_argument("--new", type=int, default=24)
@@ -298,6 +317,8 @@ def main() -> None:
     parser.add_argument("--loads", type=json.loads, default=[[256, 1], [256, 16], [1024, 8], [4096, 1], [4096, 4]])
     given = parser.parse_args()
     results, target = common.begin(given)
+    if given.add:
+        results["cells"] = json.loads(target.read_text())["cells"]
     with tempfile.TemporaryDirectory() as work:
         made = folders(Path(work))
         for part in given.parts:
