@@ -12,6 +12,7 @@ every architecture in tests/model/test_architectures.py.
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -294,7 +295,7 @@ def _architectures(cells: list[Cell]) -> list[str]:
         if found is None:
             return ""
         if why := found.get("refused"):
-            return why.replace("\n", " ").removeprefix("InputError: ")[:160]
+            return re.sub(r"^.*(Value error,|Error:) ", "", why.replace("\n", " ")).partition(";")[0][:160]
         return "equal" if found["equal"] == found["texts"] else "**differs**"
 
     columns = ("gla", "clusters", "source")
