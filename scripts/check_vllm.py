@@ -283,7 +283,7 @@ def markdown(results: dict[str, Any]) -> list[str]:
         grown = (c["rss_after"] - c["rss_before"]) / 2**20
         lines += ["", f"{c['requests']} HTTP requests, {c['seconds']:.0f} s: {c['right']} answered as if alone, "
                   f"{c['cancelled']} cancelled by the client, {c['refused']} broken and refused, {c['wrong']} wrong, "
-                  f"{c['lost']} lost; the server's memory grew by {grown:.0f} MiB."]  # fmt: skip
+                  f"{c['lost']} lost; in the second half the server's memory grew by {grown:.0f} MiB."]  # fmt: skip
     if by_part["architectures"]:
         lines += _architectures(by_part["architectures"])
     return lines + common.claims_table(results["claims"], "fp32")
