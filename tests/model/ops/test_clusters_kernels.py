@@ -77,6 +77,7 @@ def calls(monkeypatch) -> list:
     forms = {form.__name__: Kernel(form.__name__, form, calls) for form in FORMS}
     monkeypatch.delenv("LINEARIZE_BACKEND", raising=False)
     monkeypatch.setattr(clusters_backend, "_kernels", lambda: SimpleNamespace(**forms))
+    monkeypatch.setattr(clusters_backend, "PROGRAMS", 1)
     monkeypatch.setattr(ops, "on_gpu", lambda x: True)
     monkeypatch.setattr(host, "is_free", lambda x: False)
     clusters_backend.missing.cache_clear()
@@ -142,6 +143,7 @@ def test_what_the_kernels_cannot_do_runs_by_pytorch_and_is_said(calls):
 
 def test_without_triton_it_runs_by_pytorch_unless_kernels_are_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "linearize.model.ops.clusters_triton", None)
+    monkeypatch.setattr(clusters_backend, "PROGRAMS", 1)
     monkeypatch.setattr(ops, "on_gpu", lambda x: True)
     clusters_backend.missing.cache_clear()
     monkeypatch.delenv("LINEARIZE_BACKEND", raising=False)
