@@ -298,7 +298,7 @@ def _has_kernels(means: Tensor, sizes: Tensor, key_width: int) -> bool:
 
 def _is_one_launch(key_width: int, state: State, *given: Any) -> bool:
     """Whether a kernel takes in or reads a token. Those have no gradient."""
-    if host.is_free(state[1]) or not _has_kernels(*state[:2], key_width):
+    if host.is_free(state[1]) or not _has_kernels(state[0], state[1], key_width):
         return False
     return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (*state, *given))
 
