@@ -89,7 +89,7 @@ def slices(tiny: bool) -> Iterator[tuple[str, Slice]]:
     for name in RECIPES:
         folder = STORE / "runs" / name
         changed = [word for change in settings(name, tiny) for word in ("--set", change)]
-        files = {folder / "results.json": f"gpu-{name}.json"}
+        files = {folder / "results.json": f"smollm2-135m-gpu-{name}.json"}
         for log in ("1-distil", "1-distil.training"):
             files[folder / log / "train_log.jsonl"] = f"gpu-{name}-log.jsonl"
         yield f"run {name}", Slice([*cli, "run", BASE, "--out", str(folder), *changed], 0, files)
