@@ -35,7 +35,7 @@ from torch.nn import functional as F  # noqa: E402
 from linearize.conversion.costs import context, make  # noqa: E402
 from linearize.model import host, ops  # noqa: E402
 from linearize.model.mixers import Geometry  # noqa: E402
-from linearize.model.ops import (  # noqa: E402  # noqa: E402
+from linearize.model.ops import (  # noqa: E402
     additive,
     bonus,
     clusters,

@@ -86,7 +86,7 @@ def prompts(folder: Path, count: int, longest: int, seed: int) -> list[list[int]
 @torch.no_grad()
 def by_generate(model: Any, given: list[list[int]], new: int) -> list[dict[str, Any]]:
     """What transformers writes, one prompt at a time, with log-probabilities and how near the second token was."""
-    found = []
+    texts = []
     for ids in given:
         out: Any = model.generate(
             torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
@@ -97,8 +97,8 @@ def by_generate(model: Any, given: list[list[int]], new: int) -> list[dict[str, 
         tokens = out.sequences[0, len(ids) :]
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         gaps = (best[:, 0] - best[:, 1]).tolist()
-        found.append({"tokens": tokens.tolist(), "logprobs": logprobs.tolist(), "gaps": gaps})
-    return found
+        texts.append({"tokens": tokens.tolist(), "logprobs": logprobs.tolist(), "gaps": gaps})
+    return texts
 
 
 def listed(got: dict[str, Any]) -> list[dict[str, Any]]:
@@ -110,13 +110,13 @@ def listed(got: dict[str, Any]) -> list[dict[str, Any]]:
 def compared(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> Cell:
     """How many texts are equal, where not how near a tie, and the largest difference of log-probabilities before."""
     equal, ties, worst = 0, [], 0.0
-    for want, found in zip(expected, got, strict=True):
-        pairs = zip(want["tokens"], found["tokens"], strict=True)
+    for want, have in zip(expected, got, strict=True):
+        pairs = zip(want["tokens"], have["tokens"], strict=True)
         n = next((i for i, (a, b) in enumerate(pairs) if a != b), len(want["tokens"]))
         equal += n == len(want["tokens"])
         if n < len(want["tokens"]):
             ties.append(want["gaps"][n])
-        worst = max([worst, *(abs(a - b) for a, b in zip(want["logprobs"][:n], found["logprobs"][:n], strict=True))])
+        worst = max([worst, *(abs(a - b) for a, b in zip(want["logprobs"][:n], have["logprobs"][:n], strict=True))])
     return {"texts": len(expected), "equal": equal, "gaps_where_not": ties, "logprob_difference": worst}
 
 
@@ -139,9 +139,9 @@ def texts(given: Any, made: dict[str, Path]) -> Iterator[Cell]:
             )  # fmt: skip
             first = first or got
             same = sum(a == b for a, b in zip(first["tokens"], got["tokens"], strict=True))
-            found = compared(expected, listed(got))
+            agreement = compared(expected, listed(got))
             rest = {key: got[key] for key in ("steps", "preempted", "aborted", "most_running", "seconds", "pages")}
-            yield {"part": "texts", "folder": name, "setting": setting, **found, "equal_to_first": same, **rest}
+            yield {"part": "texts", "folder": name, "setting": setting, **agreement, "equal_to_first": same, **rest}
 
 
 def loads(given: Any, made: dict[str, Path]) -> Iterator[Cell]:
@@ -291,12 +291,12 @@ def markdown(results: dict[str, Any]) -> list[str]:
 
 def _architectures(cells: list[Cell]) -> list[str]:
     def shown(kind: str, name: str) -> str:
-        found = next((c for c in cells if (c["architecture"], c["model"]) == (kind, name)), None)
-        if found is None:
+        row = next((c for c in cells if (c["architecture"], c["model"]) == (kind, name)), None)
+        if row is None:
             return ""
-        if why := found.get("refused"):
+        if why := row.get("refused"):
             return re.sub(r"^.*(Value error,|Error:) ", "", why.replace("\n", " ")).partition(";")[0][:160]
-        return "equal" if found["equal"] == found["texts"] else "**differs**"
+        return "equal" if row["equal"] == row["texts"] else "**differs**"
 
     columns = ("gla", "clusters", "source")
     kinds = dict.fromkeys(c["architecture"] for c in cells)

@@ -59,7 +59,7 @@ def measured(given: argparse.Namespace) -> Iterator[Cell]:
             yield where | {"kind": "PyTorch", "seconds": seconds()}
             os.environ["LINEARIZE_BACKEND"] = "fla"
             for programs, split, precision, warps, tile in VARIANTS:
-                if programs > 1 and not split and B * G * programs > clusters_backend.WAITING:
+                if programs > 1 and not split and B * G * programs > clusters_backend._at_once(x[0].device):
                     continue
                 clusters_backend.PROGRAMS, clusters_backend.SPLIT = programs, split
                 clusters_backend.PRECISION, clusters_backend.FLAGS = precision, {"num_warps": warps, "num_stages": 1}
@@ -75,9 +75,9 @@ def markdown(results: dict[str, Any]) -> list[str]:
     columns = list(dict.fromkeys((c["B"], c["G"], c["M"], c["K"], c["dtype"]) for c in cells))
     rows = []
     for kind in dict.fromkeys(c["kind"] for c in cells):
-        found = [common.find(cells, "seconds", kind=kind, **dict(zip("BGMK", c, strict=False)), dtype=c[4])
+        seconds = [common.find(cells, "seconds", kind=kind, **dict(zip("BGMK", c, strict=False)), dtype=c[4])
                  for c in columns]  # fmt: skip
-        rows.append((kind, *(common.shown(x, ".1f", 1e3) for x in found)))
+        rows.append((kind, *(common.shown(x, ".1f", 1e3) for x in seconds)))
     worst = min(c["same"] for c in cells if "same" in c)
     head = ("ms", *(f"{b}·{g}, M {m}, K {k}, {dtype}" for b, g, m, k, dtype in columns))
     return [

@@ -77,10 +77,10 @@ def allocate(
     )  # fmt: skip
     if plot is not None:
         note(f"picture: {plot}")
-    from linearize.recovery.allocate import text
+    from linearize.reporting.choices import allocation
 
     written = None if out is None else str(out)
-    show({"out": written, **choice}, as_json, text(choice) + (f"\n\n{written}" if written else ""))
+    show({"out": written, **choice}, as_json, allocation(choice) + (f"\n\n{written}" if written else ""))
 
 
 @app.command()
@@ -146,10 +146,10 @@ def select(
     )  # fmt: skip
     if plot is not None:
         note(f"picture: {plot}")
-    from linearize.recovery.select import text
+    from linearize.reporting.choices import selection
 
     written = None if out is None else str(out)
-    show({"out": written, **choice}, as_json, text(choice) + (f"\n\n{written}" if written else ""))
+    show({"out": written, **choice}, as_json, selection(choice) + (f"\n\n{written}" if written else ""))
     train = command("train", written, "--out", f"{written}-trained")
     next_step(as_json, train if written else "the same with --out DIR, which writes the folder")
 

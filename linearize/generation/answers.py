@@ -23,23 +23,12 @@ EXACT = "lossless writes what the source's own weights write; leave quantize out
 
 
 def generate(
-    folder: str | Path | PreTrainedModel,
-    prompt: str | Sequence[str] | Sequence[Message],
-    *,
-    system: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_new_tokens: int = 256,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    raw: bool = False,
-    quantize: str | None = None,
-    lossless: bool = False,
-    state: str | Path | None = None,
-    save_state: str | Path | None = None,
-    store: StateStore | None = None,
-    stream: TextIO | None = None,
-) -> Generation:
+    folder: str | Path | PreTrainedModel, prompt: str | Sequence[str] | Sequence[Message], *,
+    system: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None, max_new_tokens: int = 256,
+    temperature: float | None = None, top_p: float | None = None, seed: int | None = None, raw: bool = False,
+    quantize: str | None = None, lossless: bool = False, state: str | Path | None = None,
+    save_state: str | Path | None = None, store: StateStore | None = None, stream: TextIO | None = None,
+) -> Generation:  # fmt: skip
     """Continue one or several prompts.
 
     Args:
@@ -70,12 +59,13 @@ def generate(
     Example:
         >>> linearize.generate("runs/demo/merged", "Why is the sky blue?", max_new_tokens=40).texts[0]
     """
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    settings["seed"] = seed
     if isinstance(folder, str | Path) and graph.is_graph(folder):
-        others: dict[str, Any] = {"lossless": lossless, "state": state, "save_state": save_state, "store": store}
-        others["quantize"] = quantize
-        given: dict[str, Any] = {"system": system, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        given |= {"top_p": top_p, "seed": seed, "raw": raw, "stream": stream, "tokenizer": tokenizer}
-        return graph.generate(folder, prompt, **given, **others)
+        return graph.generate(
+            folder, prompt, **settings, system=system, raw=raw, stream=stream, tokenizer=tokenizer, quantize=quantize,
+            lossless=lossless, state=state, save_state=save_state, store=store,
+        )  # fmt: skip
     keeping = Keeping(state, save_state, store)
     problems = wrong_settings(prompt, max_new_tokens, temperature, top_p, stream)
     problems += keeping.problems(prompt, system, lossless)
@@ -84,7 +74,6 @@ def generate(
     prompt = asked(prompt, system, problems)
     model, tokenizer = _opened(folder, tokenizer, quantize)
     if keeping:
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         return keeping.answer(prompt, raw, model, tokenizer, settings, stream)
     drafting = _drafting(folder, model) if lossless else None
     decoder = Decoder(model, tokenizer, max_new_tokens, temperature, top_p, drafting)

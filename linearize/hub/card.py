@@ -8,13 +8,13 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from linearize.checkpoint import gguf_header
+from linearize.checkpoint.describe import mixers_of
 from linearize.checkpoint.open import open_config
 from linearize.checkpoint.reading import reading
 from linearize.checkpoint.sources import Located, relocate
 from linearize.errors import InputError
 from linearize.formats import code, each_string, markdown, plain
 from linearize.hub.names import is_repo_id
-from linearize.model.sizes import text_sizes
 from linearize.results.schema import COLUMNS
 from linearize.results.table import markdown_table
 
@@ -25,14 +25,9 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def write_card(
-    folder: Path,
-    config: dict,
-    adapter_of: str | None,
-    repo: str | None,
-    results: dict | None,
-    recipe: str | None,
+    folder: Path, config: dict, adapter_of: str | None, repo: str | None, results: dict | None, recipe: str | None,
     foreign: Sequence[str] = (),
-) -> str:
+) -> str:  # fmt: skip
     """The text of README.md for a folder; a README.md in it that somebody wrote by hand is returned unchanged.
 
     Args:
@@ -83,7 +78,7 @@ def write_card(
         mixers=[*map(markdown, mixers)],
         layers=_grouped(layers),
         replaced=len(layers),
-        total=None if adapter_of else text_sizes(open_config(folder)).layers,
+        total=None if adapter_of else len(mixers_of(open_config(folder))),
         code="auto_map" in config,
         foreign=_warning(foreign) if foreign else None,
         licence=code(licence["license"]) if "license" in licence else None,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearize import formats, progress
+from linearize import progress
 from linearize.checkpoint import atomic
 from linearize.checkpoint.budget import cache_of, sized
 from linearize.checkpoint.open import needed
@@ -246,26 +246,3 @@ def allocate(
                 (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
                 reading.finish(folder, work, wanted, "allocation", choice, hashes)
     return choice
-
-
-def text(choice: dict[str, Any]) -> str:
-    """What `allocate` returned, for a terminal."""
-    sizes, kl = choice["sizes"], choice["kl"]
-    by_size: dict[int, list[int]] = {}
-    for layer, size in sizes.items():
-        by_size.setdefault(size, []).append(int(layer))
-    rows: list[tuple[str, ...]] = [(choice["key"], "layers")]
-    rows += [(str(size), formats.ranges(sorted(layers))) for size, layers in sorted(by_size.items())]
-    budgets = [("share of a layer", "predicted KL, equal", "allocated")]
-    budgets += [(str(row["share"]), f"{row['equal']:.4g}", f"{row['allocated']:.4g}") for row in choice["budgets"]]
-    return "\n".join(
-        [
-            f"{formats.format_bytes(choice['cache'][choice['better']])} of cache for {len(sizes)} layers: KL to the "
-            f"source {kl['allocated']:.4g} allocated, {kl['equal']:.4g} in equal shares of {choice['equal']} (nats per "
-            f"token, text that nothing was chosen on); {choice['better']} is kept",
-            "",
-            *formats.aligned(rows),
-            "",
-            *formats.aligned(budgets),
-        ]
-    )

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearize import formats, progress
+from linearize import progress
 from linearize.checkpoint import atomic
 from linearize.checkpoint.open import needed
 from linearize.errors import InputError
@@ -40,7 +40,7 @@ from linearize.recovery import reading
 from linearize.recovery.documents import local_files
 from linearize.recovery.head import logits_of
 from linearize.recovery.losses import IGNORE, count_targets, token_losses
-from linearize.recovery.parts import CONTEXT, Part, by_layer, caches, only, write_without
+from linearize.recovery.parts import Part, by_layer, caches, only, write_without
 
 GREEDY = 1
 """Blocks that greedy reads."""
@@ -287,39 +287,3 @@ def select(
                 hashes = write_without(folder, work, _parts(choice))
                 reading.finish(folder, work, wanted, "selection", choice, hashes)
     return choice
-
-
-def _shown(choice: dict[str, Any]) -> str:
-    """A choice for people: layers as ranges, heads as ``3:0,2 5:1``."""
-    if "layers" in choice:
-        return formats.ranges(choice["layers"])
-    return " ".join(f"{i}:{','.join(map(str, heads))}" for i, heads in choice["heads"].items())
-
-
-def text(choice: dict[str, Any]) -> str:
-    """What `select` returned, for a terminal: the choice, each layer alone, and what every budget costs."""
-    ranked = any(row["score"] not in (None, row["kl"]) for row in choice["alone"])
-    per, chosen = choice["per"], [_name(part) for part in _parts(choice)]
-    keys = ("layer", "head") if per == "heads" else ("layer",)
-    alone: list[tuple[str, ...]] = [(*keys, "KL alone", *["score"] * ranked, "stays")]
-    for row in sorted(choice["alone"], key=lambda row: -(row["score"] if ranked else row["kl"])):
-        part = {key: row[key] for key in keys}
-        numbers = [f"{row[key]:.4g}" for key in ("kl", *["score"] * ranked)]
-        alone.append((*map(str, part.values()), *numbers, "softmax" if part in chosen else ""))
-    budgets = [("keep", "predicted KL", "measured KL", f"cache at {CONTEXT // 1024}K", per)]
-    for row in choice["budgets"]:
-        kl = "" if row["kl"] is None else f"{row['kl']:.4g}"
-        size = formats.format_bytes(row["cache_32k"])
-        budgets.append((str(row["keep"]), f"{row['predicted_kl']:.4g}", kl, size, _shown(row)))
-    return "\n".join(
-        [
-            f"{choice['keep']} of {len(choice['alone'])} replaced {per} by {choice['by']}: "
-            f"softmax in {_shown(choice) or 'none'}",
-            f"KL to the source in nats per token, {choice['tokens']} tokens in blocks of {choice['seq_len']}; "
-            f"predicted: sum over the {per} that stay replaced, each measured alone, an estimate",
-            "",
-            *formats.aligned(alone),
-            "",
-            *formats.aligned(budgets),
-        ]
-    )

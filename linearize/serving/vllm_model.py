@@ -104,8 +104,7 @@ def _swap(model: nn.Module, vllm_config: Any) -> dict[int, LinearizedLayer]:
     config, dtype = vllm_config.model_config.hf_text_config, vllm_config.model_config.dtype
     known = vllm_config.compilation_config.static_forward_context
     wanted, swapped = check_layers(config), {}
-    found = [(path, m) for path, m in model.named_modules() if isinstance(m, Attention)]
-    for path, attention in found:
+    for path, attention in [(path, m) for path, m in model.named_modules() if isinstance(m, Attention)]:
         index = extract_layer_index(attention.layer_name)
         if index not in wanted:
             continue
@@ -209,7 +208,7 @@ class LinearizedForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
     ):
-        """Of the source's model, as the others; vLLM asks the class of the door whether it writes text."""
-        raise NotImplementedError
+        """vLLM asks the class whether it has this and the two below; none is called, as no object is of this class."""
+        raise TypeError("made by __new__")
 
     embed_input_ids = compute_logits = forward

@@ -19,9 +19,10 @@ from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
 from linearize.model.branches import branches
 from linearize.recipe import load as recipes
-from linearize.recovery.select import choose, evenly, greedy, measure, repeats, select, text
+from linearize.recovery.select import choose, evenly, greedy, measure, repeats, select
 from linearize.recovery.train import train
 from linearize.reporting import plot
+from linearize.reporting.choices import selection
 
 __all__ = ["ids", "model", "wanted", "work"]  # fixtures
 
@@ -139,7 +140,7 @@ def test_what_cannot_be_selected_says_so(work, wanted, model, ids):
 
 def test_what_is_shown(model, ids, tmp_path):
     found = {"keep": 1, "by": "recall", "per": "layers", "tokens": 96, "seq_len": 48, **choose(model, ids, 1, "recall")}
-    lines = text(found).splitlines()
+    lines = selection(found).splitlines()
     best = found["layers"][0]
     assert lines[0] == f"1 of {LAYERS} replaced layers by recall: softmax in {best}"
     assert lines[4].split() == [str(best), *lines[4].split()[1:3], "softmax"]

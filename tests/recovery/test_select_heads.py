@@ -18,9 +18,10 @@ from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
 from linearize.model.modeling import linearize_
 from linearize.recipe import load as recipes
-from linearize.recovery.select import choose, select, text
+from linearize.recovery.select import choose, select
 from linearize.recovery.train import train
 from linearize.reporting import plot
+from linearize.reporting.choices import selection
 
 __all__ = ["ids", "model", "wanted", "work"]  # fixtures
 G = 2
@@ -55,7 +56,7 @@ def test_the_heads_that_cost_most_stay(model, ids, tmp_path):
     assert all(a < b for a, b in zip(sizes, sizes[1:], strict=False))
     assert all(module.mixer.name == "gla" and module.branch == "all" for module in linearized_modules(model))
     found = {"keep": 3, "by": "sensitivity", "per": "heads", "tokens": 96, "seq_len": 48, **found}
-    lines = text(found).splitlines()
+    lines = selection(found).splitlines()
     assert lines[0].startswith(f"3 of {LAYERS * G} replaced heads by sensitivity: softmax in ")
     assert lines[4].split()[:2] == [str(x) for x in best[0]] and lines[4].endswith("softmax")
     assert lines[-1].endswith("0:0,1 1:0,1 2:0,1 3:0,1")

@@ -18,9 +18,8 @@ JOINED = 32
 PRECISION = "tf32x3"
 """Of products of fp32: ieee, or tf32x3, which is nearly as exact and runs on tensor cores."""
 PROGRAMS = 8
-"""P, programs that share a row and key head. More than one wait for each other, N·P of them at most WAITING."""
-WAITING = 128
-"""Programs that surely run at once: the multiprocessors of an H100 are 132."""
+"""P, programs that share a row and key head. More than one wait for each other, so that all N·P must run at once: there
+are no more of them than the device has multiprocessors."""
 SPLIT = False
 """Two launches a merge, for costs and for joining, in place of one for all merges: nothing waits inside a kernel."""
 FLAGS: dict[str, Any] = {"num_warps": 8, "num_stages": 1}
@@ -54,6 +53,11 @@ def _launch(name: str, grid: tuple[int, ...], first: Tensor, *given: Any, **cons
     """A kernel, on the device where its first tensor lies."""
     with torch.cuda.device_of(first):
         getattr(_kernels(), name)[grid](first, *given, **constants)
+
+
+def _at_once(device: torch.device) -> int:
+    """How many programs surely run at the same time; in Triton's interpreter one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def restriction(sizes: Tensor, widest: int) -> str | None:
@@ -93,7 +97,7 @@ def merges(
     went = torch.empty(S, B, G, M, device=means.device, dtype=torch.int32)
     if S == 0:
         return every, counts, went
-    P = PROGRAMS if SPLIT else max(min(PROGRAMS, WAITING // N), 1)
+    P = PROGRAMS if SPLIT else max(min(PROGRAMS, _at_once(means.device) // N), 1)
     compiled = constants(M, K, D - K, rule, dtype, P)
     real = means.new_empty(N, 3 * P + 1, compiled["MP"])
     whole = torch.empty(N, 6 * P + 1, compiled["MP"], device=means.device, dtype=torch.int32)

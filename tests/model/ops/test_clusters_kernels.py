@@ -114,7 +114,7 @@ def test_merging_goes_to_the_kernels(dtype, calls, monkeypatch):
 
 def test_several_programs_share_a_head_up_to_those_that_run_at_once(calls, monkeypatch):
     monkeypatch.setattr(clusters_backend, "PROGRAMS", 8)
-    monkeypatch.setattr(clusters_backend, "WAITING", 5 * B * G)
+    monkeypatch.setattr(clusters_backend, "_at_once", lambda device: 5 * B * G)
     made(None)
     assert calls[0] == ("merge_all", (5 * B * G,))
 
