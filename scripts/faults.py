@@ -78,9 +78,11 @@ class Run:
         except BaseException:
             traceback.print_exc()
         finally:
-            with contextlib.suppress(Exception):
-                sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
+            try:  # a signal that comes as late as here must not take the child up into what its parent does
+                with contextlib.suppress(Exception):
+                    sys.stdout.flush(), sys.stderr.flush()
+            finally:
+                os._exit(code)
 
     def wait(self, seconds: float = LONGEST) -> int | None:
         """The exit code, negative for a signal; None when it had to be killed as hung."""
@@ -408,7 +410,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="scratch, removed at the end")
     parser.add_argument("--out", type=Path, help="folder of the results; none are written without it")
     given = parser.parse_args()
-    start = time.monotonic()
+    start, here = time.monotonic(), os.getpid()
     shutil.rmtree(given.folder, ignore_errors=True)
     folder = given.folder.absolute()
     folder.mkdir(parents=True)
@@ -430,8 +432,9 @@ def main() -> None:
                 {"kills": kills, "disk": disk, "two": two, "clock": clock}[part](campaign, tries)
         good = report(campaign, given, time.monotonic() - start)
     finally:
-        os.kill(hub, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.getpid() == here:
+            os.kill(hub, signal.SIGKILL)
+            shutil.rmtree(folder, ignore_errors=True)
     raise SystemExit(not good)
 
 

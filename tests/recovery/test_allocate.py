@@ -12,7 +12,8 @@ from linearize.checkpoint.budget import cache_of, sized
 from linearize.errors import InputError
 from linearize.formats import parse_bytes
 from linearize.model.modeling import linearize_
-from linearize.recovery.allocate import divide, errors, text
+from linearize.recovery.allocate import divide, errors
+from linearize.reporting.choices import allocation
 
 CLUSTERS = {"name": "clusters", "combine": "memory", "window": 8, "sinks": 2, "state_dtype": "int8"}
 
@@ -84,7 +85,7 @@ def test_a_folder_is_divided_as_it_says(tmp_path: Path):
     assert {layer: values["clusters"] for layer, values in layers.items()} == choice["sizes"]
     assert choice["equal"] == equal and choice["kl"][choice["better"]] == min(choice["kl"].values())
     assert all(size <= 90 << 10 for size in choice["cache"].values())
-    assert "KL to the source" in text(choice) and (tmp_path / "picture.png").stat().st_size > 1000
+    assert "KL to the source" in allocation(choice) and (tmp_path / "picture.png").stat().st_size > 1000
     model, tokenizer = linearize.load(tmp_path / "out")
     ids = tokenizer("the river rose", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=30, do_sample=False).shape[1] == ids.shape[1] + 30
