@@ -90,10 +90,10 @@ def output_folder(out: str | Path, overwrite: bool = False, key: str | None = No
             partial.mkdir(exist_ok=True)
             _claim(partial, key, keep)
             yield partial
-            _key_file(partial).unlink()
             check_output(out, overwrite)
             for file in partial.rglob("*"):
                 sync(file)
+            _key_file(partial).unlink()  # what a kill leaves up to here is taken over
             sync(partial)
             _publish(partial, out)
         finally:
@@ -317,7 +317,8 @@ def _claim(partial: Path, key: str | None, keep: str) -> None:
         if same and not entry.name.startswith(".") and fnmatch(entry.name, keep):
             continue
         _remove(entry)
-    note.write_text(key or "")
+    if not same:
+        note.write_text(key or "")
 
 
 def _remove(entry: Path) -> None:

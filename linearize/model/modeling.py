@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ..errors import InputError
 from . import architectures, transformers_api
+from . import cache as caches
+from .assisting import BoundedDrafts
 from .attention import hook_decoder, linearized_modules, swap_attention
 from .cache import cache_layer
 from .made import Made, as_inspected
@@ -180,6 +182,18 @@ class LinearizedForCausalLM(_Source):
         if attention_mask is not None and inputs.get("attention_mask") is not attention_mask:
             inputs["linearize_mask"] = attention_mask
         return inputs
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any):
+        return BoundedDrafts(super()._get_candidate_generator(*args, **kwargs))
+
+    def _prepare_generated_length(self, generation_config, *args: Any, input_ids_length: int, **kwargs: Any):
+        # As a draft, too: what it writes at a time may all have to go.
+        prepared = super()._prepare_generated_length(
+            generation_config, *args, input_ids_length=input_ids_length, **kwargs
+        )
+        if prepared.is_assistant:
+            prepared.max_length = min(prepared.max_length, input_ids_length + caches.ROLLBACK)
+        return prepared
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
         # Layers are swapped before the first step: a static cache would otherwise answer for the masks as if it were
