@@ -12,7 +12,7 @@ How many tokens are drafted is decided anew in every round, from measured times 
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -336,6 +336,10 @@ class Lossless:
                 self._read = self._read[:length]
             except RuntimeError:
                 self._cache, self._read = None, []
+
+    def alone(self, name: str) -> AbstractContextManager[None]:
+        """Have the weights be the `source`'s meanwhile, or the `student`'s, which they are at rest."""
+        return self._as(student=False) if name == "source" else nullcontext()
 
     @contextmanager
     def _as(self, student: bool) -> Iterator[None]:

@@ -3,7 +3,8 @@
 Each context is read once per model; then all write the same number of tokens behind copies of what was read, in turns.
 Seconds are those of writing, from the first new token on. `lossless` is what one call of `generate` does: what the
 student reads before it can draft is within its seconds, and told beside. `resumed` finds the student's state of the
-text beside the source's cache, as a kept conversation does.
+text beside the source's cache, as a kept conversation does. `forced` does too, and drafts four tokens in every round,
+whether it pays or not: how many are kept there is what the student is worth as a draft, on any machine.
 """
 
 import copy
@@ -25,11 +26,14 @@ from linearize.checkpoint.replacing import check_file_output
 from linearize.checkpoint.text import only
 from linearize.errors import InputError
 from linearize.generation.decoder import Clock
-from linearize.generation.lossless import Counts, Lossless
+from linearize.generation.lossless import Lossless, Pace
 from linearize.recipe.resources import package_folder
 
 TEXT = "wikitext2_valid"
 TURNS = 3
+FORCED = 4
+WAYS = ["source", "lossless", "resumed", "forced", "student"]
+DRAFTED = WAYS[1:4]
 
 
 def bench_lossless(
@@ -90,81 +94,86 @@ def line(row: dict[str, Any]) -> str:
         f"{row['context']:>7} tokens: source {row['source']['tokens_per_second']:.1f} tokens/s, lossless "
         f"{row['ratio']['lossless']:.2f} x ({row['per_pass']['lossless']:.2f} tokens per pass), with the student's "
         f"state at hand {row['ratio']['resumed']:.2f} x ({row['per_pass']['resumed']:.2f}; "
-        f"{row['kept']['resumed']:.0%} of {row['drafted']['resumed']} drafts kept), student "
+        f"{row['kept']['resumed']:.0%} of {row['drafted']['resumed']} drafts kept), always {FORCED} drafts "
+        f"{row['ratio']['forced']:.2f} x ({row['kept']['forced']:.0%} of {row['drafted']['forced']} kept), student "
         f"{row['ratio']['student']:.2f} x; {same}"
     )
 
 
 def _context(drafting: Lossless, ids: Tensor, tokens: int) -> dict[str, Any]:
-    """All three at one context."""
-    model, source = drafting.model, drafting.source or drafting.model
-    fresh = Lossless(model, drafting.source)
-    caches = {"source": DynamicCache(config=source.config), "student": DynamicCache(config=model.config)}
-    reading = {}
-    with torch.no_grad():
-        for name, student in (("source", False), ("student", True)):
-            with fresh._as(student):
-                start = time.perf_counter()
-                reader = model if student else source
-                fresh._pass(reader, ids[:, :-1], caches[name], 1)
-                reading[name] = time.perf_counter() - start
-    seconds: dict[str, list[float]] = {"source": [], "lossless": [], "resumed": [], "student": []}
+    """All ways of writing at one context."""
+    caches, reading = _read(drafting, ids)
+    pace, always = Pace(), Pace()
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     written: dict[str, list[int]] = {}
-    counts: dict[str, Counts] = {}
+    last: dict[str, Lossless] = {}
+    for turn in range(TURNS):
+        for name in WAYS[turn % len(WAYS) :] + WAYS[: turn % len(WAYS)]:
+            own = Lossless(drafting.model, drafting.source, always=FORCED if name == "forced" else None)
+            own.pace, always.step = always if name == "forced" else pace, pace.step
+            seconds[name].append(_write(own, name, ids, tokens, caches, written))
+            last[name] = own
+    best = {name: min(each) for name, each in seconds.items()}
+    rate = {name: (tokens - 1) / each for name, each in best.items()}
+    drafted = {name: last[name].counts for name in DRAFTED}
+    other = next((name for name in DRAFTED if written[name] != written["source"]), None)
+    tie = None if other is None else _tie(drafting, ids, written["source"], written[other])
+    return {
+        "context": ids.shape[1],
+        **{name: {"seconds": best[name], "tokens_per_second": rate[name]} for name in WAYS},
+        "ratio": {name: rate[name] / rate["source"] for name in WAYS[1:]},
+        "reading_seconds": reading,
+        "student_read_seconds": drafted["lossless"].reading,
+        "per_pass": {name: counts.per_pass for name, counts in drafted.items()},
+        "drafted": {name: counts.drafted for name, counts in drafted.items()},
+        "kept": {name: counts.kept / max(counts.drafted, 1) for name, counts in drafted.items()},
+        "same": tie is None,
+        "tie": tie,
+        "pace": vars(always),
+    }
+
+
+def _read(drafting: Lossless, ids: Tensor) -> tuple[dict[str, DynamicCache], dict[str, float]]:
+    """The caches of both behind all but the last token, and the seconds of reading them."""
+    caches, seconds = {}, {}
+    for name, reader in (("source", drafting.source or drafting.model), ("student", drafting.model)):
+        caches[name] = DynamicCache(config=reader.config)
+        with torch.no_grad(), drafting.alone(name):
+            start = time.perf_counter()
+            drafting._pass(reader, ids[:, :-1], caches[name], 1)
+            seconds[name] = time.perf_counter() - start
+    return caches, seconds
+
+
+def _write(
+    own: Lossless, name: str, ids: Tensor, tokens: int, caches: dict[str, DynamicCache], written: dict[str, list[int]]
+) -> float:
+    """Write in one of `WAYS` behind copies of the caches, into `written`; the seconds from the first new token on."""
     settings = GenerationConfig(
         max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True
     )
-    for turn in range(TURNS):
-        order = list(seconds)[turn % 4 :] + list(seconds)[: turn % 4]
-        for name in order:
-            again = copy.deepcopy(caches["student" if name == "student" else "source"])
-            own = Lossless(model, drafting.source, always=0 if name == "source" else None, pace=fresh.pace)
-            clock = Clock(None)
-            if name == "student":
-                with torch.no_grad(), only(model, settings):
-                    output = model.generate(ids, generation_config=settings, past_key_values=again, streamer=clock)
-            elif name == "source":
-                with torch.no_grad(), own._as(student=False), only(source, settings):
-                    output = source.generate(ids, generation_config=settings, past_key_values=again, streamer=clock)
-            else:
-                if name == "resumed":
-                    own.resume(copy.deepcopy(caches["student"]), ids[0, :-1].tolist())
-                with only(source, settings):
-                    output = own.generate(ids, clock, generation_config=settings, past_key_values=again)
-                fresh, counts[name] = own, own.counts
-            seconds[name].append(clock.times[-1] - clock.times[1])
-            written[name] = output.sequences[0, ids.shape[1] :].tolist()
-    best = {name: min(each) for name, each in seconds.items()}
-    rate = {name: (tokens - 1) / each for name, each in best.items()}
-    other = next((name for name in ("lossless", "resumed") if written[name] != written["source"]), None)
-    tie = None if other is None else _tie(fresh, source, ids, written["source"], written[other])
-    return {
-        "context": ids.shape[1],
-        **{name: {"seconds": best[name], "tokens_per_second": rate[name]} for name in best},
-        "ratio": {name: rate[name] / rate["source"] for name in ("lossless", "resumed", "student")},
-        "reading_seconds": reading,
-        "student_read_seconds": counts["lossless"].reading,
-        **{
-            key: {name: value(each) for name, each in counts.items()}
-            for key, value in (
-                ("per_pass", lambda each: each.per_pass),
-                ("drafted", lambda each: each.drafted),
-                ("kept", lambda each: each.kept / max(each.drafted, 1)),
-            )
-        },
-        "same": tie is None,
-        "tie": tie,
-        "pace": {"accepted": fresh.pace.accepted, "step": fresh.pace.step, "draft": fresh.pace.draft,
-                 "token": fresh.pace.token},
-    }  # fmt: skip
+    alone = name if name in caches else None
+    writer = own.model if alone == "student" else own.source or own.model
+    again, clock = copy.deepcopy(caches[alone or "source"]), Clock(None)
+    if alone is None and name != "lossless":
+        own.resume(copy.deepcopy(caches["student"]), ids[0, :-1].tolist())
+    with torch.no_grad(), only(writer, settings):
+        if alone is None:
+            output = own.generate(ids, clock, generation_config=settings, past_key_values=again)
+        else:
+            with own.alone(alone):
+                output = writer.generate(ids, generation_config=settings, past_key_values=again, streamer=clock)
+    written[name] = output.sequences[0, ids.shape[1] :].tolist()
+    return clock.times[-1] - clock.times[1]
 
 
-def _tie(drafting: Lossless, source: Any, ids: Tensor, expected: list[int], written: list[int]) -> dict[str, float]:
+def _tie(drafting: Lossless, ids: Tensor, expected: list[int], written: list[int]) -> dict[str, float]:
     """How far apart the source's own logits of the two tokens are where the texts part, and what its dtype resolves."""
     pairs = zip(expected, written, strict=True)
     where, (ours, theirs) = next((index, pair) for index, pair in enumerate(pairs) if pair[0] != pair[1])
+    source = drafting.source or drafting.model
     whole = torch.cat([ids, ids.new_tensor([expected[:where]])], 1)
-    with torch.no_grad(), drafting._as(student=False):
+    with torch.no_grad(), drafting.alone("source"):
         logits = drafting._pass(source, whole, DynamicCache(config=source.config), 1)[0, -1].float()
     resolution = float(torch.finfo(source.dtype).eps * logits[ours].abs())
     return {"at": where, "gap": abs(float(logits[ours] - logits[theirs])), "resolution": resolution}
