@@ -41,7 +41,9 @@ def cells(dtype: str, row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['per_pass']['resumed']:.2f}",
         *(f"{row['ratio']['forced']:.2f}", f"{row['per_pass']['forced']:.2f}", f"{row['kept']['forced']:.2f}"),
         f"{row['reading_seconds']['student']:.1f}",
-        "yes" if tie is None else f"to a tie of {tie['gap']:.2g} (dtype resolves {tie['resolution']:.2g})",
+        "yes"
+        if tie is None
+        else f"to a tie of {tie['gap']:.2g}, as far as reading by steps moves logits ({tie['moves']:.2g})",
     )
 
 
@@ -67,9 +69,9 @@ def main() -> None:
     accepted = sum(row["pace"]["accepted"] for row in rows) / len(rows)
     lines = [
         f"{given.tokens} greedy tokens behind WikiText-2 validation, batch 1, {torch.get_num_threads()} threads;",
-        "tokens per second of writing, best of three turns. Drafting needs the student's state of the text: lossless",
-        "reads it where the tokens to come can repay that, within its seconds; beside it, with the state at hand, where it",
-        "decides for itself, and where it drafts four tokens in every round, whether that pays or not.",
+        "tokens per second of writing, best of five turns. Drafting needs the student's state of the text: lossless",
+        "reads it where the tokens to come can repay that, within its seconds. Beside it, with the state at hand:",
+        "where it decides for itself, and where it drafts four tokens in every round, whether that pays or not.",
         *common.table(head, table),
         "",
         "Computed, not measured: where the bytes of weights (bf16) and cache are all that a step costs, with the "

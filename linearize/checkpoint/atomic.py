@@ -314,9 +314,9 @@ def _claim(partial: Path, key: str | None, keep: str) -> None:
     note = _key_file(partial)
     same = key is not None and note.is_file() and note.read_text() == key
     for entry in partial.iterdir():
-        if same and not entry.name.startswith(".") and fnmatch(entry.name, keep):
-            continue
-        _remove(entry)
+        finished = not entry.name.startswith(".") and fnmatch(entry.name, keep)
+        if not (same and (finished or entry == note)):
+            _remove(entry)
     if not same:
         note.write_text(key or "")
 

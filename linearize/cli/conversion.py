@@ -1,7 +1,7 @@
 """The verbs that write a folder in another form: convert and export."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,6 +85,7 @@ def export(
     out: Out,
     piece: Annotated[int, typer.Option(help="Tokens that a graph's prefill reads at a time.")] = 64,
     quantize: Annotated[str | None, typer.Option(help="int8 weights (onnx).")] = None,
+    state_dtype: Annotated[str | None, typer.Option(help="float32: keep states unrounded (onnx, pt2).")] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the weights instead of copying.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -97,6 +98,7 @@ def export(
     Example:
       linearize export runs/demo/merged --to source --out runs/demo/as-source
     """
-    written = verbs.export(folder, to, out, link=link, overwrite=overwrite, piece=piece, quantize=quantize)
+    settings: dict[str, Any] = {"piece": piece, "quantize": quantize, "state_dtype": state_dtype}
+    written = verbs.export(folder, to, out, link=link, overwrite=overwrite, **settings)
     show({"out": str(written)}, as_json, str(written))
     next_step(as_json, "open it with transformers: nothing of linearize is in it")

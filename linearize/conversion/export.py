@@ -28,7 +28,7 @@ REFUSED = {
 
 def export(
     folder: str | Path, to: str, out: str | Path, overwrite: bool = False, link: bool = False,
-    piece: int = 64, quantize: str | None = None,
+    piece: int = 64, quantize: str | None = None, state_dtype: str | None = None,
 ) -> Path:  # fmt: skip
     """Write a linearized folder in another format.
 
@@ -42,6 +42,8 @@ def export(
         link: hard-link the weights instead of copying them (source).
         piece: tokens that a graph's prefill reads at a time (onnx, pt2).
         quantize: ``int8``, by onnxruntime's dynamic quantiser (onnx).
+        state_dtype: ``float32``: keep the states of a graph in fp32, unrounded, in whatever dtype the model keeps them:
+            larger, and a little nearer to the source (onnx, pt2).
 
     Returns:
         `out`.
@@ -53,12 +55,12 @@ def export(
         >>> linearize.export("runs/demo/0-converted", "source", "runs/demo/as-source")
     """
     folder, out = Path(folder), Path(out)
-    _check_options(to, link, piece, quantize)
+    _check_options(to, link, piece, quantize, state_dtype)
     config = _config(folder)
     atomic.check_output(out, overwrite, needed(folder))
     tokenizer_files.check(folder)
     if to != "source":
-        return _graphs(folder, to, out, overwrite, piece, quantize)
+        return _graphs(folder, to, out, overwrite, piece, quantize, state_dtype is not None)
     tensors = shards.read_folder(folder)
     fit.check(folder, fit.empty(read(folder), folder), tensors)
     new = [name for name in tensors if is_new(name)]
@@ -78,13 +80,15 @@ def export(
     return out
 
 
-def _check_options(to: str, link: bool, piece: int, quantize: str | None) -> None:
+def _check_options(to: str, link: bool, piece: int, quantize: str | None, state_dtype: str | None) -> None:
     if to not in FORMATS:
         raise InputError(f"--to {to}: {REFUSED.get(to) or 'unknown format. ' + suggest(to, FORMATS)}")
     if piece < 2:
         raise InputError(f"--piece: found {piece}; expected at least 2 tokens")
     if quantize not in (None, "int8") or quantize and to != "onnx":
         raise InputError(f"--quantize {quantize}: found with --to {to}; only int8 is known, with --to onnx")
+    if state_dtype not in (None, "float32") or state_dtype and to == "source":
+        raise InputError(f"--state-dtype {state_dtype}: found with --to {to}; only float32 is known, with onnx or pt2")
     if link and to != "source":
         raise InputError(f"--link: --to {to} writes weights of its own; leave it out")
     missing = [name for name in PACKAGES if to == "onnx" and importlib.util.find_spec(name) is None]
@@ -92,11 +96,15 @@ def _check_options(to: str, link: bool, piece: int, quantize: str | None) -> Non
         raise InputError(f"--to onnx: needs {', '.join(missing)}, not installed here: pip install 'linearize[onnx]'")
 
 
-def _graphs(folder: Path, to: str, out: Path, overwrite: bool, piece: int, quantize: str | None) -> Path:
+def _graphs(
+    folder: Path, to: str, out: Path, overwrite: bool, piece: int, quantize: str | None, unrounded: bool
+) -> Path:
     """Write a model as graphs; arguments as of `export`."""
     from linearize.conversion import graphs
 
     model, tokenizer = load(folder, "float32", "cpu")
+    if unrounded:
+        graphs.keep_unrounded(model)
     graphs.check(model, folder, to)
     with atomic.output_folder(out, overwrite) as work:
         graphs.write(model, tokenizer, to, work, piece, quantize)

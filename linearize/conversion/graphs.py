@@ -13,6 +13,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,12 @@ def _with_tensors(layer: Any, index: int, state: State) -> Any:
     return made
 
 
+def keep_unrounded(model: PreTrainedModel) -> None:
+    """Have every mixer keep its state in fp32."""
+    for module in linearized_modules(model):
+        module.mixer.config = replace(module.mixer.config, state_dtype="float32")
+
+
 def check(model: PreTrainedModel, folder: Path, to: str) -> None:
     """Refuse a model whose graph would not be the model.
 
@@ -121,7 +128,8 @@ def check(model: PreTrainedModel, folder: Path, to: str) -> None:
     if to == "onnx" and rounded:
         raise InputError(
             f"{folder}: its states are kept in {', '.join(sorted(rounded))}, for which onnxruntime lacks operators; "
-            "convert with --set convert.mixer.state_dtype=float32, or export --to pt2"
+            "pass --state-dtype float32 to keep them unrounded in the graph, which takes more memory and may change a "
+            "word where two were nearly as likely, or export --to pt2"
         )
     grown = [m.layer_idx for m in modules if m.softmax_heads or m.mixer.keeps_source_cache]
     depth = text_sizes(model.config).layers

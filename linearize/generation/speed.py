@@ -30,7 +30,7 @@ from linearize.generation.lossless import Lossless, Pace
 from linearize.recipe.resources import package_folder
 
 TEXT = "wikitext2_valid"
-TURNS = 3
+TURNS = 5
 FORCED = 4
 WAYS = ["source", "lossless", "resumed", "forced", "student"]
 DRAFTED = WAYS[1:4]
@@ -168,12 +168,14 @@ def _write(
 
 
 def _tie(drafting: Lossless, ids: Tensor, expected: list[int], written: list[int]) -> dict[str, float]:
-    """How far apart the source's own logits of the two tokens are where the texts part, and what its dtype resolves."""
+    """Where the texts part: how far apart the source's logits of the two tokens are, and how far its own logits move
+    between reading the text at once and reading the last token as a step, which is as much as its dtype says."""
     pairs = zip(expected, written, strict=True)
     where, (ours, theirs) = next((index, pair) for index, pair in enumerate(pairs) if pair[0] != pair[1])
     source = drafting.source or drafting.model
-    whole = torch.cat([ids, ids.new_tensor([expected[:where]])], 1)
+    whole, cache = torch.cat([ids, ids.new_tensor([expected[:where]])], 1), DynamicCache(config=source.config)
     with torch.no_grad(), drafting.alone("source"):
         logits = drafting._pass(source, whole, DynamicCache(config=source.config), 1)[0, -1].float()
-    resolution = float(torch.finfo(source.dtype).eps * logits[ours].abs())
-    return {"at": where, "gap": abs(float(logits[ours] - logits[theirs])), "resolution": resolution}
+        drafting._pass(source, whole[:, :-1], cache, 1)
+        step = drafting._pass(source, whole[:, -1:], cache, 1)[0, -1].float()
+    return {"at": where, "gap": abs(float(step[ours] - step[theirs])), "moves": float((logits - step).abs().max())}

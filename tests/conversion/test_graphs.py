@@ -125,6 +125,20 @@ def test_clusters_merge_in_a_graph(tmp_path: Path) -> None:
     assert generate(out, PROMPT, **settings).texts == generate(made, PROMPT, **settings).texts
 
 
+@pytest.mark.slow
+def test_rounded_states_are_refused_or_kept_unrounded(tmp_path: Path) -> None:
+    mixer = {**MIXER, "name": "clusters", "clusters": 16, "chunk": 4}
+    rounded = save_converted(tmp_path / "rounded", {**mixer, "state_dtype": "int8"})
+    with pytest.raises(InputError, match="kept in int8, .* pass --state-dtype float32"):
+        export(rounded, "onnx", tmp_path / "onnx")
+    with pytest.raises(InputError, match="only float32 is known"):
+        export(rounded, "onnx", tmp_path / "onnx", state_dtype="bfloat16")
+    out = export(rounded, "onnx", tmp_path / "onnx", piece=8, state_dtype="float32")
+    plain = save_converted(tmp_path / "plain", mixer)
+    settings: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0}
+    assert generate(out, PROMPT, **settings).texts == generate(plain, PROMPT, **settings).texts
+
+
 def test_what_a_graph_cannot_be_is_refused(llama_folder: Path, folder: Path, tmp_path: Path) -> None:
     hybrid = run(llama_folder, tmp_path / "hybrid", mixer=MIXER, layers=[0, 2])
     penalised = Path(shutil.copytree(folder, tmp_path / "penalised"))
