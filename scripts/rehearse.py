@@ -1,8 +1,6 @@
 """The exact shapes of large models, without their weights, through the stages that users run, on this machine.
 
-Not run yet.
-
-    python scripts/rehearse.py --shapes llama-3.2-1b    # all stages; 8 GiB and half an hour on two cores
+    python scripts/rehearse.py --shapes llama-3.2-1b    --seq-len 256    # all stages: 5 GiB, ten minutes
     python scripts/rehearse.py --shapes llama-3.1-8b    # convert, inspect, push without sending, plan
 
 Every stage is one `linearize` command in a process of its own: seconds, peak memory (ru_maxrss), and for training the
