@@ -104,7 +104,8 @@ def mixers() -> str:
     from linearize.recipe.load import load
 
     untrained = read("quality-smollm2-135m.json")["columns"] | {
-        "clusters": read("quality-smollm2-135m-clusters.json")["columns"]["clusters"]
+        name: read(f"quality-smollm2-135m-{file}.json")["columns"][name]
+        for name, file in {"clusters": "clusters", "gated_deltanet2": "delta", "pkda": "delta"}.items()
     }
     source, priced, known = untrained["source"]["perplexity"], costs(load("smollm2-135m"))["mixers"], describe()
     names = [name for name in known if name in priced and name != "softmax"]

@@ -127,5 +127,6 @@ def test_kernels_are_listed_where_they_run(monkeypatch):
     monkeypatch.setattr(costs, "_kernels_run_here", lambda: True)
     rows = costs.describe()
     assert rows["kda"]["backends"] == ["torch", "fla"]
-    assert rows["rg_lru"]["backends"] == rows["rwkv7"]["backends"] == ["torch"]
+    assert rows["rg_lru"]["backends"] == rows["rwkv7"]["backends"] == rows["pkda"]["backends"] == ["torch"]
+    assert rows["gated_deltanet2"]["backends"] == ["torch", "fla"]
     assert not ops.has_kernels(lambda: torch.zeros(1))

@@ -249,6 +249,25 @@ def test_blocks_pieces_and_steps_agree(name, combine):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["kda", "gated_deltanet2", "pkda", "rwkv7"])
+def test_blocks_are_single_tokens_in_double_precision_with_their_gradients(name):
+    made, read, tokens, empty = parts(name)
+    inputs = [x.detach().double().requires_grad_() for x in (read, *made.updates(tokens), *empty)]
+    query, updates, state = inputs[0], tuple(inputs[1 : -len(empty)]), tuple(inputs[-len(empty) :])
+
+    def graded(y: Tensor, final: tuple[Tensor, ...]) -> list[Tensor]:
+        loss = y.square().sum() + sum(x.sin().sum() for x in final)
+        return [y, *final, *torch.autograd.grad(loss, inputs)]
+
+    y, _, final = made.scan(query, updates, state, context())
+    ys, at = [], state
+    for t in range(T):
+        one, _, at = made.scan(query[:, :, t : t + 1], tuple(x[:, :, t : t + 1] for x in updates), at, context())
+        ys.append(one)
+    for got, expected in zip(graded(y, final), graded(torch.cat(ys, 2), at), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
 @every
 def test_an_absent_token_changes_no_bit_of_the_state(name):
     made, read, tokens, empty = parts(name, absent=tuple(range(20, T)))
