@@ -230,8 +230,7 @@ def operations() -> Iterator[tuple[str, str, Callable[..., Inputs]]]:
 
 MIXERS = {
     "mixer gla": {}, "mixer gla liger": {"combine": "liger"}, "mixer linear": {}, "mixer kda": {},
-    "mixer delta_net": {}, "mixer gated_deltanet": {}, "mixer gated_deltanet2": {}, "mixer rwkv6": {},
-    "mixer gsa none": {"combine": "none"},
+    "mixer delta_net": {}, "mixer gated_deltanet": {}, "mixer rwkv6": {}, "mixer gsa none": {"combine": "none"},
 }  # fmt: skip
 
 
