@@ -103,12 +103,11 @@ def mixers() -> str:
     from linearize.conversion.costs import costs, describe
     from linearize.recipe.load import load
 
-    untrained = read("quality-smollm2-135m.json")["columns"] | {
-        name: read(f"quality-smollm2-135m-{file}.json")["columns"][name]
-        for name, file in {"clusters": "clusters", "gated_deltanet2": "delta", "pkda": "delta"}.items()
-    }
+    untrained = read("quality-smollm2-135m.json")["columns"]
+    for file in sorted(RESULTS.glob("quality-smollm2-135m-*.json")):
+        untrained = read(file.name)["columns"] | untrained
     source, priced, known = untrained["source"]["perplexity"], costs(load("smollm2-135m"))["mixers"], describe()
-    names = [name for name in known if name in priced and name != "softmax"]
+    names = [name for name in known if name in priced and name in untrained]
 
     def values(name: str) -> dict[str, float]:
         return untrained[name].get("calibrated", untrained[name])["perplexity"]
