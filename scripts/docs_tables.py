@@ -103,11 +103,11 @@ def mixers() -> str:
     from linearize.conversion.costs import costs, describe
     from linearize.recipe.load import load
 
-    untrained = read("quality-smollm2-135m.json")["columns"] | {
-        "clusters": read("quality-smollm2-135m-clusters.json")["columns"]["clusters"]
-    }
+    untrained = read("quality-smollm2-135m.json")["columns"]
+    for file in sorted(RESULTS.glob("quality-smollm2-135m-*.json")):
+        untrained = read(file.name)["columns"] | untrained
     source, priced, known = untrained["source"]["perplexity"], costs(load("smollm2-135m"))["mixers"], describe()
-    names = [name for name in known if name in priced and name != "softmax"]
+    names = [name for name in known if name in priced and name in untrained]
 
     def values(name: str) -> dict[str, float]:
         return untrained[name].get("calibrated", untrained[name])["perplexity"]

@@ -11,8 +11,8 @@ from .base import Context, Geometry, Mixer, MixerConfig
 
 NAMES = (
     "softmax", "window", "linear", "hedgehog", "gla", "hgrn2", "gsa", "retnet", "mamba2", "lightnet", "gateloop",
-    "rwkv6", "rwkv7", "clusters", "delta_net", "gated_deltanet", "kda", "rg_lru", "hgrn", "min_gru", "min_lstm", "lru",
-    "aaren",
+    "rwkv6", "rwkv7", "clusters", "delta_net", "gated_deltanet", "gated_deltanet2", "kda", "pkda", "rg_lru", "hgrn",
+    "min_gru", "min_lstm", "lru", "aaren",
 )  # fmt: skip
 MIXERS: dict[str, type[Mixer]] = {name: import_module(f"{__name__}.{name}").Mixer for name in NAMES}
 

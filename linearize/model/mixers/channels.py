@@ -16,6 +16,12 @@ LEAST = 1e-20
 """Weight below which a running mean counts as that of no token."""
 
 
+def to_values(x: Tensor, geometry: base.Geometry) -> Tensor:
+    """[..., K] -> [..., V]: value channel i gets what key channel ⌊i K / V⌋ has."""
+    K, V = geometry.key_width, geometry.value_width
+    return x if K == V else x[..., torch.arange(V, device=x.device) * K // V]
+
+
 class Mixer(base.Mixer):
     """A mixer's file defines `gates`."""
 
@@ -26,8 +32,7 @@ class Mixer(base.Mixer):
 
     def to_values(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., V]"""
-        K, V = self.geometry.key_width, self.geometry.value_width
-        return x if K == V else x[..., torch.arange(V, device=x.device) * K // V]
+        return to_values(x, self.geometry)
 
     def query(self, q, context):
         return self.to_values(context.unrotate(q)).sigmoid()

@@ -17,6 +17,8 @@ NUMBERS = {
     "delta_net": {},
     "gated_deltanet": {"gate_normalizer": TAU},
     "kda": {"gate_normalizer": TAU, "negative_eigenvalues": True},
+    "gated_deltanet2": {"gate_normalizer": TAU},
+    "pkda": {"gate_normalizer": TAU, "curvature_normalizer": 2.0, "squash": 1.9, "center": 0.1},
     "rwkv7": {"gate_normalizer": 1.0},
     "rg_lru": {"half_life": HALF},
     "hgrn": {"half_life": HALF},
@@ -60,6 +62,21 @@ def write_gated_deltanet(S, k, r, v):
 
 def write_kda(S, k, r, v):
     return delta_rule(S, r, v, 2 * sigmoid(r.mean()), sigmoid(r) ** (1 / TAU))
+
+
+def write_gated_deltanet2(S, k, r, v):
+    key, S = sigmoid(r).sqrt() * r / r.norm(), torch.diag(sigmoid(r) ** (1 / TAU)) @ S
+    return S - torch.outer(key, key @ S) + torch.outer(key, sigmoid(r) * v)
+
+
+def write_pkda(state, k, r, v):
+    S, a = state
+    key, beta = r / r.norm(), sigmoid(r.mean())
+    a = sigmoid(r.mean()) ** (1 / 2) * a + beta * key**2
+    above = (a + 1e-6).log() - 0.1
+    written = beta * 1.9 ** (-above / (1 + above.abs())) * key
+    S = torch.diag(sigmoid(r) ** (1 / TAU)) @ S
+    return S + torch.outer(written, v - key @ S), a
 
 
 def write_rwkv7(S, k, r, v):
@@ -113,6 +130,10 @@ def read_raw_matrix(S, q, p):
     return S.T @ (p / p.norm())
 
 
+def read_first_matrix(state, q, p):
+    return read_raw_matrix(state[0], q, p)
+
+
 def read_mean(state, q, p):
     h, n = state
     return sigmoid(p) * h / n if n.any() else torch.zeros(V)
@@ -134,6 +155,8 @@ FORMULAS = {
     "delta_net": (MATRIX, write_delta_net, read_matrix),
     "gated_deltanet": (MATRIX, write_gated_deltanet, read_matrix),
     "kda": (MATRIX, write_kda, read_raw_matrix),
+    "gated_deltanet2": (MATRIX, write_gated_deltanet2, read_raw_matrix),
+    "pkda": ((MATRIX, torch.zeros(K)), write_pkda, read_first_matrix),
     "rwkv7": (MATRIX, write_rwkv7, read_raw_matrix),
     "rg_lru": (ONE, write_rg_lru, read_channels),
     "hgrn": (TWO, write_hgrn, read_mean),
@@ -226,6 +249,25 @@ def test_blocks_pieces_and_steps_agree(name, combine):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["kda", "gated_deltanet2", "pkda", "rwkv7"])
+def test_blocks_are_single_tokens_in_double_precision_with_their_gradients(name):
+    made, read, tokens, empty = parts(name)
+    inputs = [x.detach().double().requires_grad_() for x in (read, *made.updates(tokens), *empty)]
+    query, updates, state = inputs[0], tuple(inputs[1 : -len(empty)]), tuple(inputs[-len(empty) :])
+
+    def graded(y: Tensor, final: tuple[Tensor, ...]) -> list[Tensor]:
+        loss = y.square().sum() + sum(x.sin().sum() for x in final)
+        return [y, *final, *torch.autograd.grad(loss, inputs)]
+
+    y, _, final = made.scan(query, updates, state, context())
+    ys, at = [], state
+    for t in range(T):
+        one, _, at = made.scan(query[:, :, t : t + 1], tuple(x[:, :, t : t + 1] for x in updates), at, context())
+        ys.append(one)
+    for got, expected in zip(graded(y, final), graded(torch.cat(ys, 2), at), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
 @every
 def test_an_absent_token_changes_no_bit_of_the_state(name):
     made, read, tokens, empty = parts(name, absent=tuple(range(20, T)))
@@ -257,7 +299,7 @@ def test_keys_at_fifty_stay_finite_with_their_gradients(name, numbers, shift):
         assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs)
 
 
-@pytest.mark.parametrize("name", ["delta_net", "kda", "rwkv7"])
+@pytest.mark.parametrize("name", ["delta_net", "kda", "gated_deltanet2", "pkda", "rwkv7"])
 def test_a_long_skewed_stream_stays_on_the_scale_of_its_values(name):
     """No transition makes the state longer, whatever the keys: RWKV-7 as published leaves fp32 on such keys."""
     made = mixer(name=name, combine="none", **NUMBERS[name])
@@ -266,7 +308,7 @@ def test_a_long_skewed_stream_stays_on_the_scale_of_its_values(name):
     assert float(y.square().mean().sqrt()) < 3
 
 
-@pytest.mark.parametrize("name", ["hgrn", "min_gru", "min_lstm", "rg_lru", "lru"])
+@pytest.mark.parametrize("name", ["hgrn", "min_gru", "min_lstm", "rg_lru", "lru", "gated_deltanet2", "pkda"])
 def test_values_may_be_wider_or_narrower_than_keys(name):
     from linearize.model.mixers import MIXERS, Geometry, build_config
 
@@ -304,6 +346,7 @@ def test_half_lives_are_as_long_as_the_window_or_longer():
     ("values", "message"),
     [
         ({"name": "gated_deltanet", "gate_normalizer": 0.0}, "gate_normalizer: found 0.0; expected above 0"),
+        ({"name": "pkda", "squash": 2.5}, "squash: found 2.5; expected between 1 and 2"),
         ({"name": "rwkv7", "gate_normalizer": -1.0}, "gate_normalizer: found -1.0"),
         ({"name": "rg_lru", "half_life": 0.0}, "half_life: found 0.0; expected above 0"),
         ({"name": "hgrn", "half_life": 0.0}, "half_life: found 0.0"),

@@ -7,14 +7,18 @@ fla's naive files are loaded by path: importing the package needs triton.
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from helpers.delta import G, K, inputs
+from helpers.mixers import context
 from torch import Tensor
 from torch.nn import functional as F
 
+from linearize.model.mixers import MIXERS, Geometry, build_config
 from linearize.model.ops import delta, diagonal, dplr
+from linearize.model.tokens import Tokens
 
 T = 100
 # fp32 against fp32, in another order of summation. A wrong formula is off by a per cent at least.
@@ -83,6 +87,38 @@ def test_dplr():
     oracle = fla("generalized_delta_rule/dplr").dplr_recurrence
     expected = oracle(x["q"], x["k"], x["v"], x["a"], x["b"], x["log_decay"], x["state"])
     assert_equal(dplr.chunked(**scaled(x)), expected)
+
+
+def mixer_parts(name: str) -> tuple[Any, Tokens, list[Tensor], tuple[Tensor, ...]]:
+    """A mixer, tokens, their q, k, v and log decay as fla wants them, and the mixer's output with its final state."""
+    m = MIXERS[name](build_config({"name": name, "gate_normalizer": 4.0}), Geometry(G, G, K, K))
+    k, v, q = torch.randn(3, 2, G, T, K).unbind()
+    tokens = Tokens.join(k, v, m.kept_features(k, lambda x: x), torch.ones(2, G, T, 1), m.geometry)
+    query, empty = m.query(q, context()), m.initial_state(2, torch.device("cpu"))
+    y, _, state = m.scan(query, m.updates(tokens), empty, context())
+    return m, tokens, tokens_first(query, delta.unit(k), v, F.logsigmoid(k) / 4), (y, *state)
+
+
+def test_gated_deltanet2():
+    """The mixer is fla's rule for the key √b ∘ k̂; and dplr does what the paper does, which grows without a bound."""
+    _, tokens, (q, k, v, g), got = mixer_parts("gated_deltanet2")
+    gate = tokens.kept.sigmoid().transpose(1, 2)
+    oracle = fla("gdn2").naive_recurrent_gdn2
+    y, state = oracle(q, gate.sqrt() * k, v, g, torch.ones_like(k), gate, scale=1.0, output_final_state=True)
+    assert_equal(got, (*tokens_first(y), state))
+    y, state = oracle(q, k, v, g, gate, gate, scale=1.0, output_final_state=True)
+    a = g.exp() * gate * k
+    published = dplr.chunked(*tokens_first(q, k, gate * v, a, -k, g))
+    assert_equal(published, (*tokens_first(y), state))
+
+
+def test_pkda():
+    _, tokens, (q, k, v, g), got = mixer_parts("pkda")
+    mean = tokens.kept.mean(-1).transpose(1, 2)
+    y, state, sums = fla("precond_kda").naive_recurrent_precond_kda(
+        q, k, v, g, F.logsigmoid(mean) / 64, mean.sigmoid(), mean.sigmoid(), scale=1.0, output_final_state=True
+    )
+    assert_equal(got, (*tokens_first(y), state, sums))
 
 
 def test_hgrn():
