@@ -105,7 +105,9 @@ def test_both_forms_round_alike(dtype):
     state = exact.initial_state(B, G, K, V, N, torch.device("cpu"))
     one = exact.recurrent(q, k, v, score, exists, state, scaling=SCALING, dtype=dtype)
     other = exact.chunked(q, k, v, score, exists, state, scaling=SCALING, dtype=dtype, block=16)
-    torch.testing.assert_close(one[:2], other[:2], rtol=0, atol=1e-5)
+    some = one[1] > exact.EMPTY / 2
+    for a, b in zip(one[:2], other[:2], strict=True):
+        torch.testing.assert_close(a[some], b[some], rtol=0, atol=1e-5)
     assert torch.equal(one[2][1], other[2][1]) and torch.equal(one[2][0], other[2][0])
 
 
