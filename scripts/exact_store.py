@@ -1,6 +1,7 @@
 """Recurrences with tokens that stay exact, beside clusters and a longer window, with as many bytes of cache.
 
     python scripts/exact_store.py --text OTHER.jsonl.gz --threads 1
+    python scripts/exact_store.py --text OTHER.jsonl.gz --threads 1 --add A.json B.json    # rows measured side by side
 
 Untrained: every layer of the recipe's source is converted, with its window and sinks. The number of exact tokens, of
 clusters, or of tokens in the window is the largest with which the cache of one row, tokens in 16 bits, fits the budget.
@@ -33,11 +34,10 @@ from linearize.recipe import load as recipes
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "a longer window": ({"name": "window", "combine": "none"}, "window"),
     "clusters, int8": ({"name": "clusters", "state_dtype": "int8"}, "clusters"),
-    "gated_deltanet + exact, bf16": ({"name": "gated_deltanet", "state_dtype": "bfloat16"}, "exact"),
-    "kda + exact, bf16": ({"name": "kda", "state_dtype": "bfloat16"}, "exact"),
-    "gla + exact, bf16": ({"name": "gla", "state_dtype": "bfloat16"}, "exact"),
     "gated_deltanet + exact, int8": ({"name": "gated_deltanet", "state_dtype": "int8"}, "exact"),
     "gla + exact, int8": ({"name": "gla", "state_dtype": "int8"}, "exact"),
+    "kda + exact, int8": ({"name": "kda", "state_dtype": "int8"}, "exact"),
+    "gla + exact, bf16": ({"name": "gla", "state_dtype": "bfloat16"}, "exact"),
 }
 """Row -> mixer, and the number that fills the budget."""
 SOURCE = "source"
@@ -76,14 +76,20 @@ def questions(tokenizer: Any, task: str, window: int, count: int, seed: int) -> 
 
 
 def cells(given: argparse.Namespace, texts: dict[str, str]) -> Iterator[common.Cell]:
-    """A cell per row, and text or task."""
+    """A cell per row, and text or task; first those of other files, whose rows are not measured again."""
+    added = [cell for file in given.add for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]]
+    order = [SOURCE, *ROWS]
+    known = {(c["row"], c.get("text") or c["task"]): c for c in added}
+    yield from sorted(known.values(), key=lambda cell: order.index(cell["row"]))
+    chosen = {name: row for name, row in ROWS.items() if name in given.rows and name not in {c["row"] for c in added}}
+    if not chosen:
+        return
     wanted = recipes.load(given.recipe)
     model, tokenizer = load_source(common.source_of(wanted), torch.float32)[:2]
     window, sinks = wanted.convert.mixer["window"], wanted.convert.mixer["sinks"]
     blocks = {name: perplexity.cut(text, tokenizer, LENGTH, given.blocks) for name, text in texts.items()}
     asked = {task: questions(tokenizer, task, window, given.items, given.seed) for task in given.tasks}
     source: dict[str, torch.Tensor] = {}
-    chosen = {name: row for name, row in ROWS.items() if name in given.rows}
     for row in (SOURCE, *chosen):
         facts: common.Cell = {"row": row}
         if row in chosen:
@@ -140,12 +146,14 @@ def main() -> None:
     parser.add_argument("--cache", default="7.2MiB")
     parser.add_argument("--text", type=Path, required=True, help="another text: .txt, or .jsonl.gz with a field `text`")
     parser.add_argument("--blocks", type=int, default=8, help="of each text")
-    parser.add_argument("--items", type=int, default=24, help="of each task")
+    parser.add_argument("--items", type=int, default=16, help="of each task")
     parser.add_argument("--tasks", nargs="*", choices=recall.TASKS, default=["multikey", "copy", "mqar"])
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="results files with the same settings")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     given = parser.parse_args()
     results, target = common.begin(given)
     results["settings"]["text"] = given.text.name
+    del results["settings"]["add"]
     other = given.text.read_text(encoding="utf-8") if given.text.suffix == ".txt" else _field(given.text)
     texts = {"WikiText-2, validation": common.validation_text(), given.text.name.split(".")[0]: other}
     common.collect(results, cells(given, texts), lambda found: [], target)

@@ -74,8 +74,9 @@ def recurrent(
     """Token by token: the definition, and the oracle of the chunked form. Arguments and result as of `chunked`."""
     kept, y, weight = tuple(x.clone() for x in stored(state, k.shape[-1], dtype)), [], []
     for t in range(q.shape[2]):
-        update_state(*(x[:, :, t : t + 1] for x in (k, v, score, exists)), kept)
-        a, b = read_state(q[:, :, t : t + 1], opened(kept, k.shape[-1]), scaling=scaling, softcap=softcap)
+        one = slice(t, t + 1)
+        update_state(k[:, :, one], v[:, :, one], score[:, :, one], exists[:, :, one], kept)
+        a, b = read_state(q[:, :, one], opened(kept, k.shape[-1]), scaling=scaling, softcap=softcap)
         y.append(a)
         weight.append(b)
     return torch.cat(y, 2), torch.cat(weight, 2), opened(kept, k.shape[-1])
@@ -106,8 +107,8 @@ def chunked(
     both = torch.cat([k, v], -1)
     entering = compact.rounded_pairs(both.to(torch.promote_types(both.dtype, state[0].dtype)), k.shape[-1], dtype)
     y, weight = [], []
-    for queries, *new in zip(*(x.split(block, 2) for x in (q, entering, score, exists)), strict=True):
-        tokens, held, state = _block(*new, state)
+    for queries, new, scored, there in zip(*(x.split(block, 2) for x in (q, entering, score, exists)), strict=True):
+        tokens, held, state = _block(new, scored, there, state)
         a, b = _read(queries, tokens, held, scaling, softcap)
         y.append(a)
         weight.append(b)

@@ -3,6 +3,8 @@
 Rollback with them, and all of it in fp64, is in test_rollback.py.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.mixers import context
@@ -118,7 +120,7 @@ def test_what_is_read_has_its_gradient():
     for form in (exact.chunked, by_definition):
         own = [x.clone().requires_grad_() for x in (q, k, v)]
         state = tuple(x.double() for x in exact.initial_state(B, G, K, V, N, torch.device("cpu")))
-        more = ((state,), {"scaling": SCALING, "block": 8}) if form is exact.chunked else ((), {})
+        more: Any = ((state,), {"scaling": SCALING, "block": 8}) if form is exact.chunked else ((), {})
         form(*own, score, exists, *more[0], **more[1])[0][:, :, 10:].square().sum().backward()
         grads.append([x.grad for x in own])
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-10)
