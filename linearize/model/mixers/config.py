@@ -12,7 +12,7 @@ class MixerConfig:
 
     Attributes:
         positive: numbers that must be above 0.
-        sized: the number that decides how large the state is, if one does, and its step; see conversion/budget.py.
+        sized: the number that decides how large the state is, if one does, and its step; see checkpoint/budget.py.
         least: the smallest such number.
         older: what folders mean that were written before a setting existed.
         name: the mixer's file name.
