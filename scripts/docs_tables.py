@@ -136,7 +136,9 @@ def exact() -> str:
         rows.setdefault(cell["row"], {})[cell.get("text") or cell["task"]] = cell
     columns = list(rows["source"])
 
-    def shown(cell: dict[str, Any]) -> str:
+    def shown(cell: dict[str, Any] | None) -> str:
+        if cell is None:
+            return ""
         if cell["part"] == "recall":
             return f"{100 * cell['value']:.0f} ± {100 * cell['stderr']:.0f} %"
         return f"{cell['over_source'][0]:.3f} ×"
@@ -144,7 +146,9 @@ def exact() -> str:
     lines = []
     for row, cells in rows.items():
         first = cells[columns[0]]
-        lines.append([f"{row}: {first['number']}" if "number" in first else row, *(shown(cells[c]) for c in columns)])
+        lines.append(
+            [f"{row}: {first['number']}" if "number" in first else row, *(shown(cells.get(c)) for c in columns)]
+        )
     return table(("at 7.2 MiB, untrained", *columns), lines)
 
 

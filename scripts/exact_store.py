@@ -24,7 +24,6 @@ import torch
 
 from linearize.checkpoint.sources import load_source
 from linearize.evaluation import perplexity, recall
-from linearize.evaluation.clock import timed
 from linearize.formats import format_bytes, parse_bytes
 from linearize.model.mixers import build_config
 from linearize.model.modeling import linearize_
@@ -99,11 +98,11 @@ def cells(given: argparse.Namespace, texts: dict[str, str]) -> Iterator[common.C
             facts |= {"mixer": mixer, "number": mixer[key], "of": key}
             facts["bytes"] = state_bytes(model.config, LENGTH)["linearized"]
         for name, ids in blocks.items():
-            losses, seconds = timed(lambda ids=ids: perplexity.losses(model, ids), torch.device("cpu"))
+            losses = perplexity.losses(model, ids)
             source.setdefault(name, losses)
             value = interval(losses, source[name], given.seed)
             cell = {**facts, "part": "perplexity", "text": name, "perplexity": math.exp(losses.double().mean())}
-            yield cell | {"over_source": value, "seconds_per_block": seconds / len(ids)}
+            yield cell | {"over_source": value}
         for task, items in asked.items():
             scores = recall.right(model, tokenizer, items, 4)
             yield {**facts, "part": "recall", "task": task, **recall.summary(scores)}
@@ -126,7 +125,7 @@ def markdown(results: dict[str, Any]) -> list[str]:
         for task in tasks:
             value = own.get(task)
             line.append(f"{100 * value['value']:.0f} ± {100 * value['stderr']:.0f}" if value else "")
-        rows.append([*line, f"{own[texts[0]]['seconds_per_block']:.1f}" if texts[0] in own else ""])
+        rows.append(line)
     machine, given = results["environment"], results["settings"]
     head = ["", "exact tokens, clusters or window", "cache", *(f"perplexity, {text}" for text in texts)]
     return [
@@ -136,7 +135,7 @@ def markdown(results: dict[str, Any]) -> list[str]:
         f"Perplexity is over the source's, {given['blocks']} blocks of {LENGTH} tokens of each text, with a bootstrap "
         f"interval of 95 % over the blocks; recall is right answers in per cent, {BACK} windows back, "
         f"{given['items']} items each, ± standard error.",
-        *common.table((*head, *tasks, "seconds a block"), rows),
+        *common.table((*head, *tasks), rows),
     ]
 
 

@@ -3,7 +3,7 @@
 Rollback with them, and all of it in fp64, is in test_rollback.py.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -116,11 +116,11 @@ def test_both_forms_round_alike(dtype):
 def test_what_is_read_has_its_gradient():
     """Also across blocks, and none for what is not held."""
     q, k, v, score, exists = inputs(False)
-    grads = []
-    for form in (exact.chunked, by_definition):
+    grads, forms = [], cast("tuple[Any, ...]", (exact.chunked, by_definition))
+    for form in forms:
         own = [x.clone().requires_grad_() for x in (q, k, v)]
         state = tuple(x.double() for x in exact.initial_state(B, G, K, V, N, torch.device("cpu")))
-        more: Any = ((state,), {"scaling": SCALING, "block": 8}) if form is exact.chunked else ((), {})
+        more = ((state,), {"scaling": SCALING, "block": 8}) if form is exact.chunked else ((), {})
         form(*own, score, exists, *more[0], **more[1])[0][:, :, 10:].square().sum().backward()
         grads.append([x.grad for x in own])
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-10)
