@@ -129,6 +129,29 @@ def mixers() -> str:
     return table(header, rows, left=3)
 
 
+def exact() -> str:
+    """Recurrences with exact tokens beside clusters and a longer window, at the same bytes of cache."""
+    rows: dict[str, dict[str, Any]] = {}
+    for cell in read("exact-store.json")["cells"]:
+        rows.setdefault(cell["row"], {})[cell.get("text") or cell["task"]] = cell
+    columns = list(rows["source"])
+
+    def shown(cell: dict[str, Any] | None) -> str:
+        if cell is None:
+            return ""
+        if cell["part"] == "recall":
+            return f"{100 * cell['value']:.0f} ± {100 * cell['stderr']:.0f} %"
+        return f"{cell['over_source'][0]:.3f} ×"
+
+    lines = []
+    for row, cells in rows.items():
+        first = cells[columns[0]]
+        lines.append(
+            [f"{row}: {first['number']}" if "number" in first else row, *(shown(cells.get(c)) for c in columns)]
+        )
+    return table(("at 7.2 MiB, untrained", *columns), lines)
+
+
 def decoding() -> str:
     """Milliseconds per token and cache by context, one row and fp32."""
     cells = read("bench-decode-x86_64-2-cores.json")["cells"]
@@ -203,6 +226,7 @@ def results() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "trained": trained,
     "mixers": mixers,
+    "exact": exact,
     "decoding": decoding,
     "training": training,
     "conversion": conversion,

@@ -61,7 +61,7 @@ class Step:
             self._ahead = list(zip(*(x.chunk(len(stack.layers)) for x in stack.ahead), strict=True))
         elif mixer.delayed:
             leaving = Tokens(tokens.gather(2, self._slot), mixer.geometry)
-            mixer.take_in(mixer.updates(leaving), stack.state)
+            mixer.take_in(leaving, stack.state)
 
     def state(self, index: int, past: LinearizedCacheLayer) -> tuple[Tensor, ...]:
         """What a layer of this index among them reads: the state with the token in it that has just left."""
@@ -100,7 +100,7 @@ def enter(mixer: "Mixer", stack: Stack, first: Tensor, last: Tensor, state: tupl
         slot = layer.sinks + (token - layer.sinks).remainder(layer.ring)
         leaving = x.gather(2, slot[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
         real = (token >= layer.sinks) & ((first + offset)[:, None] < last[:, None])
-        mixer.take_in(mixer.updates(Tokens(leaving * real[:, None, :, None], mixer.geometry)), state)
+        mixer.take_in(Tokens(leaving * real[:, None, :, None], mixer.geometry), state)
 
 
 def settle(mixers: "dict[int, Mixer]", layers: list, new: int) -> None:

@@ -58,6 +58,22 @@ class Branch(NamedTuple):
     y: Tensor
     log_weight: Tensor | None
 
+    def placed(self, wait: int, skip: int) -> "Branch":
+        """Without the first `wait` tokens, behind `skip` that read nothing."""
+        y, weight = self.y[:, :, wait:], None if self.log_weight is None else self.log_weight[:, :, wait:]
+        if skip:
+            y = F.pad(y, (0, 0, skip, 0))
+            weight = None if weight is None else F.pad(weight, (skip, 0), value=float("-inf"))
+        return Branch(y, weight)
+
+    def joined(self, other: "Branch") -> "Branch":
+        """One softmax over both, (e^w y + e^w' y') / (e^w + e^w'), in the other's dtype; both have log weights."""
+        if self.log_weight is None or other.log_weight is None:
+            raise ValueError("a branch without a log weight shares no softmax")
+        share = (other.log_weight - self.log_weight).sigmoid()
+        y = torch.lerp(self.y.to(other.y.dtype), other.y, share.unsqueeze(-1))
+        return Branch(y, torch.logaddexp(self.log_weight, other.log_weight))
+
 
 class Pass(NamedTuple):
     """The tokens of one forward pass, as rows that start at their first real token.

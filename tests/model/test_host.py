@@ -34,6 +34,9 @@ MIXTURES = [
     for combine in cls.combines
     if combine == cls.combines[0] or name in ("gla", "gsa")
 ]
+MIXTURES += [
+    pytest.param({"name": name, "window": 8, "sinks": 2, "exact": 6}, id=f"{name}-exact") for name in ("gla", "kda")
+]
 
 
 class Read(AssertionError):

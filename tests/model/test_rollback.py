@@ -57,6 +57,11 @@ def model_of(name: str, kept: tuple[int, ...] = ()) -> PreTrainedModel:
     return made(name, kept)
 
 
+@functools.cache
+def exact_model_of(name: str) -> PreTrainedModel:
+    return made(name, exact=5)
+
+
 def forward(model: PreTrainedModel, ids: Tensor, cache: DynamicCache, mask: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         return model(ids, past_key_values=cache, attention_mask=mask).logits
@@ -154,6 +159,14 @@ def test_single_steps_before_each_decision(name: str, steps: list[tuple[int, int
         cache.crop(-gone)
         kept = kept[:, : kept.shape[1] - gone]
     assert worst < 1e-10, worst
+
+
+@pytest.mark.parametrize("name", ["gla", "gated_deltanet", "kda"])
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(plan=PLAN | STEPS, when=st.integers(0, 2), batch=st.integers(1, 2))
+@example(plan=[(40, R), (1, 1), (1, 0), (5, 2), (30, R), (6, 6)], when=0, batch=2)
+def test_tokens_that_stay_exact(name: str, plan: list[tuple[int, int]], when: int, batch: int) -> None:
+    check(exact_model_of(name), plan, batch, when=min(when, len(plan) - 1))
 
 
 @pytest.mark.parametrize("name", ["gla", "clusters"])

@@ -89,6 +89,17 @@ def test_texts_in_the_steps_of_a_server_are_whole_texts(name: str, combine: str)
     assert_close(tuple(got), tuple(expected), 1e-5)
 
 
+@pytest.mark.parametrize("name", ["gla", "gated_deltanet"])
+def test_tokens_that_stay_exact_lie_in_the_page(name: str) -> None:
+    torch.manual_seed(0)
+    m = mixer(name=name, exact=6)
+    if m.gate is not None:
+        torch.nn.init.normal_(m.gate, std=0.5)
+    drawn = texts()
+    got = in_steps(m, drawn, STEPS, empty_pages(m))
+    assert_close(tuple(got), tuple(whole(m, *text) for text in drawn), 1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["gla", "kda", "clusters"])
 def test_states_in_fewer_bits_are_those_of_a_cache(name: str, dtype: str) -> None:

@@ -58,6 +58,12 @@ def build_config(values: dict[str, Any]) -> MixerConfig:
     problems += [f"mixer.{p}" for p in config.problems()]
     if not MIXERS[name].recurrent and config.state_dtype != "float32":
         problems.append(f"mixer.state_dtype: found {config.state_dtype!r}; {name} has no state; leave it out")
+    if config.exact > 0 and not MIXERS[name].addressed:
+        kinds = ", ".join(each for each, cls in MIXERS.items() if cls.addressed)
+        problems.append(
+            f"mixer.exact: found {config.exact}; the state of {name} is not read by key, so nothing says which tokens "
+            f"it keeps badly; leave it out, or use one of {kinds}"
+        )
     if config.combine not in MIXERS[name].combines:
         problems.append(
             f"mixer.combine: {config.combine!r} is not possible for {name}; allowed: {', '.join(MIXERS[name].combines)}"

@@ -125,6 +125,7 @@ class Mixer(base.Mixer):
     """Base of the additive mixers. A mixer defines `log_decay`, unless nothing fades or channels do as in GLA."""
 
     Config = Config
+    addressed = True
 
     keyed: ClassVar[bool] = False
     """Whether the decay depends on the key."""
@@ -167,6 +168,11 @@ class Mixer(base.Mixer):
 
     def query(self, q, context):
         return q if self.expands else self.query_features(context.unrotate(q), context)
+
+    def own_query(self, tokens, scaling):
+        if self.expands:  # as if the source scaled its scores by 1/√K
+            return tokens.k * (self.geometry.key_width**-0.5 / scaling)
+        return self.key_features(tokens.kept.float())
 
     def kept_features(self, k, unrotate):
         if not self.expands:

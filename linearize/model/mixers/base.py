@@ -10,10 +10,8 @@ knows how much it weighs shares one softmax with the window; any other is added 
 closed. liger: 0.5·window + 0.5·recurrence over all tokens (arXiv 2503.01496). none: one branch alone.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +19,19 @@ from torch.nn import functional as F
 
 from ..cache import LinearizedCacheLayer, cache_layer
 from ..decoding import Step
-from ..ops import compact
 from ..ops.rows import Rows, in_parts
 from ..ops.window import slot_attention, window_attention
 from ..passes import Branch, Context, Pass
 from ..stack import Stack
 from ..tokens import Geometry, Tokens
 from .config import MixerConfig
+from .exact import Kept
 
 
-class Mixer(nn.Module):
-    """Base of all mixers. A recurrent one defines the first group of methods; the rest is here.
-
-    The one rule of a recurrence: a token that does not exist leaves the state as it was.
+class Mixer(Kept):
+    """Base of all mixers; recurrence.py has what a recurrent one defines, exact.py what a cache keeps of it.
 
     Attributes:
-        name: the name of its file, in lower case, by which a user chooses it.
-        summary: what it is, in a line. rule: its formulas. papers: arXiv ids. state: the size of a layer's state.
-        recurrent: whether there is a recurrence.
-        scheduled: whether a head's updates depend on its index in the layer; then see `Geometry.schedule`.
         window: in force now; that of the configuration, unless `branches.windows` cuts it.
         sinks: the same.
         windowed: whether it has a window.
@@ -49,27 +41,8 @@ class Mixer(nn.Module):
             it, which starts at 0: the plain window.
     """
 
-    name: ClassVar[str]
-    Config: ClassVar[type[MixerConfig]] = MixerConfig
-    combines: ClassVar[tuple[str, ...]] = ("memory", "liger", "none")
-    recurrent: ClassVar[bool] = True
-    keeps_source_cache: ClassVar[bool] = False
-    """Whether it leaves the layer its source's own cache, which grows with the text."""
-    read_by: ClassVar[tuple[str, ...]] = ("gate", "mass")
-    """Weights that only reading needs: layers update their states together, whatever these are."""
-    rounds_itself: ClassVar[bool] = False
-    """Whether its operations keep the state in `state_dtype` themselves."""
-    scheduled: ClassVar[bool] = False
-    summary: ClassVar[str]
-    rule: ClassVar[str]
-    papers: ClassVar[tuple[str, ...]] = ()
-    state: ClassVar[str]
-
-    config: Any
-
     def __init__(self, config: MixerConfig, geometry: Geometry):
-        super().__init__()
-        self.config, self.geometry = config, geometry
+        super().__init__(config, geometry)
         self.window, self.sinks = config.window, config.sinks
         self.windowed = config.combine != "none" or not self.recurrent
         self.delayed = self.recurrent and config.combine == "memory"
@@ -77,113 +50,6 @@ class Mixer(nn.Module):
         self.gate = nn.Parameter(torch.zeros(geometry.heads)) if gated else None
         kept = self.kept_features(torch.zeros(1, geometry.kv_heads, 1, geometry.key_width), lambda k: k)
         self.kept_width = 0 if kept is None else kept.shape[-1]
-
-    # --- what a recurrent mixer's file defines
-
-    @property
-    def weighted(self) -> bool:
-        """Whether `scan` returns the log weight of the memory beside the window's log-sum-exp."""
-        return False
-
-    def query(self, q: Tensor, context: Context) -> Tensor:
-        """Make what reads the state.
-
-        Args:
-            q: queries [B, H, T, K], as the source rotates them.
-            context: of the call; `unrotate` gives them before RoPE.
-
-        Returns:
-            [B, H, T, ·].
-        """
-        return q
-
-    def kept_features(self, k: Tensor, unrotate: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """Make what `updates` needs beside k and v; it is kept until the token leaves the window.
-
-        Args:
-            k: keys [B, G, T, K], as the source rotates them.
-            unrotate: keys -> the same before RoPE, fp32.
-
-        Returns:
-            [B, G, T, C] with C = `kept_width`, or None where nothing is needed.
-        """
-        return None
-
-    def updates(self, tokens: Tokens) -> tuple[Tensor, ...]:
-        """What the recurrence takes in, [B, G, T, ·] each; for a token that does not exist, what changes nothing."""
-        raise TypeError(f"{self.name} has no recurrence")
-
-    def scan(
-        self, query: Tensor, updates: tuple[Tensor, ...], state: tuple[Tensor, ...], context: Context
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Run the recurrence over T tokens; token t's update is visible to query t.
-
-        Args:
-            query: of `query`, [B, H, T, ·].
-            updates: of `updates`, [B, G, T, ·] each.
-            state: before the first token; left as it is.
-            context: of the call.
-
-        Returns:
-            y [B, H, T, V] fp32; its log weight [B, H, T] beside the window's log-sum-exp, or None where the recurrence
-            has no normaliser; and the state after the last token.
-        """
-        raise TypeError(f"{self.name} has no recurrence")
-
-    def update_state(self, updates: tuple[Tensor, ...], state: tuple[Tensor, ...]) -> None:
-        """Take the updates of one token per row, [B, G, 1, ·] each, into the state, in place."""
-        raise TypeError(f"{self.name} has no recurrence")
-
-    def read_state(self, query: Tensor, state: tuple[Tensor, ...], context: Context) -> Tensor:
-        """What one token per row reads.
-
-        Args:
-            query: of `query`, [B, H, 1, ·].
-            state: with the token's own update in it where it is not delayed.
-            context: of the call.
-
-        Returns:
-            y [B, H, 1, V] fp32, with its log weight as one more column if `weighted`.
-        """
-        raise TypeError(f"{self.name} has no recurrence")
-
-    @staticmethod
-    def joined(y: Tensor, weight: Tensor | None) -> Tensor:
-        """As `read_state` returns it: y [B, H, 1, V] with its log weight [B, H, 1], if any, as one more column."""
-        return y if weight is None else torch.cat([y, weight.unsqueeze(-1)], -1)
-
-    def initial_state(self, batch: int, device: torch.device) -> tuple[Tensor, ...]:
-        """The fp32 state on `device` of `batch` rows that have seen nothing, [batch, G, ...] each."""
-        return ()
-
-    def stored_state(self, batch: int, device: torch.device) -> tuple[Tensor, ...]:
-        """The same as a cache keeps it, in `state_dtype`."""
-        return self.stored(self.initial_state(batch, device))
-
-    def stored(self, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What a cache keeps of a state."""
-        return state if self.rounds_itself else compact.stored(state, self._dtype)
-
-    def opened(self, kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The state of which a cache keeps this."""
-        return kept if self.rounds_itself else compact.opened(kept, self._dtype)
-
-    def take_in(self, updates: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
-        """`update_state` of a state as a cache keeps it."""
-        state = self.opened(kept)
-        self.update_state(updates, state)
-        if self._dtype is not None and not self.rounds_itself:
-            for old, new in zip(kept, self.stored(state), strict=True):
-                old.copy_(new)
-
-    @property
-    def _dtype(self) -> torch.dtype | None:
-        return compact.DTYPES[self.config.state_dtype]
-
-    def content(self, state: tuple[Tensor, ...]) -> Tensor:
-        """What a state holds of the text, without the sums of weights beside it: a matrix per head [B, G, ·, V], or a
-        vector [B, G, V]. To look at, not to compute with."""
-        return state[0][..., : self.geometry.value_width]
 
     # --- the hybrid
 
@@ -313,7 +179,7 @@ class Mixer(nn.Module):
         T = q.shape[2]
         seen = 0 if past is None else past.tensors["count"]
         wait = 0 if past is None or not self.delayed else past.pending()
-        state = self.initial_state(q.shape[0], q.device) if past is None else self.opened(past.state)
+        state = self.empty_state(q.shape[0], q.device) if past is None else self.opened(past.state)
         near = far = None
 
         if self.windowed:
@@ -344,15 +210,13 @@ class Mixer(nn.Module):
                     keep = left if keep is None else F.pad(keep, (wait, 0), value=True) & left
             if keep is not None:
                 entering = entering * keep[:, None, :, None]
-            updates = self.updates(Tokens(entering, self.geometry))
             most = 0 if past is None else past.entered(self.delayed, passed)
-            context = replace(context, taken=most, whole=past is None and keep is None)
-            y, weight, state = self.scan(query[:, :, skip:], updates, state, context)
-            y, weight = y[:, :, wait:], None if weight is None else weight[:, :, wait:]
-            if skip:
-                y = F.pad(y, (0, 0, skip, 0))
-                weight = None if weight is None else F.pad(weight, (skip, 0), value=float("-inf"))
-            far = Branch(y, weight)
+            given = replace(context, taken=most, whole=past is None and keep is None)
+            asking = F.pad(q[:, :, skip:], (0, 0, wait, 0)) if wait else q[:, :, skip:]
+            far, kept, state = self.run(asking, query[:, :, skip:], Tokens(entering, self.geometry), state, given)
+            far = far.placed(wait, skip)
+            if kept is not None and near is not None and context.branch == "all":
+                near = near.joined(kept.placed(wait, skip))
         return near, far, state
 
     def _sinks(self, new: Tensor, past: LinearizedCacheLayer | None) -> Tensor:
@@ -376,13 +240,16 @@ class Mixer(nn.Module):
         new = Tokens.join(k, v, late, step.one, self.geometry)
         if self.recurrent:
             if not self.delayed:
-                self.take_in(self.updates(new), past.state)
+                self.take_in(new, past.state)
             state = self.opened(step.state(index, past))
-            answer = self.read_state(self.query(q, context), state, context)
+            answer, kept = self.answer(q, self.query(q, context), state, context)
             if self.weighted and self.delayed and context.branch == "all":
                 memory = answer
                 if self.gate is not None:
                     memory[..., -1] += self.gate.float()[:, None]
+            if kept is not None and context.branch == "all":
+                kept = kept if memory is None else kept.joined(Branch(memory[..., :-1], memory[..., -1]))
+                memory = self.joined(*kept)
             far = Branch(answer[..., :-1] if self.weighted else answer, None)
         if self.windowed:
             cached = past.tensors["tokens"]
@@ -397,7 +264,7 @@ class Mixer(nn.Module):
             near = Branch(y, None)
         if together is None:
             step.finish(context.unrotate)
-        return y if memory is not None else self._join(near, far, q, context)
+        return y if self.weighted and memory is not None else self._join(near, far, q, context)
 
     def _join(self, near: Branch | None, far: Branch | None, q: Tensor, context: Context) -> Tensor:
         """One output [B, H, T, V] from the two branches."""
@@ -410,9 +277,7 @@ class Mixer(nn.Module):
             if not self.weighted:
                 far = Branch(m * gate.unsqueeze(-1).tanh(), None)
             elif weight is not None and near is not None and near.log_weight is not None:
-                # (e^lse y + e^w m) / (e^lse + e^w): one softmax over window and memory.
-                share = (weight + gate - near.log_weight).sigmoid()
-                return torch.lerp(near.y.to(m.dtype), m, share.unsqueeze(-1)).to(q.dtype)
+                return near.joined(Branch(m, weight + gate)).y.to(q.dtype)
         parts = [branch.y for branch in (near, far) if branch is not None]
         if not parts:
             return q.new_zeros(*q.shape[:3], self.geometry.value_width)

@@ -12,7 +12,7 @@ class MixerConfig:
 
     Attributes:
         positive: numbers that must be above 0.
-        sized: the number that decides how large the state is, if one does, and its step; see conversion/budget.py.
+        sized: the number that decides how large the state is, if one does, and its step; see checkpoint/budget.py.
         least: the smallest such number.
         older: what folders mean that were written before a setting existed.
         name: the mixer's file name.
@@ -21,6 +21,8 @@ class MixerConfig:
         sinks: s ≥ 0 first tokens that stay exact.
         softmax_heads: key/value heads that stay softmax, with their query heads, ascending; see softmax_heads.py.
         state_dtype: float32 | bfloat16 | int8, in which the state is kept between two steps; see ops/compact.py.
+        exact: N tokens behind the window that stay as they are: those that the recurrence reconstructs worst. 0: none;
+            see exact.py.
         calibrated: whether a memory that has a log weight also has a weight `gate` [H] that is added to it, one number
             per head, as `linearize calibrate` fits it. A memory without a log weight always has its gate.
     """
@@ -36,6 +38,7 @@ class MixerConfig:
     sinks: int = 4
     softmax_heads: tuple[int, ...] = ()
     state_dtype: str = "float32"
+    exact: int = 0
     calibrated: bool = False
 
     @classmethod
@@ -52,14 +55,21 @@ class MixerConfig:
             problems.append(f"sinks: found {self.sinks}; expected at least 0")
         if list(self.softmax_heads) != sorted({g for g in self.softmax_heads if g >= 0}):
             problems.append(f"softmax_heads: found {list(self.softmax_heads)}; expected different indices, ascending")
+        if self.exact < 0:
+            problems.append(f"exact: found {self.exact}; expected at least 0")
+        if self.exact > 0 and self.combine != "memory":
+            problems.append(
+                f"exact: found {self.exact} with combine {self.combine}; tokens can only be kept behind a window whose "
+                "softmax they share; use combine: memory, or leave exact out"
+            )
         if self.state_dtype not in DTYPES:
             problems.append(f"state_dtype: found {self.state_dtype!r}; expected {', '.join(DTYPES)}")
         values = {key: getattr(self, key) for key in self.positive}
         return problems + [f"{key}: found {x}; expected above 0" for key, x in values.items() if not x > 0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Without heads that stay softmax and a dtype of the state where they are as in folders before they could be
-        set."""
+        """Without heads that stay softmax, a dtype of the state and exact tokens where they are as in folders before
+        they could be set."""
         values = asdict(self) | {"softmax_heads": list(self.softmax_heads)}
-        before = {"softmax_heads": [], "state_dtype": "float32"}
+        before = {"softmax_heads": [], "state_dtype": "float32", "exact": 0}
         return {key: value for key, value in values.items() if key not in before or value != before[key]}

@@ -36,9 +36,17 @@ class Mixer(base.Mixer):
     papers = ("2406.06484", "2411.12537")
     state = "4·G·K·V bytes"
     Config = Config
+    addressed = True
+
+    @property
+    def predicts(self):
+        return True
 
     def query(self, q, context):
         return delta.unit(q)
+
+    def own_query(self, tokens, scaling):
+        return delta.unit(self.key(tokens))
 
     def kept_features(self, k, unrotate):
         return unrotate(k).mean(-1, keepdim=True)

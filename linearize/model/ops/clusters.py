@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import host
-from . import chooses_fla, clusters_backend
+from . import chooses_fla, clusters_backend, compact
 from .window import normalise, scores
 
 State = tuple[Tensor, ...]
@@ -88,7 +88,7 @@ def initial_state(
 def opened(state: State) -> Tensor:
     """The means of a state, [B, G, M, K + V] fp32, not to be changed."""
     means, sizes, queries, *scales = state
-    return _opened(means, scales[0] if scales else None, queries.shape[-1] // 2, sizes.dtype)
+    return compact.opened_pairs(means, scales[0] if scales else None, queries.shape[-1] // 2, sizes.dtype)
 
 
 def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule) -> None:
@@ -101,12 +101,12 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
     # Where a look at a value is not free, it is merged at every step, and what is needed is kept.
     if not host.is_free(means) or bool(full.any()):
         kept, size = _merge(opened(state).clone(), sizes.clone(), queries, rule)  # of copies, for autograd
-        merged = *_stored(kept, k.shape[-1], means.dtype), size
+        merged = *compact.stored_pairs(kept, k.shape[-1], means.dtype), size
         for x, new in zip((means, *state[3:], sizes), merged, strict=True):
             x.copy_(torch.where(full, new, x))
     index = (sizes[..., :1] > 0).sum(2, keepdim=True).clamp(max=means.shape[2] - 1)
     token = torch.cat([k, v], -1).to(sizes.dtype)
-    entering = *_stored(token, k.shape[-1], means.dtype), torch.cat([exists, torch.zeros_like(exists)], -1)
+    entering = *compact.stored_pairs(token, k.shape[-1], means.dtype), torch.cat([exists, torch.zeros_like(exists)], -1)
     for x, new in zip((means, *state[3:], sizes), entering, strict=True):  # free clusters are zeros
         x.scatter_add_(2, index.expand(-1, -1, 1, x.shape[-1]), new.to(x.dtype) * here)
     queries[..., -1:] = here.to(queries.dtype)
@@ -186,7 +186,7 @@ def _run(
         x = x.gather(2, token.expand(-1, x.shape[1], -1, x.shape[-1])).to(sizes.dtype)
         return torch.where(on, x, 0)
 
-    tape, q = _rounded(lay(torch.cat([k, v], -1)), K, state[0].dtype), lay(q)
+    tape, q = compact.rounded_pairs(lay(torch.cat([k, v], -1)), K, state[0].dtype), lay(q)
     one = F.pad(on.to(sizes.dtype), (0, 1)).expand(-1, G, -1, -1)  # n of 1, no variance
     start = min(M, length)
     old = at[:start, None] < taken[:, None, None]
@@ -219,7 +219,7 @@ def _run(
         y = y.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, y.shape[-1])).masked_fill(none.unsqueeze(-1), 0)
     queries = torch.cat([metric[:, :, -1:], real[:, -1:, None, None].to(metric).expand(-1, G, -1, -1)], -1)
     # Of copies: a view would keep the clusters of every chunk in memory.
-    means, *scales = _stored(every[-1].clone(), K, state[0].dtype)
+    means, *scales = compact.stored_pairs(every[-1].clone(), K, state[0].dtype)
     return y, weight, (means, sizes[-1].clone(), queries, *scales)
 
 
@@ -278,7 +278,7 @@ def _merges(
     for i in range(goes_on.shape[1]):
         on, fill = goes_on[:, i].view(-1, 1, 1, 1), slice(i * chunk, (i + 1) * chunk)
         merged, size, to = _joined(means, sizes, metric[:, :, i : i + 1], rule)
-        means = torch.where(on, _rounded(merged, K, dtype), means)
+        means = torch.where(on, compact.rounded_pairs(merged, K, dtype), means)
         sizes = torch.where(on, size, sizes)
         went.append(torch.where(on[..., 0], to, stay))
         means = torch.cat([means[:, :, :-chunk], means[:, :, -chunk:] + tape[:, :, fill]], 2)
@@ -411,35 +411,3 @@ def _distances(x: Tensor) -> Tensor:
     square = x.square().sum(-1, keepdim=True)
     both = (square + square.mT).flatten(0, 1)
     return both.baddbmm_(x.flatten(0, 1), x.mT.flatten(0, 1), alpha=-2).unflatten(0, x.shape[:2])
-
-
-def _stored(x: Tensor, key_width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Means [..., K + V] as a state keeps them, and for int8 their scales [..., 2]."""
-    if dtype != torch.int8:
-        return (x.to(dtype if dtype == torch.bfloat16 else x.dtype),)
-    parts = x.split((key_width, x.shape[-1] - key_width), -1)
-    scales = [(part.abs().amax(-1, keepdim=True) / 127).bfloat16() for part in parts]
-    codes = [
-        (part / scale.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-127, 127).to(torch.int8)
-        for part, scale in zip(parts, scales, strict=True)
-    ]
-    return torch.cat(codes, -1), torch.cat(scales, -1)
-
-
-def _opened(means: Tensor, scales: Tensor | None, key_width: int, dtype: torch.dtype) -> Tensor:
-    """What `_stored` keeps, in `dtype`."""
-    x = means.to(dtype)
-    if scales is not None:
-        scale = scales.to(dtype)
-        x[..., :key_width] *= scale[..., :1]
-        x[..., key_width:] *= scale[..., 1:]
-    return x
-
-
-def _rounded(x: Tensor, key_width: int, dtype: torch.dtype) -> Tensor:
-    """Means as they are after they were stored; the gradient passes as if they were not."""
-    if dtype not in (torch.bfloat16, torch.int8):
-        return x
-    stored = _stored(x.detach(), key_width, dtype)
-    kept = _opened(stored[0], stored[1] if len(stored) > 1 else None, key_width, x.dtype)
-    return x + (kept - x).detach() if x.requires_grad else kept

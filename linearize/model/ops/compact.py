@@ -4,6 +4,8 @@ bfloat16 rounds each number. int8 keeps whole steps of a row (along the last dim
 what rounding left over, in sixteenths of a step: the next step adds to the exact sum of both, so that updates much
 smaller than a step of int8 are not lost (error feedback). Plain rounding to int8 at every step loses them, and models
 break on it. 1.5 bytes a number, and 2 a row.
+
+Keys beside values, which are rounded when they are written and not at every step, need no rest: the functions of pairs.
 """
 
 import torch
@@ -64,3 +66,36 @@ def _steps(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left = ((x - step) * FINEST).round().clamp(-(FINEST // 2), FINEST // 2 - 1) + FINEST // 2
     left = F.pad(left.to(torch.uint8), (0, x.shape[-1] % 2), value=FINEST // 2)
     return step.to(torch.int8), left[..., ::2] | left[..., 1::2] << 4, scale
+
+
+def stored_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """Keys beside values [..., K + V] as a cache keeps them, and for int8 their scales [..., 2]: what is rounded once
+    needs no rest."""
+    if dtype != torch.int8:
+        return (x.to(dtype if dtype == torch.bfloat16 else x.dtype),)
+    parts = x.split((key_width, x.shape[-1] - key_width), -1)
+    scales = [(part.abs().amax(-1, keepdim=True) / 127).bfloat16() for part in parts]
+    codes = [
+        (part / scale.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-127, 127).to(torch.int8)
+        for part, scale in zip(parts, scales, strict=True)
+    ]
+    return torch.cat(codes, -1), torch.cat(scales, -1)
+
+
+def opened_pairs(kept: Tensor, scales: Tensor | None, key_width: int, dtype: torch.dtype) -> Tensor:
+    """That of which `stored_pairs` keeps this, in `dtype`."""
+    x = kept.to(dtype)
+    if scales is not None:
+        scale = scales.to(dtype)
+        x[..., :key_width] *= scale[..., :1]
+        x[..., key_width:] *= scale[..., 1:]
+    return x
+
+
+def rounded_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> Tensor:
+    """Keys beside values as they are after they were stored; the gradient passes as if they were not."""
+    if dtype not in (torch.bfloat16, torch.int8):
+        return x
+    stored = stored_pairs(x.detach(), key_width, dtype)
+    kept = opened_pairs(stored[0], stored[1] if len(stored) > 1 else None, key_width, x.dtype)
+    return x + (kept - x).detach() if x.requires_grad else kept

@@ -1,4 +1,4 @@
-"""What every recurrent mixer promises, whatever it computes: the contract of mixers/base.py, for each way to combine.
+"""What every recurrent mixer promises, whatever it computes: mixers/recurrence.py, for each way to combine.
 
 The mixers are taken from the registry; a new one is tested here without a change.
 """
