@@ -152,7 +152,7 @@ def main() -> None:
     given = parser.parse_args()
     results, target = common.begin(given)
     results["settings"]["text"] = given.text.name
-    del results["settings"]["add"]
+    del results["settings"]["add"], results["settings"]["rows"]
     other = given.text.read_text(encoding="utf-8") if given.text.suffix == ".txt" else _field(given.text)
     texts = {"WikiText-2, validation": common.validation_text(), given.text.name.split(".")[0]: other}
     common.collect(results, cells(given, texts), lambda found: [], target)
