@@ -69,7 +69,7 @@ def main() -> None:
     accepted = sum(row["pace"]["accepted"] for row in rows) / len(rows)
     lines = [
         f"{given.tokens} greedy tokens behind WikiText-2 validation, batch 1, {torch.get_num_threads()} threads;",
-        "tokens per second of writing, best of five turns. Drafting needs the student's state of the text: lossless",
+        "tokens per second of writing, median of five turns. Drafting needs the student's state of the text: lossless",
         "reads it where the tokens to come can repay that, within its seconds. Beside it, with the state at hand:",
         "where it decides for itself, and where it drafts four tokens in every round, whether that pays or not.",
         *common.table(head, table),

@@ -47,14 +47,8 @@ def generate(
         if lossless and quantize:
             raise InputError("generate: lossless writes what the source's own weights write; leave quantize out")
         if exported:
-            verbs.graph_chat(
-                folder,
-                sys.stdin,
-                sys.stdout,
-                settings | {"system": system},
-                {"quantize": quantize, "lossless": lossless, "state": state, "save_state": save_state},
-            )
-            return
+            asked = {"quantize": quantize, "lossless": lossless, "state": state, "save_state": save_state}
+            return verbs.graph_chat(folder, sys.stdin, sys.stdout, settings | {"system": system}, asked)
         model, tokenizer = verbs.load(folder, quantize=quantize)
         drafting = verbs.Lossless.of(folder, model) if lossless else None
         talk = verbs.Chat(model, tokenizer, system=system, drafting=drafting, **settings)
@@ -69,9 +63,8 @@ def generate(
     if as_json:
         show(answer.to_dict(), as_json)
     else:
-        drafted = (
-            "" if answer.tokens_per_pass is None else f", {answer.tokens_per_pass:.2f} tokens per pass of the source"
-        )
+        passes = answer.tokens_per_pass
+        drafted = "" if passes is None else f", {passes:.2f} tokens per pass of the source"
         note(f"\n{sum(answer.new_tokens)} tokens, {answer.tokens_per_second:.1f} tokens/s{drafted}")
 
 

@@ -65,11 +65,7 @@ def convert(
     out = Path(out)
     atomic.check_output(out, overwrite, [located.read])
     model = build(located, recipe)
-    # Opened, and not looked at alone: what cannot be opened would be noticed after hours of training.
-    vocabulary = load_tokenizer(located).get_vocab() if located.gguf is None else {}
-    rows = text_sizes(model.config).vocabulary
-    if beyond := text.beyond(vocabulary, rows):
-        warnings.warn(f"{located.path}: tokenizer: {text.beyond_said(beyond, rows)}", stacklevel=2)
+    _check_tokenizer(located, text_sizes(model.config).vocabulary)
     located = fetch(located, allow_pickle)
     dtype = None if recipe.convert.dtype == "auto" else getattr(torch, recipe.convert.dtype)
     pickles = shards.pickles(located.path) if allow_pickle and not located.gguf else []
@@ -94,6 +90,14 @@ def convert(
         origin = {path.name: copying.sha256(path) for path in read} if staged else origin
         manifest.write_manifest(folder, _facts(model, folder, {} if located.revision else origin), hashes)
     return out
+
+
+def _check_tokenizer(located: Located, rows: int) -> None:
+    """Open the tokenizer of a source with so many rows of embeddings: what cannot be opened would be noticed after
+    hours of training."""
+    vocabulary = load_tokenizer(located).get_vocab() if located.gguf is None else {}
+    if beyond := text.beyond(vocabulary, rows):
+        warnings.warn(f"{located.path}: tokenizer: {text.beyond_said(beyond, rows)}", stacklevel=3)
 
 
 def _checked_tensors(located: Located, folder: Path) -> dict[str, Tensor]:

@@ -67,8 +67,7 @@ def evaluate(
 
     target = Path(out) if out is not None else Path(folder) / "results.json" if Path(folder).is_dir() else None
     given: dict[str, Any] = {"source": source, "batch_size": batch_size, "seed": seed, "dtype": dtype, "device": device}
-    given |= {"quantize": quantize}
-    given["shorten"] = isinstance(suite, str) and suite in suites.names()
+    given |= {"quantize": quantize, "shorten": isinstance(suite, str) and suite in suites.names()}
     given |= {"include_path": include_path, "resume": resume, "progress": progress, "limit": limit or chosen.limit}
     return run(Options(str(folder), chosen, target, against=str(against) if against else None, columns=names, **given))
 

@@ -42,13 +42,9 @@ def write_card(
     Returns:
         Markdown with the Hub's metadata at its head.
     """
-    readme = folder / "README.md"
-    if readme.is_file():
-        written = readme.read_text(encoding="utf-8")
-        # peft leaves a template full of these; nobody wrote that.
-        if MARK not in written and "[More Information Needed]" not in written:
-            told = all(file in written for file in foreign)
-            return written if told else f"{written.rstrip()}\n\n{_warning(foreign)}\n"
+    if (written := _by_hand(folder / "README.md")) is not None:
+        told = all(file in written for file in foreign)
+        return written if told else f"{written.rstrip()}\n\n{_warning(foreign)}\n"
     block = config.get("linearize", {})
     source, layers = block.get("source") or {}, list(block.get("layers", {}).values())
     base = adapter_of or source.get("id") or ""
@@ -88,6 +84,12 @@ def write_card(
         fence=fence,  # longer than any in it
     )
     return f"{str(card).rstrip()}\n"
+
+
+def _by_hand(readme: Path) -> str | None:
+    """What somebody wrote: not this package, nor peft, which leaves a template full of what is needed."""
+    written = readme.read_text(encoding="utf-8") if readme.is_file() else MARK
+    return None if MARK in written or "[More Information Needed]" in written else written
 
 
 def _warning(foreign: Sequence[str]) -> str:

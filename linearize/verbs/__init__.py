@@ -116,9 +116,6 @@ def convert(
         >>> linearize.convert("smollm2-135m", "runs/demo/0-converted", mixer="gla", window=64)
         PosixPath('runs/demo/0-converted')
     """
-    from linearize import pipeline
-    from linearize.checkpoint import tokenizer_files
-    from linearize.checkpoint.atomic import check_output
     from linearize.checkpoint.replacing import check_apart
     from linearize.checkpoint.sources import locate
     from linearize.conversion.convert import convert as run
@@ -133,16 +130,25 @@ def convert(
     planned = plan(located, wanted)
     target = Path(out) if out is not None else recipes.run_folder(wanted) / "0-converted"
     check_apart(target, files_of(model, recipe))
-    if dry_run:  # what the real run would refuse before it writes, and what the stages after it would
-        check_output(target, overwrite, [located.read])
-        if located.gguf is None:
-            tokenizer_files.check(located.path)
-        planned = replace(planned, later=pipeline.problems(wanted))
+    if dry_run:
+        planned = _rehearsed(planned, wanted, located, target, overwrite)
     if on_plan is not None:
         on_plan(planned, target)
     if dry_run:
         return planned
     return run(located, wanted, target, overwrite, link=link, allow_pickle=allow_pickle, with_code=with_code)
+
+
+def _rehearsed(planned: "Plan", wanted: Any, located: Any, target: Path, overwrite: bool) -> "Plan":
+    """The plan, once nothing is found that the conversion would refuse before it writes, or that later stages would."""
+    from linearize import pipeline
+    from linearize.checkpoint import tokenizer_files
+    from linearize.checkpoint.atomic import check_output
+
+    check_output(target, overwrite, [located.read])
+    if located.gguf is None:
+        tokenizer_files.check(located.path)
+    return replace(planned, later=pipeline.problems(wanted))
 
 
 def train(

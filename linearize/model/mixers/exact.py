@@ -70,8 +70,7 @@ class Kept(Recurrence):
 
     def _parted(self, state: State, parts: int) -> tuple[State, State]:
         """The recurrent state, and the store, which is () without `exact`."""
-        cut = len(state) - (parts if self.config.exact else 0)
-        return state[:cut], state[cut:]
+        return (state[:-parts], state[-parts:]) if self.config.exact else (state, ())
 
     def take_in(self, tokens: Tokens, kept: State) -> None:
         """Take one token per row into a state as a cache keeps it, in place."""
