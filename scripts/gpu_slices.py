@@ -96,7 +96,7 @@ def slices(tiny: bool) -> Iterator[tuple[str, Slice]]:
     which = ["kl-512"] if tiny else ["1b", "8b", "8b-gla"]
     yield "plan", Slice([*python, "scripts/check_plan.py", "--name", "gpu-plan", *device, "--only", *which], 120)
     small = ["--lengths", "64", "--naive", "64", "--naive-once", "64", "--repeats", "1", "--rows", "softmax", "window"]
-    small += ["--parts", "time"]
+    small += ["--no-memory"]
     yield "ops", Slice([*python, "scripts/bench_ops.py", *device, "--name", "gpu-ops", *small * tiny], 300)
 
 

@@ -91,9 +91,11 @@ def output_folder(out: str | Path, overwrite: bool = False, key: str | None = No
             _claim(partial, key, keep)
             yield partial
             check_output(out, overwrite)
+            note = _key_file(partial)
             for file in partial.rglob("*"):
-                sync(file)
-            _key_file(partial).unlink()  # what a kill leaves up to here is taken over
+                if file != note:
+                    sync(file)
+            note.unlink()  # what a kill leaves up to here is taken over
             sync(partial)
             _publish(partial, out)
         finally:
