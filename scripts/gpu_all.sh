@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Its slices ran on an H100 one by one, this script as a whole not yet.
+# Its slices ran on an H100 one by one; as a whole it ran on a CPU, from an environment that held torch alone (--tiny).
 # Everything there is to know from a GPU, on a machine without network: kernels, speed by length, a training step, and
 # SmolLM2-135M on 20 M tokens by three recipes with its evaluation. In slices, each of which writes what it has found to
 # eval/results/gpu-*: the same command again goes on where the last one stopped, until it says that all is done.

@@ -30,6 +30,8 @@ from linearize.errors import InputError
 
 MOST = 12
 """Tokens that are drafted at a time."""
+FEW = 4
+"""Tokens that the student reads one by one."""
 GAIN = 1.1
 """How many times faster drafting must promise to be before it begins: it has to read the text first."""
 SAMPLE = 128
@@ -308,12 +310,15 @@ class Lossless:
             for index in range(number):
                 new = written[:, len(self._read) :]
                 start = time.perf_counter()
-                logits = self._pass(self.model, new, self._cache, 1)
+                # A block costs a recurrence several steps, however few tokens it has.
+                few = new.shape[1] <= FEW
+                for part in new.split(1, dim=1) if few else (new,):
+                    logits = self._pass(self.model, part, self._cache, 1)
                 if index == 0 and not self.is_recording:
                     self._cache.activate_past_recording()
                 seconds = time.perf_counter() - start
-                if new.shape[1] == 1:
-                    self.pace.saw_draft(1, seconds)
+                if few:
+                    self.pace.saw_draft(new.shape[1], seconds)
                 elif new.shape[1] > MOST + 1:
                     self.counts.reading += seconds
                 self._read = written[0].tolist()

@@ -252,17 +252,19 @@ def test_optimisers_that_cannot_work_on_parts_of_weights(converted, text, tmp_pa
         train(converted, recipe_for(text, optimizer=optimizer), None, tmp_path / "out")
 
 
+@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.slow
-def test_sharded_processes_give_the_weights_of_one(converted, text, tmp_path):
+def test_sharded_processes_give_the_weights_of_one(converted, text, tmp_path, processes):
     wanted = recipe_for(text, steps=6, lm=1.0, micro_batch=1)
     (tmp_path / "recipe.yaml").write_text(recipes.to_yaml(wanted))
     program = Path(__file__).parents[1] / "helpers" / "sharded.py"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher += ["--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", "localhost:0", "--master_port", "0", str(program)]
     config = recipes.yaml.safe_load((resources.package_folder("recipes") / "accelerate" / "fsdp2.yaml").read_text())
     # As `accelerate launch` hands its configuration on.
     environment = {key.upper(): str(value) for key, value in config["fsdp_config"].items()}
-    arguments = ["train", str(converted), "--recipe", "recipe.yaml", "--out", "two"]
+    arguments = ["train", str(converted), "--recipe", "recipe.yaml", "--out", "many"]
     done = subprocess.run(
         [*launcher, *arguments],
         cwd=tmp_path,
@@ -272,9 +274,9 @@ def test_sharded_processes_give_the_weights_of_one(converted, text, tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    one, two = train(converted, wanted, None, tmp_path / "one"), tmp_path / "two"
+    one, many = train(converted, wanted, None, tmp_path / "one"), tmp_path / "many"
     # fp32: gradients are summed in another order.
-    torch.testing.assert_close(losses(two), losses(one), rtol=0, atol=1e-4)
-    assert weights(two).keys() == weights(one).keys()
+    torch.testing.assert_close(losses(many), losses(one), rtol=0, atol=1e-4)
+    assert weights(many).keys() == weights(one).keys()
     for name, weight in weights(one).items():
-        torch.testing.assert_close(weights(two)[name], weight, rtol=0, atol=1e-4)
+        torch.testing.assert_close(weights(many)[name], weight, rtol=0, atol=1e-4)
