@@ -161,10 +161,14 @@ def main() -> None:
     parser = common.options(__doc__, name="check-plan")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=HERE)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--more", action="store_true", help="add to the cells that the results file holds")
     given = parser.parse_args()
     if given.worker:
         return print(json.dumps(worker(**read_task())))
     results, target = common.begin(given, given.device)
+    if given.more and target.is_file():
+        earlier = json.loads(target.read_text())
+        results = earlier | {"added": [*earlier.get("added", []), results["settings"]]}
     with tempfile.TemporaryDirectory() as work:
         common.collect(results, measured(given, Path(work)), claims, target)
     common.write_markdown(markdown(results), target)

@@ -194,6 +194,33 @@ def training() -> str:
     return table(header, rows)
 
 
+def quantised() -> str:
+    """Perplexity, recall and bytes of source, window and student by how weights are held."""
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    for cell in read("bench-quantized.json")["cells"]:
+        cells.setdefault((cell["column"], cell["weights"]), {}).update(cell)
+    rows = []
+    for weights in dict.fromkeys(each for _, each in cells):
+        own = [cells[column, weights] for column in ("source", "window", "student")]
+        numbers = [f"{cell[f'perplexity_{length}']:.1f}" for length in (512, 2048) for cell in own]
+        numbers += [f"{cell['recall']:.0%}" for cell in own]
+        rows.append([weights, *numbers, f"{own[0]['bytes'] / 2**20:.0f}"])
+    of = [f"{what}: {column}" for what in ("512", "2,048", "recall") for column in ("source", "window", "student")]
+    return table(("weights", *of, "MiB of weights"), rows)
+
+
+def lossless() -> str:
+    """Tokens per second of the source, drafted, and of the student alone, by context and dtype."""
+    rows = []
+    for dtype, measured in read("bench-lossless.json")["dtypes"].items():
+        for row in measured["rows"]:
+            ratios = [f"{row['ratio'][name]:.2f} ×" for name in ("lossless", "forced", "student")]
+            speed = f"{row['source']['tokens_per_second']:.1f}"
+            rows.append([dtype, f"{row['context']:,}", speed, *ratios, f"{row['kept']['forced']:.0%}"])
+    header = ("dtype", "tokens before", "source, tokens a second", "lossless", "always four drafts", "student alone")
+    return table((*header, "drafts kept"), rows)
+
+
 def conversion() -> str:
     """Seconds and memory of converting folders of 8B and 1B size."""
     rows = [
@@ -230,6 +257,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "training": training,
     "conversion": conversion,
+    "quantised": quantised,
+    "lossless": lossless,
     "suites": suites,
     "results": results,
 }
