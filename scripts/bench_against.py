@@ -1,10 +1,10 @@
-"""Decoding beside that of an earlier commit, or of another folder, in turns: eval/results/bench-against.json and .md.
+"""Paired decoding benchmark against an earlier commit or another folder: eval/results/bench-against.json and .md.
 
     python scripts/bench_against.py --folder runs/best/0-converted --commit d7b08a5
     python scripts/bench_against.py --folder runs/best/0-converted --other runs/smaller/0-converted
 
-Of two processes one opens the folder by this tree, one the other by the commit's. They decode in turns, so that what
-else the machine does meets both alike.
+One process opens the folder with the package of this tree, one the other folder with that of the commit. Their pieces
+are interleaved, so that noise of the machine meets both alike.
 """
 
 import json
@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,8 +21,10 @@ from typing import Any
 import bench_common as common
 from bench_common import Cell
 
+WARM_UP = 2
+"""Pieces that are not counted."""
 WORKER = """
-import json, sys, time
+import json, sys
 import torch, linearize
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -34,10 +37,9 @@ with torch.no_grad():
     token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
     print("ready", flush=True)
     for line in sys.stdin:
-        start = time.perf_counter()
         for _ in range(task["steps"]):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        print(time.perf_counter() - start, int(token), flush=True)
+        print(int(token), flush=True)
 """
 
 
@@ -51,15 +53,14 @@ def start(tree: Path, task: dict[str, Any]) -> subprocess.Popen[str]:
     return process
 
 
-def piece(process: subprocess.Popen[str]) -> tuple[float, int]:
-    """Seconds of a piece, and its last token."""
+def piece(process: subprocess.Popen[str], tokens: list[int]) -> None:
+    """Have a process decode a piece, whose last token is added to `tokens`."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write("go\n")
-    seconds, token = process.stdout.readline().split()
-    return float(seconds), int(token)
+    tokens.append(int(process.stdout.readline()))
 
 
-def ratio(pairs: list[tuple[float, float]], seed: int) -> Cell:
+def ratio(pairs: list[tuple[float, ...]], seed: int) -> Cell:
     """Median of the ratios now / then, with its 95 % interval over pairs drawn again."""
     ratios, rng = [now / then for now, then in pairs], random.Random(seed)
     again = sorted(median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
@@ -86,21 +87,23 @@ def main() -> None:
                 task = {key: getattr(given, key) for key in ("threads", "seed", "steps")}
                 sides = ((here, given.folder), (then, given.other or given.folder))
                 both = [start(tree, {**task, "folder": str(f.resolve()), "context": context}) for tree, f in sides]
-                pairs, same = [], True
-                for turn in range(given.pairs + 2):
-                    order = both if turn % 2 else both[::-1]
-                    found = {process: piece(process) for process in order}
-                    same &= len({token for _, token in found.values()}) == 1
-                    if turn > 1:
-                        pairs.append((found[both[0]][0], found[both[1]][0]))
+                tokens: list[list[int]] = [[], []]
+                calls = {side: partial(piece, both[side], tokens[side]) for side in (0, 1)}
+                seconds = common.interleaved(calls, given.pairs + WARM_UP)
+                pairs = list(zip(*(seconds[side][WARM_UP:] for side in (0, 1)), strict=True))
                 for process in both:
                     process.kill()
                 ms = 1e3 * median(now for now, _ in pairs) / given.steps
-                cell = {"context": context, **ratio(pairs, given.seed), "ms_per_token": ms, "same_tokens": same}
+                cell = {
+                    "context": context,
+                    **ratio(pairs, given.seed),
+                    "ms_per_token": ms,
+                    "same_tokens": tokens[0] == tokens[1],
+                }
                 results.setdefault("cells", []).append(cell)
                 common.save(results, target)
                 interval = f"{cell['ratio']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})"
-                rows.append((f"{context:,}", f"{ms:.1f}", interval, "yes" if same else "no"))
+                rows.append((f"{context:,}", f"{ms:.1f}", interval, "yes" if cell["same_tokens"] else "no"))
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", then], cwd=here, check=True)
     other = f"`{given.other or given.folder}` at {given.commit}"

@@ -44,9 +44,16 @@ def begin(given: argparse.Namespace, device: str = "cpu") -> tuple[dict[str, Any
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
     given.out.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(given).items() if key not in ("worker", "out", "name")}
+    settings = {key: _told(value) for key, value in vars(given).items() if key not in ("worker", "out", "name")}
     machine = environment(torch.device(device), given.seed, {})
     return {"schema": 1, "settings": settings, "environment": machine}, given.out / f"{given.name}.json"
+
+
+def _told(value: Any) -> Any:
+    """A setting as results hold it: files of this repository by their place in it, wherever that lies."""
+    if isinstance(value, Path) and value.is_relative_to(RESULTS.parents[1]):
+        return value.relative_to(RESULTS.parents[1])
+    return value
 
 
 def save(results: dict[str, Any], target: Path) -> None:

@@ -87,7 +87,7 @@ def rehearse(given: argparse.Namespace, work: Path) -> Iterator[Cell]:
         task = {"name": name, "folder": folder / "source", "zeros": name == "llama-3.1-8b"}
         common.in_own_process(__file__, **task)
         for stage, command, made in stages(name, folder / "source", folder, given):
-            cell = {"shape": name, "stage": stage, **run(command)}
+            cell = {"shape": name, "stage": stage, **run(command, work)}
             if made is not None:
                 cell["bytes"] = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
                 steps = read_log(made / "train_log.jsonl")
@@ -96,18 +96,18 @@ def rehearse(given: argparse.Namespace, work: Path) -> Iterator[Cell]:
                 }
                 if not task["zeros"]:
                     prompt = ["--prompt", "The river rose in the night, and", "--raw", "--max-new-tokens", "4"]
-                    cell["generates"] = run(["generate", str(made), *prompt])
+                    cell["generates"] = run(["generate", str(made), *prompt], work)
             yield cell
 
 
-def run(command: list[str]) -> Cell:
-    """A `linearize` command in a process of its own."""
+def run(command: list[str], work: Path) -> Cell:
+    """A `linearize` command in a process of its own; what it says of the temporary folder `work` is told without it."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "linearize.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
-    said = process.stdout.read()
+    said = process.stdout.read().replace(f"{work}/", "")
     _, status, usage = os.wait4(process.pid, 0)
     code = os.waitstatus_to_exitcode(status)
     cell = {"exit": code, "seconds": time.perf_counter() - started, "peak_bytes": 1024 * usage.ru_maxrss}

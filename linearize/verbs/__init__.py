@@ -124,8 +124,7 @@ def convert(
 
     flags = {"mixer.window": window, "mixer.sinks": sinks, "mixer.combine": combine, "layers": layers, "dtype": dtype}
     flags = {f"convert.{key}": value for key, value in {**flags, "cache": cache}.items()}
-    flags["source.revision"] = revision
-    wanted = recipes.with_flags(str(model), recipe, mixer, flags, set)
+    wanted = recipes.with_flags(str(model), recipe, mixer, flags | {"source.revision": revision}, set)
     located = locate(wanted.source.id, wanted.source.revision, package=wanted.source.package)
     planned = plan(located, wanted)
     target = Path(out) if out is not None else recipes.run_folder(wanted) / "0-converted"

@@ -10,8 +10,6 @@ sides, which for a constant b is the same rule in another basis, no transition m
 
 from dataclasses import dataclass
 
-from torch.nn import functional as F
-
 from ..mixers import base, channels, kda
 from ..ops import delta
 
@@ -39,7 +37,6 @@ class Mixer(kda.Mixer):
 
     def updates(self, tokens):
         k = tokens.kept.float()
-        # Halved inside: √σ(k) has no gradient where σ(k) rounds to 0.
-        r = F.logsigmoid(k).mul(0.5).exp() * delta.unit(k)
+        r = delta.rooted(k)
         write = channels.to_values(k.sigmoid(), self.geometry).to(tokens.v.dtype)
         return r, write * tokens.v, tokens.present, self.log_decay(tokens) * tokens.present

@@ -9,8 +9,6 @@ taken to the power 1/τ. Keys and queries are those of kda: before RoPE, as RWKV
 import math
 from dataclasses import dataclass
 
-from torch.nn import functional as F
-
 from ..mixers import base, kda
 from ..ops import delta, dplr
 
@@ -38,8 +36,7 @@ class Mixer(kda.Mixer):
 
     def updates(self, tokens):
         k = tokens.kept.float()
-        # Of an absent token k̂ is 0 already. Halved inside: √σ(k) has no gradient where σ(k) rounds to 0.
-        r = F.logsigmoid(k).mul(0.5).exp() * delta.unit(k)
+        r = delta.rooted(k)
         g = (-math.exp(-0.5) / self.config.gate_normalizer) * (-k).sigmoid() * tokens.present
         return r, tokens.v, -r, r, g
 

@@ -13,6 +13,7 @@ ops/dplr.py uses it too.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .decay import CHUNK, chunk_size, into_chunks, out_of_chunks, pairs, prepare, to_ends, token_by_token
 
@@ -24,6 +25,12 @@ def unit(x: Tensor) -> Tensor:
     """x / |x| over the channels, fp32 (fp64 for fp64 inputs): a key, or query, as the rule needs it."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * (x.square().sum(-1, keepdim=True) + SMALLEST).rsqrt()
+
+
+def rooted(k: Tensor) -> Tensor:
+    """√σ(k) ∘ k̂ of fp32 keys, the learning rate of each channel shared out to both sides of k̂ k̂ᵀ; 0 for a key of 0."""
+    # Halved inside: √σ(k) has no gradient where σ(k) rounds to 0.
+    return F.logsigmoid(k).mul(0.5).exp() * unit(k)
 
 
 def recurrent(
