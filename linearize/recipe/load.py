@@ -37,7 +37,7 @@ from linearize.recipe.templates import plain as plain_recipe
 from linearize.recipe.text import parse_yaml, read_yaml
 
 SUFFIXES = (".yaml", ".yml")
-NAME = "convert.mixer.name"
+NAME, CACHE = "convert.mixer.name", "convert.cache"
 """The key that, overridden, also drops what the new mixer does not know."""
 MIXER = ("convert", "mixer")
 DEFAULTS = {
@@ -135,7 +135,11 @@ def with_flags(
     if layers is not None and not isinstance(layers, str):
         given["convert.layers"] = list(layers)  # as YAML has it
     named = {} if mixer is None else {NAME: mixer}
-    changes = [*(f"{key}={value}" for key, value in named.items()), *without(overrides, given | named)]
+    own = without(overrides, given | named)
+    changes = [*(f"{key}={value}" for key, value in named.items()), *own]
+    if CACHE in given:  # beside a size that was asked for by name
+        sizes = [pair for pair in map(_split, own) if pair[0].startswith("convert.mixer.")]
+        given |= {key: parse_yaml(value, f"--set {key}") for key, value in sizes}
     return from_dict(to_dict(resolve(model, changes, recipe)), given, "command line")
 
 
@@ -273,12 +277,17 @@ def _override(
     named = isinstance(overrides, Mapping)
     pairs = list(overrides.items()) if isinstance(overrides, Mapping) else [_split(text) for text in overrides]
     result = copy.deepcopy(dict(values))
+    own = result.get("convert")
+    if isinstance(own, dict) and own.get("cache") is not None and "mixer" not in own:
+        own["mixer"] = _without_size(dict(DEFAULT_MIXER), {})
     if pairs:  # a key may reach into a part that the file leaves to the defaults
         result = {"data": [_plain(asdict(Data()))], "train": [_plain(asdict(Stage()))], "convert": {}, **result}
         if isinstance(result["convert"], dict):
             result["convert"].setdefault("mixer", dict(DEFAULT_MIXER))
             if NAME in dict(pairs) and isinstance(result["convert"]["mixer"], dict):
                 result["convert"]["mixer"] = _switched(result["convert"]["mixer"], dict(pairs)[NAME])
+            if dict(pairs).get(CACHE) is not None and isinstance(result["convert"]["mixer"], dict):
+                result["convert"]["mixer"] = _without_size(result["convert"]["mixer"], dict(pairs))
     given: dict[tuple[int | str, ...], str] = {}
     for key, value in pairs:
         location = _set(result, key, parse_yaml(value, f"--set {key}") if isinstance(value, str) else value)
@@ -289,16 +298,24 @@ def _override(
 
 
 def _switched(mixer: dict[str, Any], name: Any) -> dict[str, Any]:
-    """Settings of another mixer: those of the old one that it knows too."""
+    """Settings of another mixer: those of the old one that it knows too, but how a state is kept."""
     from linearize.model.mixers import MIXERS  # imports torch
 
     if name not in MIXERS or name == mixer.get("name"):
         return mixer
-    known = {field.name for field in fields(MIXERS[name].Config)}
+    known = {field.name for field in fields(MIXERS[name].Config)} - {"state_dtype"}
     kept = {key: value for key, value in mixer.items() if key in known}
     if kept.get("combine") not in MIXERS[name].combines:
         kept.pop("combine", None)
     return kept
+
+
+def _without_size(mixer: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the number that a budget of cache decides, unless it is given beside the budget."""
+    from linearize.model.mixers import MIXERS  # imports torch
+
+    size = MIXERS[mixer["name"]].Config.sized if mixer.get("name") in MIXERS else None
+    return {key: value for key, value in mixer.items() if not size or key != size[0] or f"convert.mixer.{key}" in given}
 
 
 def without(overrides: Iterable[str], flags: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,10 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 LARGEST = 10**15
 """Of every whole number: more than any number of tokens, few enough digits to print."""
 MOST_LAYERS = 1000
-DEFAULT_MIXER = {"name": "gla", "combine": "memory", "window": 64, "sinks": 4}
+DEFAULT_MIXER = {
+    "name": "clusters", "combine": "memory", "window": 64, "sinks": 4, "clusters": 464, "state_dtype": "int8",
+}  # fmt: skip
+"""What remembers most per byte in the committed results."""
 CRITERIA = ("uniform", "sensitivity", "greedy", "recall")
 PER = ("layers", "heads")
 METHODS = ("lora", "rslora", "dora", "miss", "full")

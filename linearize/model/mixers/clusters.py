@@ -32,17 +32,18 @@ class Config(base.MixerConfig):
     chunk: C, how many are merged away at a time; the fewer, the better the choice and the more often it is made; 0 for
         an eighth of M.
     mass: γ, how much of a cluster's spread is added to its weight; see ops/clusters.py.
-    expected: α, how much the attention that a cluster is expected to get decides what is merged.
+    expected: α, how much the attention that a cluster is expected to get decides what is merged. 0 by measurement: it
+        loses the facts that stand out among text that later queries look at (eval/results/bench-memory.md).
     strength: added to the log weight of the memory in the normaliser that it shares with the window.
     """
 
     sized = ("clusters", 8)
     least = 16
-    older = {**base.MixerConfig.older, "mass": 0.0, "expected": 0.0}
+    older = {**base.MixerConfig.older, "mass": 0.0}
     clusters: int = 128
     chunk: int = 0
     mass: float = 0.3
-    expected: float = 1.0
+    expected: float = 0.0
     strength: float = 0.0
 
     def problems(self):
