@@ -129,27 +129,28 @@ def mixers() -> str:
     return table(header, rows, left=3)
 
 
-def exact() -> str:
-    """Recurrences with exact tokens beside clusters and a longer window, at the same bytes of cache."""
-    rows: dict[str, dict[str, Any]] = {}
-    for cell in read("exact-store.json")["cells"]:
-        rows.setdefault(cell["row"], {})[cell.get("text") or cell["task"]] = cell
-    columns = list(rows["source"])
+def memories() -> str:
+    """Memories with the same bytes of cache beside a longer window, untrained unless a row says otherwise."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for cell in read("bench-memory.json")["cells"]:
+        what = cell.get("text") or f"{cell['task']}, {cell['back']} windows back"
+        rows.setdefault((cell["row"], cell.get("cache", "")), {})[what] = cell
+    columns = list(rows["source", ""])
 
     def shown(cell: dict[str, Any] | None) -> str:
         if cell is None:
             return ""
         if cell["part"] == "recall":
             return f"{100 * cell['value']:.0f} ± {100 * cell['stderr']:.0f} %"
-        return f"{cell['over_source'][0]:.3f} ×"
+        mean, low, high = cell["over_source"]
+        return f"{mean:.3f} × ({low:.3f} to {high:.3f})" if low < high else "1 ×"
 
     lines = []
-    for row, cells in rows.items():
-        first = cells[columns[0]]
-        lines.append(
-            [f"{row}: {first['number']}" if "number" in first else row, *(shown(cells.get(c)) for c in columns)]
-        )
-    return table(("at 7.2 MiB, untrained", *columns), lines)
+    for (row, _), cells in rows.items():
+        first = next(iter(cells.values()))
+        size = format_bytes(first["bytes"]) if "bytes" in first else ""
+        lines.append([row, str(first.get("number", "")), size, *(shown(cells.get(column)) for column in columns)])
+    return table(("", "clusters, exact tokens or window", "cache", *columns), lines)
 
 
 def decoding() -> str:
@@ -253,7 +254,7 @@ def results() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "trained": trained,
     "mixers": mixers,
-    "exact": exact,
+    "memories": memories,
     "decoding": decoding,
     "training": training,
     "conversion": conversion,

@@ -152,7 +152,7 @@ def test_from_source_to_answer(llama_folder: Path, text: Path, tmp_path: Path) -
     )
     assert converted == tmp_path / "0" and plans[0][0] == plan and plans[0][1] == converted
     linearize.check([converted])
-    assert linearize.inspect(converted)["layers"][0]["mixer"] == "gla"
+    assert linearize.inspect(converted)["layers"][0]["mixer"] == "clusters"
     calibrated = linearize.calibrate(converted, tmp_path / "1", tokens=128, seq_len=64)
     choice = linearize.select(calibrated, keep=1, tokens=128, seq_len=64, plot=tmp_path / "choice.svg")
     assert len(choice["layers"]) == 1 and (tmp_path / "choice.svg").is_file()

@@ -27,7 +27,7 @@ from linearize.model.cache import cache_layer
 from linearize.model.mixers import MIXERS, Context, Geometry, Mixer, build_config
 from linearize.model.ops import fla_backend
 from linearize.model.ops.window import slot_attention
-from linearize.recipe.schema import Recipe
+from linearize.recipe.schema import Recipe, own_size
 
 CONTEXT = 8192
 """Tokens in the source's cache that a mixer is compared with."""
@@ -178,13 +178,14 @@ def make(name: str, settings: dict[str, Any], geometry: Geometry) -> Mixer:
 
     Args:
         name: which mixer.
-        settings: of a recipe's mixer. They count as a whole where they name this one, else window, sinks and combine.
+        settings: of a recipe's mixer. They count as a whole where they name this one, else window, sinks and combine,
+            beside the size that recipes without a mixer take.
         geometry: all heads of the layer.
     """
     cls = MIXERS[name]
     settings = {key: value for key, value in settings.items() if key != "softmax_heads"}
     if settings.get("name") != name:
-        settings = {key: settings[key] for key in ("combine", "window", "sinks") if key in settings}
+        settings = own_size(name) | {key: settings[key] for key in ("combine", "window", "sinks") if key in settings}
     if settings.get("combine") not in cls.combines:
         settings = {key: value for key, value in settings.items() if key != "combine"}
     return cls(build_config({**settings, "name": name}), geometry)

@@ -31,6 +31,7 @@ from linearize.recipe.schema import (
     Select,
     Source,
     Stage,
+    own_size,
 )
 from linearize.recipe.templates import find, names, shipped, source_of
 from linearize.recipe.templates import plain as plain_recipe
@@ -298,7 +299,7 @@ def _override(
 
 
 def _switched(mixer: dict[str, Any], name: Any) -> dict[str, Any]:
-    """Settings of another mixer: those of the old one that it knows too, but how a state is kept."""
+    """Settings of another mixer: those of the old one that it knows too, but how the state is kept."""
     from linearize.model.mixers import MIXERS  # imports torch
 
     if name not in MIXERS or name == mixer.get("name"):
@@ -307,7 +308,7 @@ def _switched(mixer: dict[str, Any], name: Any) -> dict[str, Any]:
     kept = {key: value for key, value in mixer.items() if key in known}
     if kept.get("combine") not in MIXERS[name].combines:
         kept.pop("combine", None)
-    return kept
+    return {**own_size(name), **kept}
 
 
 def _without_size(mixer: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ MOST_LAYERS = 1000
 DEFAULT_MIXER = {
     "name": "clusters", "combine": "memory", "window": 64, "sinks": 4, "clusters": 464, "state_dtype": "int8",
 }  # fmt: skip
-"""What remembers most per byte in the committed results."""
+"""What remembers most per byte in the committed results (eval/results/bench-memory.md)."""
 CRITERIA = ("uniform", "sensitivity", "greedy", "recall")
 PER = ("layers", "heads")
 METHODS = ("lora", "rslora", "dora", "miss", "full")
@@ -26,6 +26,11 @@ SCHEDULES = (
     *("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"),
     *("warmup_stable_decay", "infinite"),
 )
+
+
+def own_size(name: str) -> dict[str, Any]:
+    """How large the state of a mixer is, and how it is kept, where that was chosen by measurement."""
+    return {key: DEFAULT_MIXER[key] for key in ("clusters", "state_dtype")} if name == DEFAULT_MIXER["name"] else {}
 
 
 def parse_layers(value: Any) -> Any:

@@ -78,7 +78,8 @@ def test_costs_are_those_of_the_converted_model(source):
 
 
 def test_the_recipes_own_settings_count(source):
-    none = costs.costs(recipes.default(str(source), ["convert.mixer.combine=none", "convert.mixer.features=softmax"]))
+    own = ["convert.mixer.name=gla", "convert.mixer.combine=none", "convert.mixer.features=softmax"]
+    none = costs.costs(recipes.default(str(source), own))
     # K×V fp32 in two heads of six layers, and the counter of tokens.
     assert none["mixers"]["gla"]["state_bytes"] == 6 * (2 * 16 * 16 * 4 + 8)
 

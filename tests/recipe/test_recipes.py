@@ -340,6 +340,30 @@ def test_another_mixer_keeps_what_it_knows_and_takes_settings_of_its_own() -> No
         recipes.load("smollm2-135m", [*mine, "convert.mixer.name=window"])
 
 
+def test_a_mixer_of_the_defaults_has_their_size_and_keeps_it_to_itself() -> None:
+    chosen = {"clusters": 464, "state_dtype": "int8"}
+    assert recipes.load("smollm2-135m", ["convert.mixer.name=clusters"]).convert.mixer.items() >= chosen.items()
+    gla = recipes.load("smollm2-135m-best", ["convert.mixer.name=gla"]).convert.mixer
+    assert gla["name"] == "gla" and not gla.keys() & chosen.keys()
+
+
+def test_a_budget_of_cache_takes_the_place_of_a_size_that_nobody_gave_beside_it() -> None:
+    for recipe in (
+        recipes.load("smollm2-135m-best", ["convert.cache=4MiB"]),
+        recipes.resolve("org/model", ["convert.cache=4MiB"]),
+        recipes.with_flags("smollm2-135m", None, "clusters", {"convert.cache": "4MiB"}, []),
+        recipes.from_dict({**MINIMAL, "convert": {"cache": "4MiB"}}),
+    ):
+        assert recipe.convert.cache == "4MiB" and "clusters" not in recipe.convert.mixer
+        assert recipe.convert.mixer["state_dtype"] == "int8"
+    both = ["convert.mixer.clusters=96"]
+    for recipe in (
+        recipes.load("smollm2-135m-best", ["convert.cache=4MiB", *both]),
+        recipes.with_flags("smollm2-135m-best", None, None, {"convert.cache": "4MiB"}, both),
+    ):
+        assert recipe.convert.mixer["clusters"] == 96, "refused where it is converted: both decide the same"
+
+
 def test_stage_by_name() -> None:
     recipe = recipes.load("smollm2-135m")
     assert recipe.stage() is recipe.train[0] and recipe.stage(recipe.train[0].name) is recipe.train[0]
