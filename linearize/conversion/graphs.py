@@ -61,7 +61,8 @@ class Piece(nn.Module):
         with torch.no_grad():
             model(input_ids=torch.zeros(2, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
         self.layers: list[Any] = cache.layers
-        self.state = {name: torch.zeros_like(x) for name, x in _tensors(self.layers).items()}
+        # Contiguous, whatever they were made from: else a size that grows is compared with itself in another order.
+        self.state = {name: x.new_zeros(x.shape) for name, x in _tensors(self.layers).items()}
 
     def forward(self, input_ids: Tensor, state: State) -> dict[str, Any]:
         """Read some tokens.
@@ -194,7 +195,8 @@ def write(
 
 def _sample(piece: Piece, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs to trace with, and which of their sizes may be another: the rows, and what a source has read."""
-    rows, read = torch.export.Dim("batch", min=1, max=1 << 16), torch.export.Dim("read", min=1, max=1 << 24)
+    # A range of `read` would have to be proven: that 64 (read + 1) is less than 192 (read + 1), which it is not.
+    rows, read = torch.export.Dim("batch", min=1, max=1 << 16), torch.export.Dim.AUTO
     shapes = {n: {0: rows, 2: read} if n.endswith((".keys", ".values")) else {0: rows} for n in piece.state}
     inputs = {"input_ids": torch.zeros(2, tokens, dtype=torch.int64), "state": dict(piece.state)}
     return inputs, {"input_ids": {0: rows}, "state": shapes}

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.conversion import run
-from helpers.tiny import save_converted
+from helpers.tiny import save_converted, tiny_model
+from transformers import DynamicCache
 
 from linearize.checkpoint.manifest import verify
 from linearize.checkpoint.open import load
+from linearize.conversion import graphs
 from linearize.conversion.export import export
 from linearize.errors import InputError
 from linearize.generation import Chat, generate
@@ -123,6 +125,27 @@ def test_clusters_merge_in_a_graph(tmp_path: Path) -> None:
     out = export(made, "onnx", tmp_path / "onnx", piece=8)
     settings: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0}
     assert generate(out, PROMPT, **settings).texts == generate(made, PROMPT, **settings).texts
+
+
+@pytest.mark.slow
+def test_a_source_s_step_takes_a_cache_of_any_length(tmp_path: Path) -> None:
+    """Of heads such that no order of sizes is evident: 3 of 64 channels, as SmolLM2-135M has."""
+    import onnxruntime
+
+    model = tiny_model("llama", layers=1, num_attention_heads=9, num_key_value_heads=3, head_dim=64, hidden_size=576)
+    graphs.onnx(graphs.Piece(model), 1, tmp_path / "step.onnx", None, {})
+    session = onnxruntime.InferenceSession(str(tmp_path / "step.onnx"), providers=["CPUExecutionProvider"])
+    names, ids = [entry.name for entry in session.get_outputs()], torch.randint(4, 300, (1, 12))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :8], past_key_values=cache)
+        feed = {f"input.state.0.{part}": getattr(cache.layers[0], part).numpy().copy() for part in ("keys", "values")}
+        for token in ids[:, 8:].split(1, 1):
+            made = dict(zip(names, session.run(names, {**feed, "input_ids": token.numpy()}), strict=True))
+            feed = {name: made[name.replace("input.", "output.", 1)] for name in feed}
+            expected = model(token, past_key_values=cache).logits[:, -1]
+            logits = made[next(name for name in names if "logits" in name)]
+            assert np.allclose(logits, expected, atol=1e-4)  # fp32, sums of 576 products
 
 
 @pytest.mark.slow
