@@ -59,7 +59,7 @@ SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "full-kl": ("llama-3.2, 3 layers", "gla", {"seq_len": 1024, "peft": None}),
     "kl-128k-words": ("llama-3.2, 3 layers", "clusters", {"seq_len": 2048, "peft": LORA}),
     "kl-bfloat16": (
-        "qwen3, 6 layers", "clusters", {"seq_len": 1024, "micro_batch": 2, "dtype": "bfloat16", "peft": LORA}
+        "qwen3, 6 layers", "clusters", {"seq_len": 256, "micro_batch": 2, "dtype": "bfloat16", "peft": LORA}
     ),
     "1b": ("llama-3.2-1b", "clusters", {"seq_len": 2048, "micro_batch": 4, "dtype": "bfloat16", "peft": LORA}),
     "8b": (

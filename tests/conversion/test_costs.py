@@ -113,7 +113,7 @@ def test_the_evidence_is_that_of_the_committed_results():
     assert rows["window"]["evidence"] is None
     assert rows["clusters"]["evidence"]["change"] < -0.2 and evidence["clusters"]["result"].startswith("trained: ")
     assert (
-        "-29.2%: 30.13 for 42.54" in list(costs.mixers_table(rows).columns[3].cells)[list(rows).index("clusters")].plain
+        "-31.8%: 30.01 for 44.00" in list(costs.mixers_table(rows).columns[3].cells)[list(rows).index("clusters")].plain
     )
 
 
