@@ -120,12 +120,12 @@ def cells(given: argparse.Namespace, texts: dict[str, str]) -> Iterator[common.C
 
 def markdown(results: dict[str, Any]) -> list[str]:
     """A row per memory and budget: size, perplexity over the source's on each text, right answers."""
-    found = results["cells"]
-    texts = list(dict.fromkeys(cell["text"] for cell in found if cell["part"] == "perplexity"))
-    tasks = list(dict.fromkeys((cell["task"], cell["back"]) for cell in found if cell["part"] == "recall"))
+    measured = results["cells"]
+    texts = list(dict.fromkeys(cell["text"] for cell in measured if cell["part"] == "perplexity"))
+    tasks = list(dict.fromkeys((cell["task"], cell["back"]) for cell in measured if cell["part"] == "recall"))
     rows = []
-    for row, cache in dict.fromkeys((cell["row"], cell.get("cache")) for cell in found):
-        own = [cell for cell in found if (cell["row"], cell.get("cache")) == (row, cache)]
+    for row, cache in dict.fromkeys((cell["row"], cell.get("cache")) for cell in measured):
+        own = [cell for cell in measured if (cell["row"], cell.get("cache")) == (row, cache)]
         line = [row, str(own[0].get("number", "")), format_bytes(own[0]["bytes"]) if "bytes" in own[0] else ""]
         for name in texts:
             value = next((cell["over_source"] for cell in own if cell.get("text") == name), None)
@@ -180,8 +180,8 @@ def main() -> None:
 def joined(parts: list[list[common.Cell]]) -> list[common.Cell]:
     """The cells of several files, of equal ones the last, the source first."""
     keys = ("row", "cache", "text", "task", "back")
-    found = {tuple(cell.get(key) for key in keys): cell for part in parts for cell in part}
-    return sorted(found.values(), key=lambda cell: cell["row"] != SOURCE)
+    by_key = {tuple(cell.get(key) for key in keys): cell for part in parts for cell in part}
+    return sorted(by_key.values(), key=lambda cell: cell["row"] != SOURCE)
 
 
 def read(path: Path) -> str:

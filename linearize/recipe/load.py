@@ -39,7 +39,7 @@ from linearize.recipe.text import parse_yaml, read_yaml
 
 SUFFIXES = (".yaml", ".yml")
 NAME, CACHE = "convert.mixer.name", "convert.cache"
-"""The key that, overridden, also drops what the new mixer does not know."""
+"""Keys that, overridden, also drop settings: what the new mixer does not know; the size that a budget decides."""
 MIXER = ("convert", "mixer")
 DEFAULTS = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m",

@@ -24,10 +24,10 @@ def test_the_largest_number_fills_the_budget(name: str, key: str) -> None:
     import bench_memory
 
     mixer = {"name": name, "combine": "none" if name == "window" else "memory", "sinks": 2, "window": 8}
-    found = bench_memory.fitted(tiny_model(layers=2), mixer, key, 60_000)
+    largest = bench_memory.fitted(tiny_model(layers=2), mixer, key, 60_000)
     sizes = []
     for more in (0, 8 if name == "clusters" else 1):
-        model = linearize_(tiny_model(layers=2), found | {key: found[key] + more})
+        model = linearize_(tiny_model(layers=2), largest | {key: largest[key] + more})
         sizes.append(state_bytes(model.config, bench_memory.LENGTH)["linearized"])
     assert sizes[0] <= 60_000 < sizes[1]
 
