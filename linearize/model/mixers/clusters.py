@@ -33,7 +33,7 @@ class Config(base.MixerConfig):
         an eighth of M.
     mass: γ, how much of a cluster's spread is added to its weight; see ops/clusters.py.
     expected: α, how much the attention that a cluster is expected to get decides what is merged. 0 by measurement: it
-        loses the facts that stand out among text that later queries look at (eval/results/exact-store.md against bench-memory.md).
+        loses the facts that nobody has asked for yet (eval/results: exact-store.md against bench-memory.md).
     strength: added to the log weight of the memory in the normaliser that it shares with the window.
     """
 
