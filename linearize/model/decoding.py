@@ -79,7 +79,7 @@ class Step:
             arrived = Tokens(tokens.gather(2, self._slot), self.mixer.geometry)
             kept = self.mixer.kept_features(arrived.k, unrotate)
             if kept is not None:
-                tokens[..., -width:].scatter_(2, self._slot[..., :width], kept.to(tokens.dtype))
+                tokens.scatter_(2, self._slot, torch.cat([arrived.x[..., :-width], kept.to(tokens.dtype)], -1))
         self.stack.advance()
 
 

@@ -72,10 +72,12 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
         return clusters_backend.take_in(k, v, exists, state, rule)
     here = exists > 0
     full = (sizes[:, :, -1:, :1] > 0) & here
-    # Where a look at a value is not free, it is merged at every step, and what is needed is kept.
-    if not host.is_free(means) or bool(full.any()):
-        kept, size, _ = joined(opened(state).clone(), sizes.clone(), queries[..., :-1], rule)  # of copies, for autograd
-        merged = *compact.stored_pairs(kept, k.shape[-1], means.dtype), size
+    merged = None
+    if torch.compiler.is_exporting():  # the graph looks while it runs
+        merged = torch.cond(full.any(), lambda *x: _merged(x, rule), _same, tuple(state))
+    elif not host.is_free(means) or bool(full.any()):  # where a look is not free, it is merged at every step
+        merged = _merged(state, rule)
+    if merged is not None:
         for x, new in zip((means, *state[3:], sizes), merged, strict=True):
             x.copy_(torch.where(full, new, x))
     index = (sizes[..., :1] > 0).sum(2, keepdim=True).clamp(max=means.shape[2] - 1)
@@ -84,6 +86,18 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
     for x, new in zip((means, *state[3:], sizes), entering, strict=True):  # free clusters are zeros
         x.scatter_add_(2, index.expand(-1, -1, 1, x.shape[-1]), new.to(x.dtype) * here)
     queries[..., -1:] = here.to(queries.dtype)
+
+
+def _same(*state: Tensor) -> State:
+    """What `_merged` gives, of a state that has room."""
+    return tuple(x.clone() for x in (state[0], *state[3:], state[1]))
+
+
+def _merged(state: State, rule: Rule) -> State:
+    """Means, their scales if any, and sizes of a state of taken clusters that made room for C tokens."""
+    means, sizes, queries = state[:3]
+    kept, size, _ = joined(opened(state).clone(), sizes.clone(), queries[..., :-1], rule)  # of copies, for autograd
+    return *compact.stored_pairs(kept, queries.shape[-1] // 2, means.dtype), size
 
 
 def read_state(q: Tensor, state: State, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -180,7 +194,12 @@ def _run(
     if merges:
         later = q[:, :, start:].unflatten(2, (merges, chunk)).movedim(2, 0).flatten(0, 1)
         seen = slots <= M - chunk + at[:chunk, None]
-        part = _read(later, every[1:].flatten(0, 1), sizes[1:].flatten(0, 1), seen, rule)
+        read = later, every[1:].flatten(0, 1), sizes[1:].flatten(0, 1)
+        if host.is_free(q):  # chunk by chunk, which a CPU's cache has room for
+            part = [_read(*each, seen, rule) for each in zip(*(x.split(B) for x in read), strict=True)]
+            part = (torch.cat(x) for x in zip(*part, strict=True))
+        else:
+            part = _read(*read, seen, rule)
         part = (x.unflatten(0, (merges, B)).movedim(0, 2).flatten(2, 3) for x in part)
         y, weight = (torch.cat(x, 2) for x in zip((y, weight), part, strict=True))
     if token is None:
@@ -252,9 +271,15 @@ def _merges(
     for i in range(goes_on.shape[1]):
         on, fill = goes_on[:, i].view(-1, 1, 1, 1), slice(i * chunk, (i + 1) * chunk)
         merged, size, to = joined(means, sizes, metric[:, :, i : i + 1], rule)
-        means = torch.where(on, compact.rounded_pairs(merged, K, dtype), means)
-        sizes = torch.where(on, size, sizes)
-        went.append(torch.where(on[..., 0], to, stay))
+        merged = compact.rounded_pairs(merged, K, dtype)
+        if not host.is_free(on) or not bool(on.all()):
+            merged, size, to = (
+                torch.where(on, merged, means),
+                torch.where(on, size, sizes),
+                torch.where(on[..., 0], to, stay),
+            )
+        means, sizes = merged, size
+        went.append(to)
         means = torch.cat([means[:, :, :-chunk], means[:, :, -chunk:] + tape[:, :, fill]], 2)
         sizes = torch.cat([sizes[:, :, :-chunk], sizes[:, :, -chunk:] + one[:, :, fill]], 2)
         every.append(means)

@@ -105,10 +105,10 @@ def update_state(k1: Tensor, v1: Tensor, log_decay: Tensor, state: State, *, str
     part = v1[..., -1:] / n.clamp(min=torch.finfo(n.dtype).tiny)
     rest = 1 - part
     dk, dv = k1[..., :-1] - S[..., -1:].mT, v1[..., :-1] - m[..., :-1]
-    S[..., :-1].mul_(rest)
-    S.addcmul_((part * dk).mT, torch.cat([rest * dv, torch.ones_like(n)], -1))
-    m[..., :-1].add_(part * dv)
-    m[..., -1:].copy_(n.log() + strength)
+    one = torch.ones_like(n)
+    # Whole tensors: a graph for onnxruntime turns a write into some columns into two transpositions.
+    S.mul_(torch.cat([rest.expand_as(dv), one], -1)).addcmul_((part * dk).mT, torch.cat([rest * dv, one], -1))
+    m.copy_(torch.cat([m[..., :-1] + part * dv, n.log() + strength], -1))
 
 
 def read_state(q: Tensor, state: State, *, scaling: float = 1.0) -> Tensor:

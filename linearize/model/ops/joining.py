@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ROWS = 128
+"""Clusters whose costs are computed at a time."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -82,19 +85,40 @@ def _partners(means: Tensor, n: Tensor, metric: Tensor, rule: Rule) -> tuple[Ten
         [B, G, M], the one that each becomes part of, its own index if it stays; [B, G, M], those that stay in their
         order, then those that go; [B, G, C], those that go.
     """
-    M, K, chunk = n.shape[2], metric.shape[-1] // 2, rule.chunk
+    K, chunk = metric.shape[-1] // 2, rule.chunk
     keys, values = means.split((K, means.shape[-1] - K), -1)
     weight = n if rule.expected == 0 else n * (rule.expected * _log_expected(keys, n, metric, rule.heads)).exp()
-    cost = _distances(keys * metric[..., :K].sqrt()).mul_(_distances(values)).mul_(torch.minimum(weight, weight.mT))
-    cost += cost.new_full((M, M), float("inf")).triu()  # adding is much faster than masking
-    gone = cost.amin(-1).topk(chunk, largest=False, sorted=False).indices
-    partner = cost.gather(2, gone.unsqueeze(-1).expand(-1, -1, -1, M)).argmin(-1)
-    own = torch.arange(M, device=n.device).expand_as(n[..., 0])
-    into = own.scatter(2, gone, partner)
+    cost, partner = _cheapest(keys * metric[..., :K].sqrt(), values, weight.squeeze(-1))
+    gone = cost.topk(chunk, largest=False, sorted=False).indices
+    own = torch.arange(n.shape[2], device=n.device).expand_as(cost)
+    into = own.scatter(2, gone, partner.gather(2, gone))
     for _ in range((chunk - 1).bit_length()):  # where a partner goes too, to where it goes
         into = into.gather(2, into)
     order = torch.sort((into != own).long(), dim=2, stable=True).indices
     return into, order, order[:, :, -chunk:]
+
+
+def _cheapest(keys: Tensor, values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The least that it costs each cluster to join an earlier one, inf for the first, and which that is, [B, G, M]
+    each; keys [B, G, M, K] in the metric. In pieces, which a CPU's cache has room for, without the later ones."""
+    (k, k_other), (v, v_other) = _forms(keys), _forms(values)
+    M, parts = weight.shape[2], []
+    last = (M - 1) // ROWS * ROWS
+    later = weight.new_full((ROWS, last + ROWS), float("inf")).triu(last)  # adding it is much faster than masking
+    for start in range(0, M, ROWS):
+        rows, earlier = slice(start, start + ROWS), slice(min(start + ROWS, M))
+        cost = (k[:, :, rows] @ k_other[:, :, earlier].mT).mul_(v[:, :, rows] @ v_other[:, :, earlier].mT)
+        cost.mul_(torch.minimum(weight[:, :, rows, None], weight[:, :, None, earlier]))
+        cost += later[: cost.shape[2], last - start : last - start + cost.shape[3]]
+        parts.append(cost.min(-1))
+    return tuple(torch.cat(x, 2) for x in zip(*parts, strict=True))  # type: ignore[return-value]
+
+
+def _forms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two forms of x [..., M, D], [..., M, D + 2] each, whose product is the squares of all distances, [..., M, M]."""
+    square = x.square().sum(-1, keepdim=True)
+    one = torch.ones_like(square)
+    return torch.cat([x, square, one], -1), torch.cat([-2 * x, one, square], -1)
 
 
 def _log_expected(keys: Tensor, n: Tensor, metric: Tensor, heads: int) -> Tensor:
@@ -117,10 +141,3 @@ def _gathered(x: Tensor, into: Tensor, order: Tensor, gone: Tensor) -> Tensor:
     stay = order[:, :, : -gone.shape[2]]
     joins = (stay.unsqueeze(-1) == into.gather(2, gone).unsqueeze(2)).to(x.dtype)
     return F.pad(rows(stay) + joins @ rows(gone), (0, 0, 0, gone.shape[2]))
-
-
-def _distances(x: Tensor) -> Tensor:
-    """Squares of the distances between all: [B, G, M, D] -> [B, G, M, M]; of equal ones, zero but for rounding."""
-    square = x.square().sum(-1, keepdim=True)
-    both = (square + square.mT).flatten(0, 1)
-    return both.baddbmm_(x.flatten(0, 1), x.mT.flatten(0, 1), alpha=-2).unflatten(0, x.shape[:2])

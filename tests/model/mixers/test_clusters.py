@@ -12,6 +12,7 @@ from linearize.model.mixers import Geometry, build_config
 from linearize.model.mixers.clusters import Mixer
 from linearize.model.modeling import linearize_
 from linearize.model.ops import clusters as ops
+from linearize.model.ops import joining
 
 B, H, G, K, V, M, C = 2, 4, 2, 6, 5, 8, 2
 RULE = ops.Rule(chunk=C, mass=0.5, expected=0.7, heads=H // G, scaling=0.4, softcap=20.0)
@@ -71,8 +72,10 @@ def test_gradients_are_those_of_the_definition():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def test_a_merge_is_the_cheapest_pairs_and_keeps_every_token():
+@pytest.mark.parametrize("rows", [3, joining.ROWS])
+def test_a_merge_is_the_cheapest_pairs_and_keeps_every_token(rows, monkeypatch):
     """By hand: of eight clusters two go, each into the earlier one that changes outputs least; counts and sums stay."""
+    monkeypatch.setattr(joining, "ROWS", rows)
     keys, values, n = torch.randn(1, 1, M, K), torch.randn(1, 1, M, V), torch.randint(1, 5, (1, 1, M, 1)).float()
     queries, sizes = 9 * torch.rand(1, 1, 1, 2 * K + 1), torch.cat([n, torch.rand(1, 1, M, 1)], -1)
     means, size, _ = ops.joined(torch.cat([keys, values], -1), sizes, queries[..., :-1], RULE)
