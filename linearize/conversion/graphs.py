@@ -247,7 +247,8 @@ def _simplify(graph: Any) -> None:
     common.InlinePass()(graph)
     optimizer.fold_constants(graph)
     for simpler in (
-        common.IdentityEliminationPass, common.CommonSubexpressionEliminationPass, common.RemoveUnusedNodesPass
+        common.IdentityEliminationPass, common.CommonSubexpressionEliminationPass, common.RemoveUnusedNodesPass,
+        common.ClearMetadataAndDocStringPass,
     ):  # fmt: skip
         simpler()(graph)
 

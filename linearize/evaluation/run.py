@@ -9,6 +9,7 @@ from linearize.checkpoint import sources
 from linearize.checkpoint.atomic import held
 from linearize.checkpoint.describe import mixers_of
 from linearize.checkpoint.identity import check_source, files, identity
+from linearize.checkpoint.manifest import facts_of
 from linearize.checkpoint.open import bases
 from linearize.errors import InputError
 from linearize.evaluation import speed
@@ -21,7 +22,7 @@ from linearize.evaluation.work import Options, Work, check, fitted
 from linearize.model.sizes import text_sizes
 from linearize.progress import Bar
 from linearize.results.file import check_target
-from linearize.results.schema import COLUMNS
+from linearize.results.schema import COLUMNS, Pruning
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -117,6 +118,8 @@ def _saved(options: Options, models: Models, work: Work, processes: Processes, b
         "suite": options.suite.name,
         "environment": environment(models.device, options.seed, work.data),
     }
+    if pruning := facts_of(Path(options.folder)).get("pruning"):
+        saved.results["pruning"] = {key: pruning[key] for key in Pruning.__annotations__}
     return saved
 
 

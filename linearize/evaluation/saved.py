@@ -96,8 +96,9 @@ class Saved:
         """
         measured, settings = self.results["columns"], self.results["settings"]
         columns = {name: measured[name] for name in COLUMNS if name in measured and complete(name, measured[name])}
+        told = ("schema", "model", "source", "layers", "pruning", "suite", "settings")
         self.results = {
-            **{key: self.results[key] for key in ("schema", "model", "source", "layers", "suite", "settings")},
+            **{key: self.results[key] for key in told if key in self.results},
             "complete": True,
             "columns": columns,
             "summary": summarize(columns, settings["window"], settings["seed"]),

@@ -29,6 +29,7 @@ SECTIONS = (
     sections.behaviour,
     sections.speed,
     sections.layers,
+    sections.pruning,
     sections.settings,
 )
 

@@ -13,7 +13,7 @@ from linearize.formats import format_bytes
 from linearize.reporting import charts
 from linearize.reporting.charts import Points
 from linearize.reporting.view import View
-from linearize.results.numbers import fixed, interval, score, with_error
+from linearize.results.numbers import fixed, interval, percent, score, with_error
 from linearize.results.summary import APART, recall_beyond, recall_mean
 from linearize.results.table import Table, lay_out
 
@@ -328,6 +328,17 @@ def _mixer_words(row: dict[str, Any]) -> str:
         return "softmax"
     settings = {key: value for key, value in row.items() if key not in ("layer", "mixer") and value is not None}
     return ", ".join([row["mixer"], *(f"{key} {value}" for key, value in settings.items())])
+
+
+def pruning(shown: View) -> list[str]:
+    """A sentence for each student whose weights were pruned: how, and what it cost."""
+    return [
+        f"{shown.prefix(student)}Pruned to {made['sparsity']}: {percent(made['zeros'])} of the weights of its linear "
+        f"layers are zero. The loss of text that was held back went from {made['loss_before']:.3f} to "
+        f"{made['loss_after']:.3f} nats per token."
+        for student, report in zip(shown.students, shown.reports, strict=True)
+        if (made := report.get("pruning"))
+    ]
 
 
 def settings(shown: View) -> dict[str, dict[str, Any]]:

@@ -278,6 +278,15 @@ class Layer(TypedDict):
     mixer: str  # softmax for a layer left as it was
 
 
+class Pruning(TypedDict):
+    """What `linearize prune` did to the weights; losses are of text that it did not read."""
+
+    sparsity: str
+    zeros: float  # share of the weights of linear layers
+    loss_before: float  # nats per token
+    loss_after: float
+
+
 class Settings(TypedDict, total=False):
     """What two results must share to be comparable."""
 
@@ -309,6 +318,7 @@ class Results(TypedDict):
     complete: NotRequired[bool]  # false while columns are still missing: an interrupted run
     model: str  # what was evaluated: folder or Hub id
     layers: NotRequired[list[Layer]]
+    pruning: NotRequired[Pruning]
     source: str  # where the student's weights came from: Hub id, or name of a folder or file
     suite: str
     settings: NotRequired[Settings]

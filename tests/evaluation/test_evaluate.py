@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -653,6 +654,15 @@ def test_another_student_is_measured_with_the_same_prompts(
     assert "is a plain llama" in refused(student, text_only, against=str(llama_folder))
     larger = student_of(save_source(tmp_path / "larger", vocab_size=400), tmp_path / "wide")
     assert "--against takes a model of the same source" in refused(student, text_only, against=str(larger))
+
+
+def test_what_pruning_cost_is_in_the_results(student: Path, text_only: Suite, tmp_path: Path) -> None:
+    shutil.copytree(student, tmp_path / "pruned")
+    pruning = {"sparsity": "2:4", "zeros": 0.5, "loss_before": 3.1, "loss_after": 3.6}
+    (tmp_path / "pruned" / "linearize.json").write_text(json.dumps({"pruning": pruning | {"layers": 7}}))
+    answer = evaluate(tmp_path / "pruned", text_only, columns=["student"], progress=False)
+    assert answer["pruning"] == pruning
+    results_file.validate(answer)
 
 
 def test_a_source_that_does_not_belong_to_the_student(student: Path, text_only: Suite, tmp_path: Path) -> None:

@@ -135,6 +135,16 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what is on it ----------------------------------------------------------------------------------------------------
 
 
+def test_what_pruning_cost_is_on_the_page(small: dict[str, Any], undrawn: None) -> None:
+    pruning = {"sparsity": "2:4", "zeros": 0.5, "loss_before": 3.1, "loss_after": 3.6}
+    results_file.validate(small | {"pruning": pruning})
+    words = "Pruned to 2:4: 50.0 % of the weights of its linear layers are zero."
+    assert f"{words} The loss of text that was held back went from 3.100 to 3.600" in page.render(
+        [small | {"pruning": pruning}]
+    )
+    assert "Pruned" not in page.render([small])
+
+
 def test_every_number_of_the_table_is_on_the_page(results: dict[str, Any], read: Page) -> None:
     table = lay_out({**results, "summary": {**results["summary"], "paired": {}}})
     rows = [row for rows in read.tables for row in rows]

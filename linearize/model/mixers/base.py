@@ -246,7 +246,7 @@ class Mixer(Kept):
             if self.weighted and self.delayed and context.branch == "all":
                 memory = answer
                 if self.gate is not None:
-                    memory[..., -1] += self.gate.float()[:, None]
+                    memory = memory + F.pad(self.gate.float()[:, None, None], (memory.shape[-1] - 1, 0))
             if kept is not None and context.branch == "all":
                 kept = kept if memory is None else kept.joined(Branch(memory[..., :-1], memory[..., -1]))
                 memory = self.joined(*kept)

@@ -72,32 +72,33 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
         return clusters_backend.take_in(k, v, exists, state, rule)
     here = exists > 0
     full = (sizes[:, :, -1:, :1] > 0) & here
-    merged = None
+    old, new = (means, *state[3:], sizes), None
     if torch.compiler.is_exporting():  # the graph looks while it runs
-        merged = torch.cond(full.any(), lambda *x: _merged(x, rule), _same, tuple(state))
+        new = torch.cond(full.any(), lambda *x: _roomy(*x, rule=rule), lambda *x: _same(*x), (full, *state))
     elif not host.is_free(means) or bool(full.any()):  # where a look is not free, it is merged at every step
-        merged = _merged(state, rule)
-    if merged is not None:
-        for x, new in zip((means, *state[3:], sizes), merged, strict=True):
-            x.copy_(torch.where(full, new, x))
+        new = _roomy(full, *state, rule=rule)
+    if new is not None:
+        for x, changed in zip(old, new, strict=True):
+            x.copy_(changed)
     index = (sizes[..., :1] > 0).sum(2, keepdim=True).clamp(max=means.shape[2] - 1)
     token = torch.cat([k, v], -1).to(sizes.dtype)
     entering = *compact.stored_pairs(token, k.shape[-1], means.dtype), torch.cat([exists, torch.zeros_like(exists)], -1)
-    for x, new in zip((means, *state[3:], sizes), entering, strict=True):  # free clusters are zeros
+    for x, new in zip(old, entering, strict=True):  # free clusters are zeros
         x.scatter_add_(2, index.expand(-1, -1, 1, x.shape[-1]), new.to(x.dtype) * here)
-    queries[..., -1:] = here.to(queries.dtype)
+    queries.copy_(torch.cat([queries[..., :-1], here.to(queries.dtype)], -1))
 
 
-def _same(*state: Tensor) -> State:
-    """What `_merged` gives, of a state that has room."""
-    return tuple(x.clone() for x in (state[0], *state[3:], state[1]))
-
-
-def _merged(state: State, rule: Rule) -> State:
-    """Means, their scales if any, and sizes of a state of taken clusters that made room for C tokens."""
+def _roomy(full: Tensor, *state: Tensor, rule: Rule) -> State:
+    """Means, their scales if any, and sizes of a state whose full rows made room for C tokens."""
     means, sizes, queries = state[:3]
     kept, size, _ = joined(opened(state).clone(), sizes.clone(), queries[..., :-1], rule)  # of copies, for autograd
-    return *compact.stored_pairs(kept, queries.shape[-1] // 2, means.dtype), size
+    merged = *compact.stored_pairs(kept, queries.shape[-1] // 2, means.dtype), size
+    return tuple(torch.where(full, new, x) for new, x in zip(merged, (means, *state[3:], sizes), strict=True))
+
+
+def _same(full: Tensor, *state: Tensor) -> State:
+    """What `_roomy` gives where no row is full."""
+    return tuple(x.clone() for x in (state[0], *state[3:], state[1]))
 
 
 def read_state(q: Tensor, state: State, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,7 @@ def read_state(q: Tensor, state: State, rule: Rule) -> tuple[Tensor, Tensor]:
     y, weight = _read(q, opened(state), sizes, None, rule)
     with torch.no_grad():
         seen = _seen(q.to(sizes.dtype) * rule.scaling, sizes.shape[1])
-        queries[..., :-1] += seen.sum(2, keepdim=True) * queries[..., -1:]
+        queries += F.pad(seen.sum(2, keepdim=True) * queries[..., -1:], (0, 1))
     return y, weight
 
 
