@@ -103,6 +103,7 @@ def test_int8_weights_are_smaller_and_near(folder: Path, exported: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own compiler
 def test_a_program_of_torch_export_runs_without_this_package(folder: Path, tmp_path: Path) -> None:
     out = export(folder, "pt2", tmp_path / "pt2", piece=8)
     model, _ = load(folder, device="cpu")
@@ -116,6 +117,12 @@ def test_a_program_of_torch_export_runs_without_this_package(folder: Path, tmp_p
     assert torch.allclose(got, expected, atol=1e-5)
     with pytest.raises(InputError, match="of the kind 'pt2'"):
         generate(out, PROMPT)
+    if shutil.which("g++"):
+        program = torch.export.load(str(out / "step.pt2"))
+        compiled = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "step.aoti.pt2"))
+        with torch.no_grad():
+            got = torch._inductor.aoti_load_package(compiled)(input_ids=ids[:, 8:], state=state)["logits"]
+        assert torch.allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.slow
