@@ -50,6 +50,7 @@ from linearize.model.mixers import MIXERS
 from linearize.model.modeling import linearize_
 from linearize.recipe import load as recipes
 from linearize.recipe.load import Recipe
+from linearize.recipe.schema import own_size
 from linearize.recovery import train as training
 from linearize.recovery.calibrate import calibrate, fit
 from linearize.recovery.data import blocks
@@ -104,7 +105,7 @@ def quality(given: argparse.Namespace, results: Results, target: Path) -> None:
     tokens = given.calibrate // SEQ_LEN
     reading = blocks(wanted.data, tokenizer, SEQ_LEN, tokens)[:] if tokens else None
     longer = {f"window {window}": {"name": "window", **base, "window": window} for window in given.windows}
-    mixers = {name: {"name": name, **base} for name in ("window", *given.mixers)}
+    mixers = {name: {"name": name, **base, **own_size(name)} for name in ("window", *given.mixers)}
     for name, mixer in ({"source": {"name": "window", **base}} | longer | mixers).items():
         linearize_(model.eval(), mixer)
         with branches(model, "source" if name == "source" else "all"):
