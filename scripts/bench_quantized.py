@@ -4,7 +4,8 @@
     python scripts/bench_quantized.py --folder runs/best/merged --parts quality --blocks 2
 
 Perplexity of the embedded WikiText-2 validation text (512 and 2,048 tokens) and recall (needle, pairs) by the code of
-`linearize eval`; bytes of weights as they are held; ms per decoded token, the median, at one context.
+`linearize eval`; bytes of weights as they are held; ms per decoded token, the median, at one context. Training is LoRA
+beside QLoRA: the recipe, cut to --tokens in blocks of --seq-len, each run in a process of its own.
 
 Writes eval/results/bench-quantized-NAME.json as it goes, and a table (.md) beside it.
 """
@@ -12,6 +13,7 @@ Writes eval/results/bench-quantized-NAME.json as it goes, and a table (.md) besi
 import argparse
 import gc
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -25,16 +27,48 @@ from transformers import DynamicCache
 from linearize.checkpoint.quantize import held_bytes
 from linearize.checkpoint.sources import locate, relocate
 from linearize.evaluation import perplexity, recall
+from linearize.evaluation.clock import in_process
 from linearize.evaluation.columns import Models, read_config, window_of
 from linearize.evaluation.speed import decode, prefill, prompt
 from linearize.evaluation.suite import RecallSpec
+from linearize.formats import format_bytes
 
 WEIGHTS = {"fp32": ("float32", None), "bf16": ("bfloat16", None), "int8": ("float32", "int8")}
 WEIGHTS |= {"int4": ("float32", "int4"), "nf4": ("float32", "nf4")}
 COLUMNS = ("source", "window", "student")
 
 
+TRAIN = """
+import json, os, sys, tempfile
+import linearize
+from linearize.evaluation.clock import PEAK, read_task, status
+from linearize.recovery.monitor import LOG, read_log
+task = read_task()
+with tempfile.TemporaryDirectory() as folder:
+    saved = os.dup(1)
+    os.dup2(2, 1)  # what training prints is not the answer
+    made = linearize.train(task["folder"], f"{folder}/trained", set=task["set"])
+    os.dup2(saved, 1)
+    log = [{key: line[key] for key in ("tokens", "lm", "kl")} for line in read_log(made / LOG)]
+print(json.dumps({"log": log, "peak_bytes": status(PEAK)}))
+"""
+
+
+def training(given: argparse.Namespace) -> Iterator[Cell]:
+    for name in ("fp32", "nf4"):
+        size = {"tokens": given.tokens, "seq_len": given.seq_len, "batch": 1, "micro_batch": 1, "save_every": 1000}
+        changes = [f"train.distil.{key}={json.dumps(value)}" for key, value in size.items()]
+        changes += ["train.distil.quantize=nf4"] if name == "nf4" else []
+        started = time.perf_counter()
+        done = in_process(["-c", TRAIN], {"folder": str(given.folder), "set": changes})
+        yield {"part": "training", "weights": name, **done, "seconds": time.perf_counter() - started}
+
+
 def cells(given: argparse.Namespace) -> Iterator[Cell]:
+    if "training" in given.parts:
+        yield from training(given)
+    if given.parts == ["training"]:
+        return
     config = read_config(given.folder)
     located = locate(given.source) if given.source else relocate(config.linearize["source"])
     window = (window_of(config) or (None, None))[0]
@@ -99,7 +133,27 @@ def report(results: dict[str, Any]) -> list[str]:
         f"`{about['folder']}`, {machine['cpu']}, {about['threads']} threads, commit {machine['commit']}, "
         f"seed {about['seed']}."
     ]
-    return [*lines, *common.table(head, rows, 2)]
+    runs = [cell for cell in found if cell.get("part") == "training"]
+    trained = [
+        (cell["weights"], *(f"{each['kl']:.4f}" for each in quarters(cell["log"])), format_bytes(cell["peak_bytes"]),
+         f"{cell['seconds']:.0f}")
+        for cell in runs
+    ]  # fmt: skip
+    lines += common.table(head, rows, 2)
+    if runs:
+        until = (f"KL to {each['tokens']:,} tokens" for each in quarters(runs[0]["log"]))
+        lines += ["Training by the recipe, frozen weights in fp32 and in nf4; mean KL to the source of each quarter."]
+        lines += common.table(("weights", *until, "peak memory", "s"), trained)
+    return lines
+
+
+def quarters(log: list[Cell]) -> list[Cell]:
+    """The mean KL of each quarter of a log, with the tokens at its end."""
+    step = max(1, len(log) // 4)
+    parts = [log[start : start + step] for start in range(0, step * 4, step)]
+    return [
+        {"tokens": part[-1]["tokens"], "kl": sum(line["kl"] for line in part) / len(part)} for part in parts if part
+    ]
 
 
 def main() -> None:
@@ -108,9 +162,10 @@ def main() -> None:
     parser.add_argument("--source", help="default: the recorded one")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
-    parser.add_argument(
-        "--parts", nargs="+", choices=("quality", "recall", "speed"), default=["quality", "recall", "speed"]
-    )
+    parts = ("quality", "recall", "speed", "training")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--tokens", type=int, default=16384, help="of training")
+    parser.add_argument("--seq-len", type=int, default=2048, help="of training")
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--blocks", type=int, default=8, help="of 512 tokens; longer ones are fewer")
     parser.add_argument("--items", type=int, default=20, help="of each task and depth of recall")
