@@ -61,7 +61,8 @@ def training(given: argparse.Namespace) -> Iterator[Cell]:
         changes += ["train.distil.quantize=nf4"] if name == "nf4" else []
         started = time.perf_counter()
         done = in_process(["-c", TRAIN], {"folder": str(given.folder), "set": changes})
-        yield {"part": "training", "weights": name, **done, "seconds": time.perf_counter() - started}
+        cell = {"part": "training", "weights": name, **done, "seconds": time.perf_counter() - started}
+        yield cell | {"quarters": quarters(done["log"])}
 
 
 def cells(given: argparse.Namespace) -> Iterator[Cell]:
@@ -135,13 +136,13 @@ def report(results: dict[str, Any]) -> list[str]:
     ]
     runs = [cell for cell in found if cell.get("part") == "training"]
     trained = [
-        (cell["weights"], *(f"{each['kl']:.4f}" for each in quarters(cell["log"])), format_bytes(cell["peak_bytes"]),
+        (cell["weights"], *(f"{each['kl']:.4f}" for each in cell["quarters"]), format_bytes(cell["peak_bytes"]),
          f"{cell['seconds']:.0f}")
         for cell in runs
     ]  # fmt: skip
     lines += common.table(head, rows, 2)
     if runs:
-        until = (f"KL to {each['tokens']:,} tokens" for each in quarters(runs[0]["log"]))
+        until = (f"KL to {each['tokens']:,} tokens" for each in runs[0]["quarters"])
         lines += ["Training by the recipe, frozen weights in fp32 and in nf4; mean KL to the source of each quarter."]
         lines += common.table(("weights", *until, "peak memory", "s"), trained)
     return lines

@@ -33,6 +33,8 @@ from linearize.progress import step_progress
 State = dict[str, Tensor]
 LARGE = 4096
 """Bytes from which a weight lies beside its graph, where two graphs share it."""
+COUNT = "count"
+"""A layer's tensor that says how many tokens each row has seen."""
 MANIFEST = "graph.json"
 FORMAT = 1
 SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -76,7 +78,7 @@ class Piece(nn.Module):
         """
         cache: Any = DynamicCache()
         cache.layers = [_with_tensors(layer, i, state) for i, layer in enumerate(self.layers)]
-        seen = next((x for name, x in state.items() if name.endswith(".count")), None)
+        seen = _count(state)
         if seen is None:  # a source: all rows are of one length
             seen = torch.full_like(input_ids[:, 0], cache.get_seq_length())
         positions = seen[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -87,12 +89,21 @@ class Piece(nn.Module):
 
 
 def _tensors(layers: list[Any]) -> State:
-    return {
-        f"{index}.{name}": x
-        for index, layer in enumerate(layers)
-        for name, x in (layer.tensors if isinstance(layer, LinearizedCacheLayer) else vars(layer)).items()
-        if isinstance(x, Tensor)
-    }
+    """All tensors of a cache; of the counts, which are equal in all layers, the first: what follows from it is then
+    computed once."""
+    counted, named = False, {}
+    for index, layer in enumerate(layers):
+        linearized = isinstance(layer, LinearizedCacheLayer)
+        for name, x in (layer.tensors if linearized else vars(layer)).items():
+            if isinstance(x, Tensor) and not (name == COUNT and counted):
+                named[f"{index}.{name}"] = x
+        counted |= linearized
+    return named
+
+
+def _count(state: State) -> Tensor | None:
+    """How many tokens each row of linearized layers has seen, int64 [B]; None without such layers."""
+    return next((x for name, x in state.items() if name.endswith(f".{COUNT}")), None)
 
 
 def _with_tensors(layer: Any, index: int, state: State) -> Any:
@@ -100,7 +111,8 @@ def _with_tensors(layer: Any, index: int, state: State) -> Any:
     own = {name.partition(".")[2]: x.clone() for name, x in state.items() if name.startswith(f"{index}.")}
     made = copy.copy(layer)
     if isinstance(made, LinearizedCacheLayer):
-        made.tensors, made.stack = own, None
+        count: Any = _count(state)
+        made.tensors, made.stack = own | {COUNT: count.clone()}, None
     else:
         vars(made).update(own)
     return made
