@@ -57,7 +57,8 @@ class LinearizedAttention(_Source):
             What the source's forward returns.
 
         Raises:
-            RuntimeError: the decoder layer does not pass on what `_before_decoder` added.
+            RuntimeError: the decoder layer does not pass on what `_before_decoder` added, or hands over the cache under
+                another name.
         """
         if args:
             kwargs.update(zip(self.arguments, args, strict=False))
@@ -73,6 +74,11 @@ class LinearizedAttention(_Source):
             raise RuntimeError(
                 f"{type(self).__name__}: the decoder layer drops keyword arguments, padding among them; its model type "
                 "needs a row in linearize/model/architectures.py with drops_arguments"
+            )
+        if kwargs.get("cache") is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: this transformers hands a layer its cache as `cache`, as 5.24 and later "
+                "do, and it would not be seen; install transformers 5.23"
             )
         past = kwargs.pop("layer_past" if "layer_past" in kwargs else "past_key_values", None)
         call = _Call(past, rows, mask, kwargs.get("position_embeddings"), steps or {})

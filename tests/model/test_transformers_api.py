@@ -37,6 +37,16 @@ def test_nothing_else_in_the_model_imports_from_inside_transformers() -> None:
                 )
 
 
+def test_a_cache_under_the_name_that_later_versions_give_it_is_refused() -> None:
+    model = linearize_(tiny_model("llama", layers=1), GLA)
+    layer, hidden = model.model.layers[0].self_attn, torch.randn(1, 3, model.config.hidden_size)
+    angles = model.model.rotary_emb(hidden, torch.arange(3)[None])
+    given = {"attention_mask": None, "position_embeddings": angles, "linearize_rows": None}
+    layer(hidden, **given, past_key_values=DynamicCache())
+    with pytest.raises(RuntimeError, match=r"its cache as `cache`.*install transformers 5\.23"):
+        layer(hidden, **given, cache=DynamicCache())
+
+
 def test_the_server_looks_for_the_class_in_its_own_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "transformers.cli.serving.model_manager"
     monkeypatch.setitem(sys.modules, name, server := ModuleType(name))
