@@ -199,62 +199,15 @@ def quantised() -> str:
     """Perplexity, recall and bytes of source, window and student by how weights are held."""
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in read("bench-quantized.json")["cells"]:
-        if "column" in cell:
-            cells.setdefault((cell["column"], cell["weights"]), {}).update(cell)
+        cells.setdefault((cell["column"], cell["weights"]), {}).update(cell)
     rows = []
     for weights in dict.fromkeys(each for _, each in cells):
         own = [cells[column, weights] for column in ("source", "window", "student")]
         numbers = [f"{cell[f'perplexity_{length}']:.1f}" for length in (512, 2048) for cell in own]
         numbers += [f"{cell['recall']:.0%}" for cell in own]
-        numbers += [f"{1e3 * cell['token_seconds']:.0f}" for cell in own]
         rows.append([weights, *numbers, f"{own[0]['bytes'] / 2**20:.0f}"])
-    kinds = ("512", "2,048", "recall", "ms a token")
-    of = [f"{what}: {column}" for what in kinds for column in ("source", "window", "student")]
+    of = [f"{what}: {column}" for what in ("512", "2,048", "recall") for column in ("source", "window", "student")]
     return table(("weights", *of, "MiB of weights"), rows)
-
-
-def adapters() -> str:
-    """LoRA beside QLoRA: mean KL to the source of each quarter of the steps, peak memory and seconds."""
-    runs = [cell for cell in read("bench-quantized.json")["cells"] if cell.get("part") == "training"]
-    rows = [
-        [cell["weights"], *(f"{each['kl']:.4f}" for each in cell["quarters"]), format_bytes(cell["peak_bytes"]),
-         f"{cell['seconds']:.0f} s"]
-        for cell in runs
-    ]  # fmt: skip
-    until = (f"KL to {each['tokens']:,} tokens" for each in runs[0]["quarters"])
-    return table(("frozen weights", *until, "peak memory", "time"), rows)
-
-
-def graphs() -> str:
-    """Milliseconds per token by context, size, start and memory of exported graphs, beside the models in torch."""
-    cells = read("bench-onnx-gla.json")["cells"]
-    names = {
-        "graph fp32": "graph, fp32", "graph int8": "graph, int8 weights", "eager": "the folder in torch",
-        "source graph fp32": "source as a graph, fp32", "source eager": "source in torch",
-    }  # fmt: skip
-    files = {
-        "graph fp32": "fp32",
-        "graph int8": "int8",
-        "eager": "folder",
-        "source graph fp32": "source",
-        "source eager": "",
-    }
-    contexts = sorted({cell["context"] for cell in cells if cell["part"] == "speed"})
-
-    def number(part: str, key: str, form: str, scale: float, **where: Any) -> str:
-        fits = (c for c in cells if c["part"] == part and key in c and all(c.get(k) == v for k, v in where.items()))
-        cell = next(fits, None)
-        return "" if cell is None else format(scale * cell[key], form)
-
-    rows = []
-    for what, name in names.items():
-        times = [number("speed", "token_seconds", ".0f", 1e3, what=what, context=context) for context in contexts]
-        own = {"graph": files[what]}
-        rest = [number("size", "bytes", ".0f", 2**-20, **own), number("start", "first_token_seconds", ".1f", 1, **own)]
-        rest += [number("start", "peak_bytes", ".0f", 2**-20, **own)]
-        rows.append([name, *times, *rest])
-    header = ("ms per token behind", *(f"{context:,}" for context in contexts), "MiB on disk", "s to the first token")
-    return table((*header, "peak MiB"), rows)
 
 
 def lossless() -> str:
@@ -306,8 +259,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "training": training,
     "conversion": conversion,
     "quantised": quantised,
-    "adapters": adapters,
-    "graphs": graphs,
     "lossless": lossless,
     "suites": suites,
     "results": results,
