@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.checkpoint import text
@@ -220,7 +221,7 @@ def program(piece: Piece, tokens: int) -> Any:
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
     inputs, shapes = _sample(piece, tokens)
-    with _quiet():
+    with _quiet(), _stable():
         return DynamoExporter().export(piece, inputs, DynamoConfig(dynamic_shapes=shapes)).program  # type: ignore[arg-type]
 
 
@@ -239,7 +240,7 @@ def onnx(piece: Piece, tokens: int, file: Path, quantize: str | None, known: dic
     from transformers.exporters.quantizers.quantizer_onnxruntime import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
     inputs, shapes = _sample(piece, tokens)
-    with _quiet():
+    with _quiet(), _stable():
         config = OnnxConfig(dynamic_shapes=shapes, optimize=False)
         graph: Any = OnnxExporter().export(piece, inputs, config).program  # type: ignore[arg-type]
         _simplify(graph)
@@ -305,6 +306,32 @@ def _save(graph: Any, file: Path, known: dict[str, Any]) -> None:
             shape=value.const_value.shape, name=str(value.name), base_dir=str(file.parent),
         )  # fmt: skip
     onnx_ir.save(graph, str(file))
+
+
+def _log1p(x: Tensor) -> Tensor:
+    return 2 * torch.atanh(x / (2 + x))
+
+
+STABLE: dict[tuple[Any, str], Any] = {
+    (torch, "log1p"): _log1p,
+    (torch, "expm1"): lambda x: torch.tanh(x / 2) * (x.exp() + 1),
+    (F, "logsigmoid"): lambda x: x.clamp(max=0) - _log1p((-x.abs()).exp()),
+}
+"""Functions that exporters write as ln(1 + x), e^x − 1 and ln σ(x), and what they are traced as instead: in fp32 the
+first two lose small numbers, and onnxruntime's σ is 0 from −18 on, so that the last one is −inf."""
+
+
+@contextlib.contextmanager
+def _stable() -> Iterator[None]:
+    """While a model is traced, compute these functions so that every runtime keeps their digits."""
+    before = {(module, name): getattr(module, name) for module, name in STABLE}
+    try:
+        for (module, name), function in STABLE.items():
+            setattr(module, name, function)
+        yield
+    finally:
+        for (module, name), function in before.items():
+            setattr(module, name, function)
 
 
 @contextlib.contextmanager

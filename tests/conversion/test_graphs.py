@@ -21,8 +21,10 @@ from linearize.conversion.export import export
 from linearize.errors import InputError
 from linearize.generation import Chat, generate
 from linearize.generation.graph import Choice, Graph, GraphChat
+from linearize.model.modeling import linearize_
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
+NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": bool}
 MIXER = {"name": "gla", "window": 8, "sinks": 2}
 PROMPT = "Anna brought the boat to the mill, and the miller said the river would rise."
 
@@ -46,6 +48,36 @@ def test_pieces_and_steps_are_the_model(folder: Path, exported: Path) -> None:
         expected = model(ids, use_cache=False).logits[:, -1]
     assert np.allclose(logits, expected, atol=1e-5)
     assert sum(x.numpy().nbytes for x in state.values()) == sum(x.numpy().nbytes for x in graph.empty(3).values())
+
+
+@pytest.mark.parametrize(("module", "name"), list(graphs.STABLE), ids=lambda x: x if isinstance(x, str) else "")
+def test_functions_that_are_traced_keep_their_digits(module: Any, name: str) -> None:
+    x = torch.cat([-torch.logspace(-7, 2.3, 60), torch.logspace(-7, 1.9, 60)])
+    x = x[x > -1] if name == "log1p" else x
+    ours, exact = graphs.STABLE[module, name](x), getattr(module, name)(x.double())
+    assert ((ours - exact).abs() <= 2e-6 * exact.abs() + 1e-7).all()
+
+
+@pytest.mark.slow
+def test_keys_that_close_a_gate_forget_no_more_than_in_the_model(tmp_path: Path) -> None:
+    """onnxruntime's σ(−19) is 0, and its logarithm made a graph forget everything."""
+    model = tiny_model("llama", layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=64, hidden_size=128)
+    linearize_(model, MIXER)
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.weight.data[0] *= 1000  # one channel of one head
+    graphs.onnx(graphs.Piece(model.eval()), 1, tmp_path / "step.onnx", None, {})
+    session = onnxruntime.InferenceSession(str(tmp_path / "step.onnx"), providers=["CPUExecutionProvider"])
+    state = {x.name: np.zeros([1, *x.shape[1:]], NUMPY[x.type]) for x in session.get_inputs() if x.name != "input_ids"}
+    names, ids = [x.name for x in session.get_outputs()], torch.randint(4, 300, (1, 24))
+    for token in ids.T:
+        made = dict(zip(names, session.run(names, {"input_ids": token[:, None].numpy(), **state}), strict=True))
+        state = {name: made[name.replace("input.", "output.", 1)] for name in state}
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    layer: Any = cache.layers[0]
+    for name, expected in layer.tensors.items():
+        assert np.allclose(state[f"input.state.0.{name}"], expected, rtol=1e-4, atol=1e-4), name
 
 
 @pytest.mark.slow
@@ -137,8 +169,6 @@ def test_clusters_merge_in_a_graph(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_source_s_step_takes_a_cache_of_any_length(tmp_path: Path) -> None:
     """Of heads such that no order of sizes is evident: 3 of 64 channels, as SmolLM2-135M has."""
-    import onnxruntime
-
     model = tiny_model("llama", layers=1, num_attention_heads=9, num_key_value_heads=3, head_dim=64, hidden_size=576)
     graphs.onnx(graphs.Piece(model), 1, tmp_path / "step.onnx", None, {})
     session = onnxruntime.InferenceSession(str(tmp_path / "step.onnx"), providers=["CPUExecutionProvider"])
