@@ -12,8 +12,6 @@ with the smaller KL is written.
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize import progress
-from linearize.checkpoint import atomic
 from linearize.checkpoint.budget import cache_of, sized
-from linearize.checkpoint.open import needed
 from linearize.checkpoint.reading import read_json
 from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
@@ -32,7 +28,6 @@ from linearize.model.mixers import Context, Mixer, build_config
 from linearize.model.modeling import linearize_
 from linearize.recipe import load as recipes
 from linearize.recovery import reading
-from linearize.recovery.documents import local_files
 from linearize.recovery.parts import write_without
 from linearize.recovery.select import measure
 
@@ -229,20 +224,17 @@ def allocate(
         >>> allocate("runs/best/0-converted", recipe.load("smollm2-135m-best"), tokens=1024, seq_len=256)["kl"]
     """
     folder = Path(model_dir)
-    if out is not None:
-        atomic.check_output(Path(out), overwrite, [*needed(folder), *local_files(wanted.data)])
-    wanted, settings = reading.settle(wanted, "allocate", **given)
-    with nullcontext() if out is None else atomic.held(out):
-        model, ids = reading.read(folder, wanted, settings)
+
+    def pick(model: Any, ids: Tensor, settings: Any) -> dict[str, Any]:
         if any(module.mixer.gate is not None for module in linearized_modules(model) if module.mixer.weighted):
             raise InputError(f"{folder}: is calibrated for the sizes it has; allocate first, then calibrate")
-        now = cache_of(model.config, model.config.linearize["layers"])
-        choice = {**asdict(settings), **choose(model, ids, settings.cache or now)}
-        if out is not None:
-            with atomic.output_folder(out, overwrite) as work:
-                hashes = write_without(folder, work, [])
-                config = read_json(work / "config.json")
-                config["linearize"]["layers"] = model.config.linearize["layers"]
-                (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-                reading.finish(folder, work, wanted, "allocation", choice, hashes)
-    return choice
+        return choose(model, ids, settings.cache or cache_of(model.config, model.config.linearize["layers"]))
+
+    def write(model: Any, choice: dict[str, Any], work: Path) -> dict[str, str | None]:
+        hashes = write_without(folder, work, [])
+        config = read_json(work / "config.json")
+        config["linearize"]["layers"] = model.config.linearize["layers"]
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return hashes
+
+    return reading.chosen(folder, wanted, out, overwrite, ("allocate", "allocation"), given, pick, write)

@@ -1,16 +1,19 @@
 """What allocate, calibrate and select share: their block of the recipe, a model with a little text, and small files."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from linearize.checkpoint import manifest
+from linearize.checkpoint import atomic, manifest
 from linearize.checkpoint.companions import copy_companions
 from linearize.checkpoint.describe import check_positions
 from linearize.checkpoint.identity import HASHES
 from linearize.checkpoint.manifest import MANIFEST, write_manifest
-from linearize.checkpoint.open import is_adapter, open_model, open_tokenizer, pick_device
+from linearize.checkpoint.open import is_adapter, needed, open_model, open_tokenizer, pick_device
 from linearize.checkpoint.reading import read_json
 from linearize.checkpoint.room import check_memory
 from linearize.errors import InputError
@@ -18,6 +21,7 @@ from linearize.model.sizes import text_sizes
 from linearize.recipe import load as recipes
 from linearize.recipe.schema import Reading
 from linearize.recovery.data import blocks
+from linearize.recovery.documents import local_files
 
 KEPT = ("source", HASHES, "training", "merged", "allocation", "calibration", "selection", "pruning")
 """Facts of a manifest that a folder made from another one keeps."""
@@ -65,6 +69,39 @@ def read(folder: Path, wanted: recipes.Recipe, settings: Reading) -> tuple[Any, 
     count, vocabulary = settings.tokens // settings.seq_len, text_sizes(model.config).vocabulary
     ids = blocks(wanted.data, open_tokenizer(folder), settings.seq_len, count, vocabulary=vocabulary)
     return model.to(pick_device()), ids[:]
+
+
+def chosen(
+    folder: Path, wanted: recipes.Recipe, out: str | Path | None, overwrite: bool, stage: tuple[str, str],
+    given: dict[str, Any], choose: Callable[[Any, Tensor, Any], dict[str, Any]],
+    write: Callable[[Any, dict[str, Any], Path], dict[str, str | None]],
+) -> dict[str, Any]:  # fmt: skip
+    """Choose something about a model by a little text, and write a folder with the choice made if one is asked for.
+
+    Args:
+        folder: the model.
+        wanted: the recipe that names the text.
+        out: folder to appear; None: nothing is written.
+        overwrite: replace a model folder in the place of `out`.
+        stage: its block of the recipe, and the name under which the manifest tells of it.
+        given: values of the block.
+        choose: (model, ids, block) -> the choice, JSON-safe.
+        write: (model, choice, folder) -> hashes, as for `finish`, of the weights and config.json that it wrote there.
+
+    Returns:
+        The choice, with the values of the block.
+    """
+    if out is not None:
+        atomic.check_output(Path(out), overwrite, [*needed(folder), *local_files(wanted.data)])
+    wanted, settings = settle(wanted, stage[0], **given)
+    with nullcontext() if out is None else atomic.held(out):
+        model, ids = read(folder, wanted, settings)
+        choice = {**asdict(settings), **choose(model, ids, settings)}
+        if out is not None:
+            with atomic.output_folder(out, overwrite) as work:
+                hashes = write(model, choice, work)
+                finish(folder, work, wanted, stage[1], choice, hashes)
+    return choice
 
 
 def finish(

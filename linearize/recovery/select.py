@@ -19,8 +19,6 @@ need not add up, so it is an estimate; for none kept and for the choice itself t
 """
 
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +27,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize import progress
-from linearize.checkpoint import atomic
-from linearize.checkpoint.open import needed
 from linearize.errors import InputError
 from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.branches import branches
 from linearize.recipe import load as recipes
 from linearize.recovery import reading
-from linearize.recovery.documents import local_files
 from linearize.recovery.head import logits_of
 from linearize.recovery.losses import IGNORE, count_targets, token_losses
 from linearize.recovery.parts import Part, by_layer, caches, only, write_without
@@ -276,14 +271,11 @@ def select(
         >>> select("runs/demo/0-calibrated", recipe.load("smollm2-135m"), "runs/demo/0-selected", keep=4)["layers"]
     """
     folder = Path(model_dir)
-    if out is not None:
-        atomic.check_output(Path(out), overwrite, [*needed(folder), *local_files(wanted.data)])
-    wanted, settings = reading.settle(wanted, "select", **given)
-    with nullcontext() if out is None else atomic.held(out):
-        model, ids = reading.read(folder, wanted, settings)
-        choice = {**asdict(settings), **choose(model, ids, settings.keep, settings.by, settings.per)}
-        if out is not None:
-            with atomic.output_folder(out, overwrite) as work:
-                hashes = write_without(folder, work, _parts(choice))
-                reading.finish(folder, work, wanted, "selection", choice, hashes)
-    return choice
+
+    def pick(model: Any, ids: Tensor, settings: Any) -> dict[str, Any]:
+        return choose(model, ids, settings.keep, settings.by, settings.per)
+
+    def write(model: Any, choice: dict[str, Any], work: Path) -> dict[str, str | None]:
+        return write_without(folder, work, _parts(choice))
+
+    return reading.chosen(folder, wanted, out, overwrite, ("select", "selection"), given, pick, write)
