@@ -29,6 +29,7 @@ first: means [B, G, M, K + V]; sizes [B, G, M, 2] fp32, n and Σ_d w_d Var_d tim
 whether the last token existed; for int8 scales [B, G, M, 2] bf16. Taken clusters come before free ones.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
     full = (sizes[:, :, -1:, :1] > 0) & here
     old, new = (means, *state[3:], sizes), None
     if torch.compiler.is_exporting():  # the graph looks while it runs
-        new = torch.cond(full.any(), lambda *x: _roomy(*x, rule=rule), lambda *x: _same(*x), (full, *state))
+        new = torch.cond(full.any(), lambda *x: _roomy(*x, rule=rule), _same, (full, *state))
     elif not host.is_free(means) or bool(full.any()):  # where a look is not free, it is merged at every step
         new = _roomy(full, *state, rule=rule)
     if new is not None:
@@ -194,14 +195,7 @@ def _run(
     y, weight = _read(q[:, :, :start], every[0], sizes[0], slots <= at[:start, None], rule)
     if merges:
         later = q[:, :, start:].unflatten(2, (merges, chunk)).movedim(2, 0).flatten(0, 1)
-        seen = slots <= M - chunk + at[:chunk, None]
-        read = later, every[1:].flatten(0, 1), sizes[1:].flatten(0, 1)
-        if host.is_free(q):  # chunk by chunk, which a CPU's cache has room for
-            part = [_read(*each, seen, rule) for each in zip(*(x.split(B) for x in read), strict=True)]
-            part = (torch.cat(x) for x in zip(*part, strict=True))
-        else:
-            part = _read(*read, seen, rule)
-        part = (x.unflatten(0, (merges, B)).movedim(0, 2).flatten(2, 3) for x in part)
+        part = _read_chunks(later, every[1:], sizes[1:], slots <= M - chunk + at[:chunk, None], rule)
         y, weight = (torch.cat(x, 2) for x in zip((y, weight), part, strict=True))
     if token is None:
         y, weight = y[:, :, first : first + T], weight[:, :, first : first + T]
@@ -306,6 +300,19 @@ def _is_one_launch(key_width: int, state: State, *given: Any) -> bool:
 def _seen(q: Tensor, groups: int) -> Tensor:
     """Scaled queries [B, H, T, K] -> sums over the heads of a group, of queries and of themselves, [B, G, T, 2K]."""
     return torch.cat([q.square(), q], -1).unflatten(1, (groups, -1)).sum(2)
+
+
+def _read_chunks(q: Tensor, means: Tensor, sizes: Tensor, seen: Tensor, rule: Rule) -> Iterator[Tensor]:
+    """`_read` of chunks q [S·B, H, C, K], each of its own clusters [S, B, G, M, ·]: y [B, H, S·C, V] and log weight."""
+    merges, B = means.shape[:2]
+    means, sizes = means.flatten(0, 1), sizes.flatten(0, 1)
+    if host.is_free(q):  # chunk by chunk, which a CPU's cache has room for
+        chunks = zip(q.split(B), means.split(B), sizes.split(B), strict=True)
+        parts = [_read(asking, own, counts, seen, rule) for asking, own, counts in chunks]
+        read = tuple(torch.cat(x) for x in zip(*parts, strict=True))
+    else:
+        read = _read(q, means, sizes, seen, rule)
+    return (x.unflatten(0, (merges, B)).movedim(0, 2).flatten(2, 3) for x in read)
 
 
 def _read(q: Tensor, means: Tensor, sizes: Tensor, seen: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
