@@ -19,6 +19,8 @@ from linearize.errors import InputError
 
 GRACE = 45.0
 """Seconds in which stopped processes end by themselves; torch gives those that it has started 30."""
+STUCK = 30.0
+"""Seconds between two looks at a process that was stopped and may wait for a thread for ever."""
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -33,24 +35,31 @@ class Stopped(KeyboardInterrupt):
 def stoppable(main: Callable[[], None]) -> Callable[[], None]:
     """Let SIGTERM and SIGHUP end a command line as SIGINT does: work so far is kept, the exit code is 128 + signal.
 
-    A signal that was ignored before (``nohup``) stays ignored, and a second one does not disturb the end.
+    A signal that was ignored before (``nohup``) stays ignored, and a second one does not disturb the end. A process
+    that then waits for a thread which never ends is ended (see `_end_if_stuck`), also after SIGINT.
     """
 
     @wraps(main)
     def run() -> None:
         if threading.current_thread() is not threading.main_thread():
             return main()
-        before = {number: signal.getsignal(number) for number in STOPS}
+        before = {number: signal.getsignal(number) for number in (*STOPS, signal.SIGINT)}
         mine, came = [number for number in STOPS if before[number] == signal.SIG_DFL], []
+        own = [*mine, *([signal.SIGINT] if before[signal.SIGINT] == signal.default_int_handler else [])]
 
         def stop(number: int, frame: FrameType | None) -> None:
             for each in mine:
                 signal.signal(each, signal.SIG_IGN)
+            _end_if_stuck(number)
             came.append(number)
             raise Stopped(number)
 
-        for number in mine:
-            signal.signal(number, stop)
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            _end_if_stuck(number)
+            raise KeyboardInterrupt
+
+        for number in own:
+            signal.signal(number, stop if number in mine else interrupt)
         try:
             return main()
         except (SystemExit, Stopped) as ended:
@@ -58,10 +67,33 @@ def stoppable(main: Callable[[], None]) -> Callable[[], None]:
                 raise SystemExit(128 + came[0]) from None
             raise
         finally:
-            for number in mine:
+            for number in own:
                 signal.signal(number, before[number])
 
     return run
+
+
+def _end_if_stuck(number: int) -> None:
+    """From now on, end this process if its main thread does nothing but wait for another one.
+
+    A signal raises its exception wherever the main thread is. In the middle of `concurrent.futures`, which loads
+    weights and talks to the Hub, that can leave a lock held: a thread waits for it for ever, and the main thread, on
+    its way out, for the thread.
+    """
+    if not hasattr(signal, "setitimer") or signal.getsignal(signal.SIGALRM) != signal.SIG_DFL:
+        return
+    last: list[tuple[FrameType, int]] = []
+
+    def look(_: int, frame: FrameType | None) -> None:
+        waits = frame is not None and frame.f_code.co_filename == threading.__file__
+        here = [(frame, frame.f_lasti)] if frame and waits else []
+        if here and here == last:
+            os.write(2, b"Interrupted.\n")
+            os._exit(128 + number)
+        last[:] = here
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, STUCK, STUCK)
 
 
 def check_flags(verb: str, flags: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ the same command then ends with what an undisturbed run writes, and by whether i
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -63,6 +64,7 @@ class Run:
             out = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
                 os.dup2(out, stream)
+            faulthandler.register(signal.SIGUSR1, file=out)
             sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -96,6 +98,8 @@ class Run:
                     os.killpg(self.pid, signal.SIGKILL)  # children that it left
                 return self.code
             if time.monotonic() > end:
+                self.send(signal.SIGUSR1)  # where each of its threads is, into its output
+                time.sleep(1)
                 os.killpg(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 return None

@@ -84,6 +84,41 @@ def test_a_signal_in_the_midst_of_an_error_is_no_traceback() -> None:
     assert process.returncode == 143
 
 
+STUCK_POOL = """
+import os, signal, time
+from concurrent import futures
+from linearize import launch
+
+class Interrupted(futures._base._AcquireFutures):
+    def __exit__(self, *_):
+        futures._base._AcquireFutures = interrupted
+        os.kill(os.getpid(), signal.NUMBER)
+        super().__exit__()
+
+interrupted, futures._base._AcquireFutures = futures._base._AcquireFutures, Interrupted
+launch.STUCK = 0.3
+
+@launch.stoppable
+def main():
+    try:
+        with futures.ThreadPoolExecutor(2) as pool:
+            for done in futures.as_completed([pool.submit(time.sleep, 0.2) for _ in range(4)]):
+                done.result()
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+
+main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_lock_that_a_signal_left_held_does_not_keep_the_process(name: str, code: int) -> None:
+    """As it happened in an upload: the pool's threads wait for a future's lock, and the end waits for them."""
+    with begin(STUCK_POOL.replace("NUMBER", name), stderr=subprocess.PIPE) as process:
+        _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (code, "Interrupted.\n")
+
+
 def test_a_signal_that_was_ignored_stays_ignored() -> None:
     with begin(CODE.replace("WORK", WAIT.replace("60", "1")), ignored=signal.SIGHUP) as process:
         assert process.stdout and process.stdout.readline() == "began\n"
