@@ -38,6 +38,7 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "clusters, int8": ({"name": "clusters", "state_dtype": "int8"}, "clusters"),
     "clusters, int8, by distance": ({"name": "clusters", "state_dtype": "int8", "expected": 0.0}, "clusters"),
     "clusters, int8, by attention": ({"name": "clusters", "state_dtype": "int8", "expected": 1.0}, "clusters"),
+    "clusters, int4": ({"name": "clusters", "state_dtype": "int4"}, "clusters"),
     "clusters, bf16": ({"name": "clusters", "state_dtype": "bfloat16"}, "clusters"),
     "clusters, fp32": ({"name": "clusters"}, "clusters"),
     "gated_deltanet + exact, int8": ({"name": "gated_deltanet", "state_dtype": "int8"}, "exact"),

@@ -39,6 +39,7 @@ class Config(base.MixerConfig):
 
     sized = ("clusters", 8)
     least = 16
+    dtypes = (*base.MixerConfig.dtypes, "int4")
     older = {**base.MixerConfig.older, "mass": 0.0}
     clusters: int = 128
     chunk: int = 0
@@ -61,7 +62,7 @@ class Mixer(base.Mixer):
     summary = "Softmax over clusters of keys: what has left the window is merged into M means, nothing is dropped"
     rule = "y_t = Σ_m p_m v̄_m,  p = softmax_m(a(q_t, k̄_m) + ln n_m + γ c_m)"
     papers = ("2402.06082", "2210.09461")
-    state = "G·(M·(b·(K + V) + 8) + 4·(2K + 1)) bytes, b = 4, 2 or 1; with 1 also 4·G·M"
+    state = "G·(M·(b·(K + V) + 8) + 4·(2K + 1)) bytes, b = 4, 2, 1 or ½; with 1 also 4·G·M, with ½ G·M·(K + V)/16"
     Config = Config
     rounds_itself = True
 

@@ -3,8 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from ..ops.compact import DTYPES
-
 
 @dataclass(frozen=True)
 class MixerConfig:
@@ -14,13 +12,15 @@ class MixerConfig:
         positive: numbers that must be above 0.
         sized: the number that decides how large the state is, if one does, and its step; see checkpoint/budget.py.
         least: the smallest such number.
+        dtypes: in which the state can be kept.
         older: what folders mean that were written before a setting existed.
         name: the mixer's file name.
         combine: memory | liger | none.
         window: W ≥ 1 tokens of exact attention, the query's own included.
         sinks: s ≥ 0 first tokens that stay exact.
         softmax_heads: key/value heads that stay softmax, with their query heads, ascending; see softmax_heads.py.
-        state_dtype: float32 | bfloat16 | int8, in which the state is kept between two steps; see ops/compact.py.
+        state_dtype: float32 | bfloat16 | int8, for clusters also int4, in which the state is kept between two steps;
+            see ops/compact.py.
         exact: N tokens behind the window that stay as they are: those that the recurrence reconstructs worst. 0: none;
             see exact.py.
         calibrated: whether a memory that has a log weight also has a weight `gate` [H] that is added to it, one number
@@ -30,6 +30,7 @@ class MixerConfig:
     positive: ClassVar[tuple[str, ...]] = ()
     sized: ClassVar[tuple[str, int] | None] = None
     least: ClassVar[int] = 1
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "int8")
     older: ClassVar[dict[str, Any]] = {"state_dtype": "float32"}
 
     name: str = ""
@@ -62,8 +63,8 @@ class MixerConfig:
                 f"exact: found {self.exact} with combine {self.combine}; tokens can only be kept behind a window whose "
                 "softmax they share; use combine: memory, or leave exact out"
             )
-        if self.state_dtype not in DTYPES:
-            problems.append(f"state_dtype: found {self.state_dtype!r}; expected {', '.join(DTYPES)}")
+        if self.state_dtype not in self.dtypes:
+            problems.append(f"state_dtype: found {self.state_dtype!r}; expected {', '.join(self.dtypes)}")
         values = {key: getattr(self, key) for key in self.positive}
         return problems + [f"{key}: found {x}; expected above 0" for key, x in values.items() if not x > 0]
 

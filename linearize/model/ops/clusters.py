@@ -21,12 +21,13 @@ Attention of kvpress, arXiv 2510.00636, drops keys of little A; here they are me
 without gradient; the means have theirs.
 
 Means are kept in the dtype of the state and computed with in fp32. They are rounded when a token enters and after every
-merge, by the block form as by the steps. int8 has a scale for the key and one for the value of each cluster.
+merge, by the block form as by the steps. int8 has a scale for the key and one for the value of each cluster, int4 one
+for every 32 channels.
 
 Letters and shapes as in ops/additive.py: q [B, H, T, K], k and v [B, G, T, ·], exists [B, G, T, 1]. State, all zeros at
 first: means [B, G, M, K + V]; sizes [B, G, M, 2] fp32, n and Σ_d w_d Var_d times the heads of a group; queries
 [B, G, 1, 2K + 1] fp32, sums of the squares of the scaled queries and of these themselves, with a last column that says
-whether the last token existed; for int8 scales [B, G, M, 2] bf16. Taken clusters come before free ones.
+whether the last token existed; for int8 and int4 scales [B, G, M, ·] bf16. Taken clusters come before free ones.
 """
 
 from collections.abc import Iterator
@@ -53,11 +54,12 @@ def initial_state(
     batch: int, kv_heads: int, key_width: int, value_width: int, clusters: int, device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> State:  # fmt: skip
-    """Zeros on `device`, of M = `clusters`, the means in `dtype`: bf16, int8, or None for fp32."""
-    means = torch.zeros(batch, kv_heads, clusters, key_width + value_width, device=device, dtype=dtype)
+    """Zeros on `device`, of M = `clusters`, the means in `dtype`: bf16, int8, uint8 for int4, or None for fp32."""
+    width, scales = key_width + value_width, len(compact.groups(key_width, value_width, dtype))
+    means = torch.zeros(batch, kv_heads, clusters, compact.packed(width, dtype), device=device, dtype=dtype)
     sizes = torch.zeros(batch, kv_heads, clusters, 2, device=device)
     state = means, sizes, sizes.new_zeros(batch, kv_heads, 1, 2 * key_width + 1)
-    return state if dtype != torch.int8 else (*state, sizes.to(torch.bfloat16))
+    return (*state, sizes.new_zeros(batch, kv_heads, clusters, scales, dtype=torch.bfloat16)) if scales else state
 
 
 def opened(state: State) -> Tensor:
@@ -259,7 +261,7 @@ def _merges(
         index [B, G, M] into all rows.
     """
     K = metric.shape[-1] // 2
-    if _has_kernels(means, sizes, K):
+    if _has_kernels(means, sizes, K, dtype):
         return clusters_backend.merges(means, sizes, tape, one, metric, goes_on, rule, dtype)
     every, counts, chunk = [means], [sizes], rule.chunk
     stay, went = torch.arange(sizes[..., 0].numel(), device=sizes.device).view(sizes.shape[:3]), []
@@ -282,17 +284,17 @@ def _merges(
     return torch.stack(every), torch.stack(counts), went
 
 
-def _has_kernels(means: Tensor, sizes: Tensor, key_width: int) -> bool:
-    """Whether Triton kernels do it; what is compiled has the operations, which it fuses."""
+def _has_kernels(means: Tensor, sizes: Tensor, key_width: int, dtype: torch.dtype | None) -> bool:
+    """Whether Triton kernels do it, of means kept in `dtype`; what is compiled has the operations, which it fuses."""
     if torch.compiler.is_compiling():
         return False
-    restriction = clusters_backend.restriction(sizes, max(key_width, means.shape[-1] - key_width))
+    restriction = clusters_backend.restriction(sizes, max(key_width, means.shape[-1] - key_width), dtype)
     return chooses_fla(sizes, restriction, missing=clusters_backend.missing)
 
 
 def _is_one_launch(key_width: int, state: State, *given: Any) -> bool:
     """Whether a kernel takes in or reads a token. Those have no gradient."""
-    if host.is_free(state[1]) or not _has_kernels(state[0], state[1], key_width):
+    if host.is_free(state[1]) or not _has_kernels(state[0], state[1], key_width, state[0].dtype):
         return False
     return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (*state, *given))
 

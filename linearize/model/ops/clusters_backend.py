@@ -60,9 +60,12 @@ def _at_once(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def restriction(sizes: Tensor, widest: int) -> str | None:
-    """What about clusters of `sizes` [B, G, M, 2], with the wider of K and V, the kernels cannot do, or None."""
+def restriction(sizes: Tensor, widest: int, dtype: torch.dtype | None) -> str | None:
+    """What about clusters of `sizes` [B, G, M, 2], kept in `dtype`, with the wider of K and V, the kernels cannot do,
+    or None."""
     M = sizes.shape[2]
+    if dtype == torch.uint8:
+        return "they know means in fp32, bf16 and int8, and these are in int4"
     if sizes.dtype != torch.float32:
         return f"they compute in fp32, and the clusters are {sizes.dtype}"
     if widest > WIDEST:

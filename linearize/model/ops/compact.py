@@ -6,14 +6,24 @@ smaller than a step of int8 are not lost (error feedback). Plain rounding to int
 break on it. 1.5 bytes a number, and 2 a row.
 
 Keys beside values, which are rounded when they are written and not at every step, need no rest: the functions of pairs.
+These also know int4, two numbers in a byte with a scale for every 32: of a state that changes at every step it would
+leave nothing.
 """
+
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
-"""Name -> what a state is rounded to; None: not at all."""
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+"""Name -> what a state is rounded to, int4 by the dtype of the bytes that hold it; None: not at all."""
+STEPS = {torch.int8: 127, torch.uint8: 7}
+"""The largest number that is kept of a row or group."""
+GROUP = 32
+"""Channels that share a scale in int4, or the most that divide both widths."""
+ZEROS = 0x88
+"""Both halves of a byte change their sign bit by it: between -8 to 7 in two's complement and 0 to 15."""
 SHORT = 8
 """Rows of fewer numbers share their scale with the rows beside them; if these are few too, as sums of weights are, they
 stay fp32."""
@@ -68,33 +78,58 @@ def _steps(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return step.to(torch.int8), left[..., ::2] | left[..., 1::2] << 4, scale
 
 
+def groups(key_width: int, value_width: int, dtype: torch.dtype | None) -> list[int]:
+    """Widths of what shares a scale: for int8 the key and the value, for int4 groups of channels; else nothing does."""
+    if dtype == torch.int8:
+        return [key_width, value_width]
+    width = math.gcd(key_width, value_width, GROUP)
+    return [width] * ((key_width + value_width) // width) if dtype == torch.uint8 else []
+
+
+def packed(width: int, dtype: torch.dtype | None) -> int:
+    """How many elements hold so many numbers of a pair, which are an even number in int4."""
+    return width // 2 if dtype == torch.uint8 else width
+
+
 def stored_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """Keys beside values [..., K + V] as a cache keeps them, and for int8 their scales [..., 2]: what is rounded once
-    needs no rest."""
-    if dtype != torch.int8:
+    """Keys beside values [..., K + V] as a cache keeps them, and for int8 and int4 their scales, one for each of
+    `groups`: what is rounded once needs no rest. Zeros are kept as zeros."""
+    widths = groups(key_width, x.shape[-1] - key_width, dtype)
+    if not widths:
         return (x.to(dtype if dtype == torch.bfloat16 else x.dtype),)
-    parts = x.split((key_width, x.shape[-1] - key_width), -1)
-    scales = [(part.abs().amax(-1, keepdim=True) / 127).bfloat16() for part in parts]
-    codes = [
-        (part / scale.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-127, 127).to(torch.int8)
-        for part, scale in zip(parts, scales, strict=True)
-    ]
-    return torch.cat(codes, -1), torch.cat(scales, -1)
+    most = STEPS[dtype]  # type: ignore[index]
+    parts = x.split(widths, -1)
+    scales = [(part.abs().amax(-1, keepdim=True) / most).bfloat16() for part in parts]
+    codes = torch.cat(
+        [
+            (part / scale.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-most, most)
+            for part, scale in zip(parts, scales, strict=True)
+        ],
+        -1,
+    )
+    if dtype == torch.uint8:
+        low, high = (codes + 8).to(torch.uint8).chunk(2, -1)
+        return (low | high << 4) ^ ZEROS, torch.cat(scales, -1)
+    return codes.to(torch.int8), torch.cat(scales, -1)
 
 
 def opened_pairs(kept: Tensor, scales: Tensor | None, key_width: int, dtype: torch.dtype) -> Tensor:
     """That of which `stored_pairs` keeps this, in `dtype`."""
-    x = kept.to(dtype)
+    if kept.dtype == torch.uint8:
+        both = kept ^ ZEROS
+        x = torch.cat([both & 15, both >> 4], -1).to(dtype) - 8
+    else:
+        x = kept.to(dtype)
     if scales is not None:
-        scale = scales.to(dtype)
-        x[..., :key_width] *= scale[..., :1]
-        x[..., key_width:] *= scale[..., 1:]
+        widths = groups(key_width, x.shape[-1] - key_width, kept.dtype)
+        for part, scale in zip(x.split(widths, -1), scales.to(dtype).split(1, -1), strict=True):
+            part *= scale
     return x
 
 
 def rounded_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> Tensor:
     """Keys beside values as they are after they were stored; the gradient passes as if they were not."""
-    if dtype not in (torch.bfloat16, torch.int8):
+    if dtype not in (torch.bfloat16, *STEPS):
         return x
     stored = stored_pairs(x.detach(), key_width, dtype)
     kept = opened_pairs(stored[0], stored[1] if len(stored) > 1 else None, key_width, x.dtype)

@@ -130,9 +130,10 @@ def test_a_step_with_a_gradient_is_not_sent_to_a_kernel_that_has_none(calls):
 
 
 def test_what_the_kernels_cannot_do_runs_by_pytorch_and_is_said(calls):
-    assert "float64" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2, dtype=torch.float64), 8))
-    assert "2048" in str(clusters_backend.restriction(torch.zeros(1, 1, 2048, 2), 8))
-    assert "272" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2), 272))
+    assert "float64" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2, dtype=torch.float64), 8, None))
+    assert "2048" in str(clusters_backend.restriction(torch.zeros(1, 1, 2048, 2), 8, torch.int8))
+    assert "272" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2), 272, None))
+    assert "int4" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2), 8, torch.uint8))
     ops._warn.cache_clear()
     x = torch.randn(1, 1, 30, 272)
     state = clusters.initial_state(1, 1, 272, 272, M, x.device)

@@ -43,3 +43,19 @@ def test_small_updates_are_not_lost_in_int8():
         plain = plain.round()
     assert plain[..., 1] == 0
     assert abs(float(compact.opened(kept, torch.int8)[0][..., 1]) - 12.5) < 0.1
+
+
+@pytest.mark.parametrize("widths", [(64, 64), (16, 16), (12, 8), (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_what_is_kept_of_a_pair_is_as_near_as_its_steps(dtype, widths):
+    x = torch.randn(2, 3, 5, sum(widths)) * torch.rand(2, 3, 5, 1) * 10
+    x[..., 0, :] = 0
+    codes, scales = compact.stored_pairs(x, widths[0], dtype)
+    assert codes.dtype == dtype and codes.shape[-1] == compact.packed(sum(widths), dtype)
+    assert not codes[..., 0, :].any() and not scales[..., 0, :].any(), "free clusters are zeros"
+    y = compact.opened_pairs(codes, scales, widths[0], x.dtype)
+    parts = zip(*(z.split(compact.groups(*widths, dtype), -1) for z in (x, y)), strict=True)
+    for exact, kept in parts:  # half a step, and what bf16 takes from a scale
+        step = exact.abs().amax(-1, keepdim=True) / compact.STEPS[dtype]
+        assert ((exact - kept).abs() <= step * (0.5 + compact.STEPS[dtype] / 256) + 1e-6).all()
+    torch.testing.assert_close(compact.rounded_pairs(x, widths[0], dtype), y, rtol=0, atol=0)
