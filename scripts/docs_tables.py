@@ -199,15 +199,50 @@ def quantised() -> str:
     """Perplexity, recall and bytes of source, window and student by how weights are held."""
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in read("bench-quantized.json")["cells"]:
-        cells.setdefault((cell["column"], cell["weights"]), {}).update(cell)
+        if "column" in cell:
+            cells.setdefault((cell["column"], cell["weights"]), {}).update(cell)
     rows = []
     for weights in dict.fromkeys(each for _, each in cells):
         own = [cells[column, weights] for column in ("source", "window", "student")]
         numbers = [f"{cell[f'perplexity_{length}']:.1f}" for length in (512, 2048) for cell in own]
         numbers += [f"{cell['recall']:.0%}" for cell in own]
+        numbers += [f"{1e3 * cell['token_seconds']:.0f}" for cell in own]
         rows.append([weights, *numbers, f"{own[0]['bytes'] / 2**20:.0f}"])
-    of = [f"{what}: {column}" for what in ("512", "2,048", "recall") for column in ("source", "window", "student")]
+    names = ("512", "2,048", "recall", "ms a token")
+    of = [f"{what}: {column}" for what in names for column in ("source", "window", "student")]
     return table(("weights", *of, "MiB of weights"), rows)
+
+
+def adapters() -> str:
+    """Training beside each other: frozen weights in fp32, which is LoRA, and in nf4, which is QLoRA."""
+    runs = [cell for cell in read("bench-quantized.json")["cells"] if cell.get("part") == "training"]
+    header = ["frozen weights", *(f"KL to {each['tokens']:,} tokens" for each in runs[0]["quarters"]), "peak memory"]
+    rows = (
+        [run["weights"], *(f"{each['kl']:.4f}" for each in run["quarters"]), format_bytes(run["peak_bytes"])]
+        for run in runs
+    )
+    return table(header, rows)
+
+
+def graphs() -> str:
+    """An exported model beside PyTorch: milliseconds a token by context, start, peak memory and size on disk."""
+    cells = read("bench-onnx-gla.json")["cells"]
+    contexts = sorted({cell["context"] for cell in cells if cell["part"] == "speed"})
+    names = {
+        "eager": ("PyTorch", "folder"), "graph fp32": ("graph, fp32", "fp32"), "graph int8": ("graph, int8", "int8"),
+        "source eager": ("source, PyTorch", ""), "source graph fp32": ("source, graph, fp32", "source"),
+    }  # fmt: skip
+    rows = []
+    for what, (said, folder) in names.items():
+        times = {cell["context"]: cell["token_seconds"] for cell in cells if cell.get("what") == what}
+        about: dict[str, Any] = {}
+        for cell in cells:
+            about |= cell if cell.get("graph") == folder and cell["part"] in ("size", "start") else {}
+        own = [said, *(f"{1e3 * times[context]:.0f}" for context in contexts)]
+        own += [f"{about['first_token_seconds']:.1f} s" if "first_token_seconds" in about else ""]
+        rows.append(own + [format_bytes(about[key]) if key in about else "" for key in ("peak_bytes", "bytes")])
+    header = (*(f"ms a token, {context:,}" for context in contexts), "to the first token", "peak memory", "on disk")
+    return table(("", *header), rows)
 
 
 def lossless() -> str:
@@ -259,6 +294,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "training": training,
     "conversion": conversion,
     "quantised": quantised,
+    "adapters": adapters,
+    "graphs": graphs,
     "lossless": lossless,
     "suites": suites,
     "results": results,

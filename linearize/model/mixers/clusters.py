@@ -8,7 +8,8 @@ Not a linear recurrence: constant memory and time per token like one, but its st
 over them, as in gated slot attention. It is the source itself while no more than M tokens have left the window, and
 needs no training to be near it. Keys and queries are those that the source rotates, with its scale and its soft cap;
 nothing fades with age. Honest control: a window that is M tokens longer, which costs the same bytes in fp32 and half of
-them in 16 bits, as clusters are always kept in fp32.
+them in 16 bits. state_dtype keeps the means in fewer: half as many bytes are twice as many clusters. int4, for clusters
+alone, keeps the most facts of the fewest bytes; Triton kernels do not know it yet.
 
 combine: memory: shares the window's normaliser with log weight ln Σ_m e^{a_m + ln n_m} + strength. liger and none: as
 it is.
@@ -62,7 +63,7 @@ class Mixer(base.Mixer):
     summary = "Softmax over clusters of keys: what has left the window is merged into M means, nothing is dropped"
     rule = "y_t = Σ_m p_m v̄_m,  p = softmax_m(a(q_t, k̄_m) + ln n_m + γ c_m)"
     papers = ("2402.06082", "2210.09461")
-    state = "G·(M·(b·(K + V) + 8) + 4·(2K + 1)) bytes, b = 4, 2, 1 or ½; with 1 also 4·G·M, with ½ G·M·(K + V)/16"
+    state = "G·(M·(b·(K + V) + 8) + 4·(2K + 1)) bytes, b = 4, 2, 1 + 4/(K + V), or ⅝ and 4·G·(K + V) more"
     Config = Config
     rounds_itself = True
 

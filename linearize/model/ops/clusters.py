@@ -22,12 +22,14 @@ without gradient; the means have theirs.
 
 Means are kept in the dtype of the state and computed with in fp32. They are rounded when a token enters and after every
 merge, by the block form as by the steps. int8 has a scale for the key and one for the value of each cluster, int4 one
-for every 32 channels.
+for a group of channels. What int4 keeps is the difference from a centre, the first token that was taken in: keys of a
+head have channels in common, which would leave the others few of 15 steps (KIVI, arXiv 2402.02750, scales by channel).
 
 Letters and shapes as in ops/additive.py: q [B, H, T, K], k and v [B, G, T, ·], exists [B, G, T, 1]. State, all zeros at
 first: means [B, G, M, K + V]; sizes [B, G, M, 2] fp32, n and Σ_d w_d Var_d times the heads of a group; queries
 [B, G, 1, 2K + 1] fp32, sums of the squares of the scaled queries and of these themselves, with a last column that says
-whether the last token existed; for int8 and int4 scales [B, G, M, ·] bf16. Taken clusters come before free ones.
+whether the last token existed; for int8 and int4 scales [B, G, M, ·] bf16; for int4 the centre [B, G, 1, K + V] fp32.
+Taken clusters come before free ones.
 """
 
 from collections.abc import Iterator
@@ -59,13 +61,37 @@ def initial_state(
     means = torch.zeros(batch, kv_heads, clusters, compact.packed(width, dtype), device=device, dtype=dtype)
     sizes = torch.zeros(batch, kv_heads, clusters, 2, device=device)
     state = means, sizes, sizes.new_zeros(batch, kv_heads, 1, 2 * key_width + 1)
-    return (*state, sizes.new_zeros(batch, kv_heads, clusters, scales, dtype=torch.bfloat16)) if scales else state
+    if scales:
+        state = *state, sizes.new_zeros(batch, kv_heads, clusters, scales, dtype=torch.bfloat16)
+    return (*state, sizes.new_zeros(batch, kv_heads, 1, width)) if dtype == torch.uint8 else state
 
 
 def opened(state: State) -> Tensor:
-    """The means of a state, [B, G, M, K + V] fp32, not to be changed."""
+    """The means of a state, [B, G, M, K + V] fp32, not to be changed; those of free clusters are zeros."""
     means, sizes, queries, *scales = state
-    return compact.opened_pairs(means, scales[0] if scales else None, queries.shape[-1] // 2, sizes.dtype)
+    x = compact.opened_pairs(means, scales[0] if scales else None, queries.shape[-1] // 2, sizes.dtype)
+    return torch.where(sizes[..., :1] > 0, x + scales[1], 0) if len(scales) > 1 else x
+
+
+def _kept(x: Tensor, there: Tensor, key_width: int, dtype: torch.dtype, centre: Tensor | None) -> State:
+    """What is kept of means [B, G, ·, K + V] where they are `there`, and their scales if any."""
+    return compact.stored_pairs(x if centre is None else torch.where(there, x - centre, 0), key_width, dtype)
+
+
+def _rounded(x: Tensor, there: Tensor, key_width: int, dtype: torch.dtype | None, centre: Tensor | None) -> Tensor:
+    """Means as they are after they were kept."""
+    if centre is None:
+        return compact.rounded_pairs(x, key_width, dtype)
+    return torch.where(there, compact.rounded_pairs(x - centre, key_width, dtype) + centre, 0)
+
+
+def _centre(state: State) -> Tensor | None:
+    return state[4] if len(state) > 4 else None
+
+
+def _first(comes: Tensor, token: Tensor, centre: Tensor) -> Tensor:
+    """The centre of rows to which their first token comes, or came before."""
+    return torch.where(comes, token.detach(), centre)
 
 
 def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule) -> None:
@@ -75,7 +101,7 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
         return clusters_backend.take_in(k, v, exists, state, rule)
     here = exists > 0
     full = (sizes[:, :, -1:, :1] > 0) & here
-    old, new = (means, *state[3:], sizes), None
+    old, new = (means, *state[3:4], sizes), None
     if torch.compiler.is_exporting():  # the graph looks while it runs
         new = torch.cond(full.any(), lambda *x: _roomy(*x, rule=rule), _same, (full, *state))
     elif not host.is_free(means) or bool(full.any()):  # where a look is not free, it is merged at every step
@@ -84,8 +110,11 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
         for x, changed in zip(old, new, strict=True):
             x.copy_(changed)
     index = (sizes[..., :1] > 0).sum(2, keepdim=True).clamp(max=means.shape[2] - 1)
-    token = torch.cat([k, v], -1).to(sizes.dtype)
-    entering = *compact.stored_pairs(token, k.shape[-1], means.dtype), torch.cat([exists, torch.zeros_like(exists)], -1)
+    token, centre = torch.cat([k, v], -1).to(sizes.dtype), _centre(state)
+    if centre is not None:
+        centre.copy_(_first((sizes[:, :, :1, :1] == 0) & here, token, centre))
+    one = torch.cat([exists, torch.zeros_like(exists)], -1)
+    entering = *_kept(token, here, k.shape[-1], means.dtype, centre), one
     for x, new in zip(old, entering, strict=True):  # free clusters are zeros
         x.scatter_add_(2, index.expand(-1, -1, 1, x.shape[-1]), new.to(x.dtype) * here)
     queries.copy_(torch.cat([queries[..., :-1], here.to(queries.dtype)], -1))
@@ -95,13 +124,13 @@ def _roomy(full: Tensor, *state: Tensor, rule: Rule) -> State:
     """Means, their scales if any, and sizes of a state whose full rows made room for C tokens."""
     means, sizes, queries = state[:3]
     kept, size, _ = joined(opened(state).clone(), sizes.clone(), queries[..., :-1], rule)  # of copies, for autograd
-    merged = *compact.stored_pairs(kept, queries.shape[-1] // 2, means.dtype), size
-    return tuple(torch.where(full, new, x) for new, x in zip(merged, (means, *state[3:], sizes), strict=True))
+    merged = *_kept(kept, size[..., :1] > 0, queries.shape[-1] // 2, means.dtype, _centre(state)), size
+    return tuple(torch.where(full, new, x) for new, x in zip(merged, (means, *state[3:4], sizes), strict=True))
 
 
 def _same(full: Tensor, *state: Tensor) -> State:
     """What `_roomy` gives where no row is full."""
-    return tuple(x.clone() for x in (state[0], *state[3:], state[1]))
+    return tuple(x.clone() for x in (state[0], *state[3:4], state[1]))
 
 
 def read_state(q: Tensor, state: State, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -157,8 +186,7 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule, first: int, whole: bool
 ) -> tuple[Tensor, Tensor, State]:
     old_means, (_, sizes, queries), chunk = opened(state), state[:3], rule.chunk
-    B, H, T, K = q.shape
-    G, M = sizes.shape[1:3]
+    (B, H, T, K), (G, M) = q.shape, sizes.shape[1:3]
     if T == 0:
         return q.new_zeros(B, H, 0, v.shape[-1], dtype=sizes.dtype), q.new_zeros(B, H, 0, dtype=sizes.dtype), state
     real = exists[:, 0, :, 0] > 0
@@ -178,7 +206,10 @@ def _run(
         x = x.gather(2, token.expand(-1, x.shape[1], -1, x.shape[-1])).to(sizes.dtype)
         return torch.where(on, x, 0)
 
-    tape, q = compact.rounded_pairs(lay(torch.cat([k, v], -1)), K, state[0].dtype), lay(q)
+    tape, q, centre = lay(torch.cat([k, v], -1)), lay(q), _centre(state)
+    if centre is not None:
+        centre = _first((taken == 0)[..., None, None] & on[:, :, :1], tape[:, :, :1], centre)
+    tape = _rounded(tape, on, K, state[0].dtype, centre)
     one = F.pad(on.to(sizes.dtype), (0, 1)).expand(-1, G, -1, -1)  # n of 1, no variance
     start = min(M, length)
     old = at[:start, None] < taken[:, None, None]
@@ -191,7 +222,7 @@ def _run(
         square = [square[:, :, :start].sum(2, keepdim=True), square[:, :, start:].unflatten(2, (merges, chunk)).sum(3)]
         metric = torch.cat(square, 2).cumsum(2) + queries[..., :-1]
     goes_on = end > torch.arange(M, M + merges * chunk, chunk, device=q.device)
-    given = means, sizes, tape[:, :, start:], one[:, :, start:], metric, goes_on, rule, state[0].dtype
+    given = means, sizes, tape[:, :, start:], one[:, :, start:], metric, goes_on, rule, state[0].dtype, centre
     every, sizes = _Merges.apply(*given) if torch.is_grad_enabled() else _merges(*given)[:2]  # type: ignore[misc]
     slots = torch.arange(M, device=q.device)
     y, weight = _read(q[:, :, :start], every[0], sizes[0], slots <= at[:start, None], rule)
@@ -209,8 +240,8 @@ def _run(
         y = y.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, y.shape[-1])).masked_fill(none.unsqueeze(-1), 0)
     queries = torch.cat([metric[:, :, -1:], real[:, -1:, None, None].to(metric).expand(-1, G, -1, -1)], -1)
     # Of copies: a view would keep the clusters of every chunk in memory.
-    means, *scales = compact.stored_pairs(every[-1].clone(), K, state[0].dtype)
-    return y, weight, (means, sizes[-1].clone(), queries, *scales)
+    means, *scales = _kept(every[-1].clone(), sizes[-1][..., :1] > 0, K, state[0].dtype, centre)
+    return y, weight, (means, sizes[-1].clone(), queries, *scales, *([] if centre is None else [centre]))
 
 
 class _Merges(torch.autograd.Function):
@@ -218,8 +249,8 @@ class _Merges(torch.autograd.Function):
     Rounding passes the gradient on as it is; sizes have none."""
 
     @staticmethod
-    def forward(ctx, means, sizes, tape, one, metric, goes_on, rule, dtype):  # type: ignore[override]
-        means, sizes, ctx.to = _merges(means, sizes, tape, one, metric, goes_on, rule, dtype)
+    def forward(ctx, means, sizes, tape, one, metric, goes_on, rule, dtype, centre):  # type: ignore[override]
+        means, sizes, ctx.to = _merges(means, sizes, tape, one, metric, goes_on, rule, dtype, centre)
         ctx.chunk = rule.chunk
         ctx.mark_non_differentiable(sizes)
         ctx.save_for_backward(sizes)
@@ -230,19 +261,19 @@ class _Merges(torch.autograd.Function):
         (sizes,) = ctx.saved_tensors
         if isinstance(ctx.to, Tensor):
             g, tape = clusters_backend.gradient(means, sizes, ctx.to, ctx.chunk)
-            return g, None, tape, None, None, None, None, None
+            return g, None, tape, None, None, None, None, None, None
         counts, g, tape = sizes[..., :1], means[-1], []
         for i, to in reversed(list(enumerate(ctx.to))):
             tape.append(g[:, :, -ctx.chunk :])
             g = g / counts[i + 1].clamp(min=1)
             back = g.flatten(0, 2).index_select(0, to.flatten()).view_as(g)
             g = means[i] + counts[i] * back
-        return g, None, torch.cat(tape[::-1], 2) if tape else g[:, :, :0], None, None, None, None, None
+        return g, None, torch.cat(tape[::-1], 2) if tape else g[:, :, :0], None, None, None, None, None, None
 
 
 def _merges(
     means: Tensor, sizes: Tensor, tape: Tensor, one: Tensor, metric: Tensor, goes_on: Tensor, rule: Rule,
-    dtype: torch.dtype,
+    dtype: torch.dtype, centre: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor] | Tensor]:  # fmt: skip
     """Clusters before the first merge and after each, filled up with the chunk of the tape that follows it.
 
@@ -255,6 +286,7 @@ def _merges(
         goes_on: [B, S], whether a row still merges.
         rule: as of `run`.
         dtype: that means are rounded to.
+        centre: from which, for int4.
 
     Returns:
         means [S + 1, B, G, M, K + V] and sizes [S + 1, B, G, M, 2]; and of each merge where each cluster went, as an
@@ -268,7 +300,7 @@ def _merges(
     for i in range(goes_on.shape[1]):
         on, fill = goes_on[:, i].view(-1, 1, 1, 1), slice(i * chunk, (i + 1) * chunk)
         merged, size, to = joined(means, sizes, metric[:, :, i : i + 1], rule)
-        merged = compact.rounded_pairs(merged, K, dtype)
+        merged = _rounded(merged, size[..., :1] > 0, K, dtype, centre)
         if not host.is_free(on) or not bool(on.all()):
             merged, size, to = (
                 torch.where(on, merged, means),

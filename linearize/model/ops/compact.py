@@ -6,7 +6,7 @@ smaller than a step of int8 are not lost (error feedback). Plain rounding to int
 break on it. 1.5 bytes a number, and 2 a row.
 
 Keys beside values, which are rounded when they are written and not at every step, need no rest: the functions of pairs.
-These also know int4, two numbers in a byte with a scale for every 32: of a state that changes at every step it would
+These also know int4, two numbers in a byte with a scale for every 16: of a state that changes at every step it would
 leave nothing.
 """
 
@@ -20,7 +20,7 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8, "int4
 """Name -> what a state is rounded to, int4 by the dtype of the bytes that hold it; None: not at all."""
 STEPS = {torch.int8: 127, torch.uint8: 7}
 """The largest number that is kept of a row or group."""
-GROUP = 32
+GROUP = 16
 """Channels that share a scale in int4, or the most that divide both widths."""
 ZEROS = 0x88
 """Both halves of a byte change their sign bit by it: between -8 to 7 in two's complement and 0 to 15."""

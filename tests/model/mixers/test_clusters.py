@@ -5,6 +5,7 @@ import torch
 from helpers.mixers import context
 from helpers.oracles import clustered
 from helpers.tiny import tiny_model
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from linearize.errors import InputError
@@ -40,6 +41,33 @@ def test_blocks_are_steps(T, holes):
     # fp64: sums of at most 57 terms in two orders.
     for a, b in zip((y[real], weight[real], *state), (expected[0][real], expected[1][real], *expected[2]), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("T", [1, 9, 57])
+@pytest.mark.parametrize("cut", [0, 4])
+def test_blocks_in_four_bits_are_steps(T, cut):
+    """With rows whose first token comes later; the centre is the first token of each."""
+    q, k, v, exists = drawn(T, torch.float32)
+    k, v = (F.pad(x, (0, 8 - x.shape[-1])) + 5 * exists for x in (k, v))
+    q = F.pad(q, (0, 8 - K))
+    start = ops.initial_state(B, G, 8, 8, M, q.device, torch.uint8)
+    parts, block = [x.split([cut, T - cut], 2) if cut < T else (x[:, :, :0], x) for x in (q, k, v, exists)], start
+    for i in range(2):
+        *last, block = ops.run(*(x[i] for x in parts), block, RULE)
+    steps, y, weight = tuple(x.clone() for x in start), [], []
+    for t in range(T):
+        one = slice(t, t + 1)
+        ops.update_state(k[:, :, one], v[:, :, one], exists[:, :, one], steps, RULE)
+        for kept, part in zip((y, weight), ops.read_state(q[:, :, one], steps, RULE), strict=True):
+            kept.append(part)
+    real = exists[:, :1, -last[0].shape[2] :, 0].expand(-1, H, -1) > 0
+    for a, b in zip(last, (torch.cat(x, 2) for x in (y, weight)), strict=True):
+        torch.testing.assert_close(a[real], b[:, :, -a.shape[2] :][real], rtol=0, atol=1e-5)
+    torch.testing.assert_close(ops.opened(block), ops.opened(steps), rtol=0, atol=1e-5)
+    seen = exists[:, :1] > 0
+    first = torch.stack([k[b, :, int(seen[b, 0, :, 0].int().argmax())] for b in range(B)])
+    there = seen.any(2)[:, :, None]
+    torch.testing.assert_close(block[4][:, :, 0, :8], torch.where(there[:, :, 0], first, 0), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("cuts", [(3,), (8, 9), (20, 21, 40)])

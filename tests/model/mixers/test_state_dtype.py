@@ -61,6 +61,13 @@ def test_clusters_round_alike_in_blocks_and_in_steps(dtype):
     torch.testing.assert_close(decoded(mixer, q, k, v)[0], whole, rtol=0, atol=1e-5)  # as every cached form
 
 
+@torch.no_grad()
+def test_what_keys_have_in_common_costs_no_bits():
+    q, k, v = (torch.randn(B, n, T, K) for n in (H, G, G))
+    exact, rounded = (decoded(made("clusters", state_dtype=dtype), q, k + 20, v)[0] for dtype in ("float32", "int4"))
+    assert (rounded - exact).abs().max() <= NEAR["int4"] * exact.abs().max()
+
+
 def test_what_is_refused_and_what_older_folders_mean():
     with pytest.raises(InputError, match=r"mixer.state_dtype: found 'int4'; expected float32, bfloat16, int8"):
         build_config({"name": "gla", "state_dtype": "int4"})
