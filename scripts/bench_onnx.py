@@ -225,7 +225,7 @@ def claims(cells: list[Cell]) -> list[common.Claim]:
 def report(results: dict[str, Any]) -> list[str]:
     """Lines of the tables beside the results."""
     cells, machine = results["cells"], results["environment"]
-    about = results["settings"]
+    about = results["settings"] | {"threads": results.get("added", [results["settings"]])[-1]["threads"]}
     lines = [
         f"{machine['cpu']}, {about['threads']} threads, commit {machine['commit']}, seed {about['seed']}; batch 1."
     ]
