@@ -85,8 +85,7 @@ def _end_if_stuck(number: int) -> None:
     last: list[tuple[FrameType, int]] = []
 
     def look(_: int, frame: FrameType | None) -> None:
-        waits = frame is not None and frame.f_code.co_filename == threading.__file__
-        here = [(frame, frame.f_lasti)] if frame and waits else []
+        here = [(frame, frame.f_lasti)] if frame and frame.f_code.co_filename == threading.__file__ else []
         if here and here == last:
             os.write(2, b"Interrupted.\n")
             os._exit(128 + number)

@@ -136,7 +136,7 @@ def markdown(results: dict[str, Any]) -> list[str]:
             value = next((c for c in own if (c.get("task"), c.get("back")) == (task, back)), None)
             line.append(f"{100 * value['value']:.0f} ± {100 * value['stderr']:.0f}" if value else "")
         rows.append(line)
-    machine, given = results["environment"], results["settings"]
+    machine, given, added = results["environment"], results["settings"], results.get("added", [])
     head = ["", "clusters, exact tokens or window", "cache", *(f"perplexity, {text}" for text in texts)]
     return [
         f"SmolLM2-135M-Instruct, window of 64 and 4 sinks unless said otherwise, tokens in 16 bits, not trained unless "
@@ -144,6 +144,7 @@ def markdown(results: dict[str, Any]) -> list[str]:
         f"Perplexity is over the source's, {given['blocks']} blocks of {given['length']} tokens of each text, with a "
         f"bootstrap interval of 95 % over the blocks; recall is right answers in per cent, {given['items']} items "
         "each, ± standard error.",
+        *(f"Joined later, {', '.join(more['rows'])}: {more['cpu']}, commit {more['commit']}." for more in added),
         *common.table((*head, *(f"{task}, {back} windows back" for task, back in tasks)), rows),
     ]
 

@@ -5,7 +5,7 @@
 
 export writes into --graphs what is not there yet: the model in fp32 and int8, and its source in fp32, as graphs. equal
 compares greedy tokens of the fp32 graph with those of `generate`, on pieces of the embedded validation text. speed is
-the median of decoded tokens, batch 1, all decoders in turns; beyond --read tokens the counters of a linearized state
+the median of decoded tokens, batch 1, decoders interleaved; beyond --read tokens the counters of a linearized state
 are set (neither its size nor what a step does changes) and a source's cache is repeated, as `linearize bench` does.
 
 Writes eval/results/bench-onnx-NAME.json as it goes, and a table (.md) beside it.
@@ -93,7 +93,7 @@ def part_equal(given: argparse.Namespace) -> Iterator[Cell]:
 
 
 def part_speed(given: argparse.Namespace) -> Iterator[Cell]:
-    """Graphs and models in turns, context by context: what else the machine does falls on all of them."""
+    """Graphs and models interleaved, context by context: what else the machine does falls on all of them."""
     decoders = {name: make() for name, make in runners(given).items()}
     for context in given.contexts:
         seconds: dict[str, list[float]] = {name: [] for name in decoders}
@@ -260,8 +260,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 8192, 32768])
     parser.add_argument("--read", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=12, help="of a decoder in each of its turns")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each decoder at a context")
+    parser.add_argument("--steps", type=int, default=12, help="of a decoder in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="of all decoders at a context, one after another")
     parser.add_argument("--only", nargs="*", help="rows of speed")
     parser.add_argument("--more", action="store_true", help="add to the cells that the results file holds")
     given = parser.parse_args()

@@ -47,7 +47,7 @@ def test_results_measured_apart_are_joined(tmp_path: Path, monkeypatch: pytest.M
             {"row": row, "part": "perplexity", "text": "t", "over_source": [x, 1.0, 1.2], "number": 5, "bytes": 2**20}
             for row, x in rows
         ]
-        settings = {"threads": 1, "seed": 0, "blocks": 8, "length": 32, "items": 2}
+        settings = {"threads": 1, "seed": 0, "blocks": 8, "length": 32, "items": 2, "rows": [row for row, _ in rows]}
         (tmp_path / name).write_text(json.dumps({"cells": cells, "settings": settings, "environment": MACHINE}))
         return tmp_path / name
 
@@ -55,7 +55,9 @@ def test_results_measured_apart_are_joined(tmp_path: Path, monkeypatch: pytest.M
     run = runner("bench_memory", tmp_path, monkeypatch)
     joined = run("--add", first, second)["cells"]
     assert [(cell["row"], cell["over_source"][0]) for cell in joined] == [("source", 1.0), ("gla", 1.2), ("kda", 1.3)]
-    assert "| kda | 5 | 1.00 MiB | 1.300 (1.000 to 1.200) |" in (tmp_path / "tiny.md").read_text()
+    table = (tmp_path / "tiny.md").read_text()
+    assert "| kda | 5 | 1.00 MiB | 1.300 (1.000 to 1.200) |" in table
+    assert "\nJoined later, gla, kda: a machine, commit abc.\n" in table
 
 
 def test_rows_texts_and_tasks_are_measured_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
