@@ -9,7 +9,7 @@ over them, as in gated slot attention. It is the source itself while no more tha
 needs no training to be near it. Keys and queries are those that the source rotates, with its scale and its soft cap;
 nothing fades with age. Honest control: a window that is M tokens longer, which costs the same bytes in fp32 and half of
 them in 16 bits. state_dtype keeps the means in fewer bits, so that the same bytes hold more clusters. int4, which no
-other mixer has, answers more pairs than int8 and copies less exactly; Triton kernels do not know it yet.
+other mixer has, answers more pairs than int8 and copies less exactly.
 
 combine: memory: shares the window's normaliser with log weight ln Σ_m e^{a_m + ln n_m} + strength. liger and none: as
 it is.

@@ -293,8 +293,8 @@ def _merges(
         index [B, G, M] into all rows.
     """
     K = metric.shape[-1] // 2
-    if _has_kernels(means, sizes, K, dtype):
-        return clusters_backend.merges(means, sizes, tape, one, metric, goes_on, rule, dtype)
+    if _has_kernels(sizes, K, means.shape[-1] - K, dtype):
+        return clusters_backend.merges(means, sizes, tape, one, metric, goes_on, rule, dtype, centre)
     every, counts, chunk = [means], [sizes], rule.chunk
     stay, went = torch.arange(sizes[..., 0].numel(), device=sizes.device).view(sizes.shape[:3]), []
     for i in range(goes_on.shape[1]):
@@ -316,17 +316,18 @@ def _merges(
     return torch.stack(every), torch.stack(counts), went
 
 
-def _has_kernels(means: Tensor, sizes: Tensor, key_width: int, dtype: torch.dtype | None) -> bool:
+def _has_kernels(sizes: Tensor, key_width: int, value_width: int, dtype: torch.dtype | None) -> bool:
     """Whether Triton kernels do it, of means kept in `dtype`; what is compiled has the operations, which it fuses."""
     if torch.compiler.is_compiling():
         return False
-    restriction = clusters_backend.restriction(sizes, max(key_width, means.shape[-1] - key_width), dtype)
+    restriction = clusters_backend.restriction(sizes, key_width, value_width, dtype)
     return chooses_fla(sizes, restriction, missing=clusters_backend.missing)
 
 
 def _is_one_launch(key_width: int, state: State, *given: Any) -> bool:
     """Whether a kernel takes in or reads a token. Those have no gradient."""
-    if host.is_free(state[1]) or not _has_kernels(state[0], state[1], key_width, state[0].dtype):
+    value_width = state[4 if len(state) > 4 else 0].shape[-1] - key_width
+    if host.is_free(state[1]) or not _has_kernels(state[1], key_width, value_width, state[0].dtype):
         return False
     return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (*state, *given))
 

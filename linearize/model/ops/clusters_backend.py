@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import compact
+
 ROWS, COLUMNS, INNER = 64, 64, 32
 """Tile of the costs, and how many channels a product takes at a time."""
 JOINED = 32
@@ -29,6 +31,8 @@ READING = {"R": 32, "num_warps": 4}
 """Clusters at a time, and warps."""
 WIDEST, MOST = 256, 1024
 """K or V, and M."""
+DTYPES = {torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+"""The kernels' number of a dtype of means; fp32 is 0."""
 
 
 @functools.cache
@@ -60,12 +64,11 @@ def _at_once(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def restriction(sizes: Tensor, widest: int, dtype: torch.dtype | None) -> str | None:
-    """What about clusters of `sizes` [B, G, M, 2], kept in `dtype`, with the wider of K and V, the kernels cannot do,
-    or None."""
-    M = sizes.shape[2]
-    if dtype == torch.uint8:
-        return "they know means in fp32, bf16 and int8, and these are in int4"
+def restriction(sizes: Tensor, K: int, V: int, dtype: torch.dtype | None) -> str | None:
+    """What about clusters of `sizes` [B, G, M, 2], kept in `dtype`, the kernels cannot do, or None."""
+    M, widest = sizes.shape[2], max(K, V)
+    if dtype == torch.uint8 and (K + V) // 2 % compact.groups(K, V, dtype)[0]:
+        return f"in int4, half of a key and a value together must be groups of channels, and they are {K} and {V} wide"
     if sizes.dtype != torch.float32:
         return f"they compute in fp32, and the clusters are {sizes.dtype}"
     if widest > WIDEST:
@@ -82,15 +85,15 @@ def constants(M: int, K: int, V: int, rule: Any, dtype: torch.dtype, programs: i
     MP, KP, VP, C = padded(M), padded(K), padded(V), rule.chunk
     return {
         "M": M, "K": K, "V": V, "C": C, "MP": MP, "CP": padded(C), "KP": KP, "VP": VP, "P": programs,
-        "HEADS": rule.heads, "WEIGHS": rule.weighs, "DTYPE": {torch.bfloat16: 1, torch.int8: 2}.get(dtype, 0),
-        "JUMPS": (C - 1).bit_length(), "R": min(ROWS, MP), "W": min(COLUMNS, MP), "INNER": min(INNER, KP, VP),
-        "JOINED": JOINED, "PRECISION": PRECISION,
+        "HEADS": rule.heads, "WEIGHS": rule.weighs, "DTYPE": DTYPES.get(dtype, 0),
+        "GROUP": (compact.groups(K, V, dtype) or [1])[0], "JUMPS": (C - 1).bit_length(), "R": min(ROWS, MP),
+        "W": min(COLUMNS, MP), "INNER": min(INNER, KP, VP), "JOINED": JOINED, "PRECISION": PRECISION,
     }  # fmt: skip
 
 
 def merges(
     means: Tensor, sizes: Tensor, tape: Tensor, one: Tensor, metric: Tensor, goes_on: Tensor, rule: Any,
-    dtype: torch.dtype,
+    dtype: torch.dtype, centre: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`clusters._merges`, with its arguments; where clusters went is [S, B, G, M] int32."""
     B, G, M, D = means.shape
@@ -109,7 +112,8 @@ def merges(
     flags = FLAGS | ({"launch_cooperative_grid": True} if waits else {})
     given = (
         every, counts, went, tape.contiguous(), one.contiguous(), metric.contiguous(),
-        goes_on.contiguous().view(torch.uint8), real, whole, tickets, float(rule.expected),
+        counts if centre is None else centre.contiguous(), goes_on.contiguous().view(torch.uint8), real, whole, tickets,
+        float(rule.expected),
     )  # fmt: skip
     rest = S, G, metric.shape[2]
     parts = [(i, i + 1, part) for i in range(S) for part in (1, 2)] if SPLIT else [(0, S, 0)]
@@ -118,34 +122,39 @@ def merges(
     return every, counts, went
 
 
+def _parts(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Means, sizes, queries, scales and centre; sizes stand for what a state does not have, which no kernel reads."""
+    return *state, *[state[1]] * (5 - len(state))
+
+
 def take_in(k: Tensor, v: Tensor, exists: Tensor, state: tuple[Tensor, ...], rule: Any) -> None:
     """`clusters.update_state`, with its arguments, where nothing has a gradient."""
-    means, sizes, queries, *scales = state
-    (B, G, M, D), K = means.shape, k.shape[-1]
-    compiled = constants(M, K, D - K, rule, means.dtype, 1)
-    opened, merged, counts = (sizes.new_empty(B, G, M, width) for width in (D, D, 2))
+    means, sizes, queries, scales, centre = _parts(state)
+    (B, G, M), K, V = means.shape[:3], k.shape[-1], v.shape[-1]
+    compiled = constants(M, K, V, rule, means.dtype, 1)
+    opened, merged, counts = (sizes.new_empty(B, G, M, width) for width in (K + V, K + V, 2))
     real = sizes.new_empty(B * G, 4, compiled["MP"])
     whole = torch.empty(B * G, 7, compiled["MP"], device=means.device, dtype=torch.int32)
     assert all(x.is_contiguous() for x in state)  # it is changed in place
     token = (x.to(sizes.dtype).contiguous() for x in (k, v, exists))
     _launch(
-        "take_in", (B * G,), means, scales[0] if scales else sizes, sizes, queries, *token, opened, merged, counts,
-        real, whole, float(rule.expected), **compiled, **FLAGS,
+        "take_in", (B * G,), means, scales, sizes, queries, centre, *token, opened, merged, counts, real, whole,
+        float(rule.expected), **compiled, **FLAGS,
     )  # fmt: skip
 
 
 def read_token(q: Tensor, state: tuple[Tensor, ...], rule: Any) -> tuple[Tensor, Tensor]:
     """`clusters.read_state`, with its arguments, where nothing has a gradient."""
-    means, sizes, queries, *scales = state
+    means, sizes, queries, scales, centre = _parts(state)
     assert all(x.is_contiguous() for x in state)  # it is changed in place
     (B, H, _, K), (G, M) = q.shape, means.shape[1:3]
-    V = means.shape[-1] - K
+    V = (centre if means.dtype == torch.uint8 else means).shape[-1] - K
     y, weight = sizes.new_empty(B, H, 1, V), sizes.new_empty(B, H, 1)
     compiled = constants(M, K, V, rule, means.dtype, 1)
-    names = ("M", "K", "V", "KP", "VP", "HEADS", "DTYPE", "WEIGHS")
+    names = ("M", "K", "V", "KP", "VP", "HEADS", "DTYPE", "GROUP", "WEIGHS")
     mass = rule.mass.float() if isinstance(rule.mass, Tensor) else sizes
     _launch(
-        "read_token", (B * H,), q.contiguous(), means, scales[0] if scales else sizes, sizes, queries, mass,
+        "read_token", (B * H,), q.contiguous(), means, scales, sizes, queries, centre, mass,
         0.0 if isinstance(rule.mass, Tensor) else float(rule.mass), y, weight, rule.scaling, rule.softcap or 0.0, G,
         **{name: compiled[name] for name in names}, CAPPED=rule.softcap is not None,
         OWN=isinstance(rule.mass, Tensor), **READING,

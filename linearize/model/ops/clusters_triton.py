@@ -153,22 +153,27 @@ def _choose(least, partner, own, M: tl.constexpr, MP: tl.constexpr, C: tl.conste
 
 
 @triton.jit
-def _codes(x):
-    """Rows in int8: whole numbers, and the scale [·, 1] of each."""
-    scale = tl.div_rn(tl.max(tl.abs(x), 1), 127.0).to(tl.bfloat16).to(tl.float32)[:, None]
+def _codes(x, WIDTH: tl.constexpr, MOST: tl.constexpr):
+    """Rows in few bits, WIDTH numbers with a scale: whole numbers up to MOST, and scales [·, groups, 1]."""
+    x = tl.reshape(x, [x.shape[0], x.shape[1] // WIDTH, WIDTH])
+    scale = tl.div_rn(tl.max(tl.abs(x), 2), MOST + tl.zeros([x.shape[0], x.shape[1]], tl.float32))
+    scale = scale.to(tl.bfloat16).to(tl.float32)[:, :, None]
     code = tl.div_rn(x, tl.maximum(scale, 1.1754943508222875e-38) + tl.zeros_like(x))
     code = (code + 12582912.0) - 12582912.0  # to the nearest whole number, halves to even
-    return tl.minimum(tl.maximum(code, -127.0), 127.0), scale
+    return tl.minimum(tl.maximum(code, -MOST), MOST), scale
 
 
 @triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """As `clusters._rounded`; DTYPE 0 fp32, 1 bf16, 2 int8."""
+def _rounded(x, n, centre, DTYPE: tl.constexpr, GROUP: tl.constexpr):
+    """As `clusters._rounded`, of clusters of n tokens; DTYPE 0 fp32, 1 bf16, 2 int8, 3 int4 from a centre."""
     if DTYPE == 1:
         x = x.to(tl.bfloat16).to(tl.float32)
     if DTYPE == 2:
-        code, scale = _codes(x)
-        x = code * scale
+        code, scale = _codes(x, x.shape[1], 127.0)
+        x = tl.reshape(code * scale, x.shape)
+    if DTYPE == 3:
+        code, scale = _codes(x - centre[None, :], GROUP, 7.0)
+        x = tl.where(n[:, None] > 0.0, tl.reshape(code * scale, x.shape) + centre[None, :], 0.0)
     return x
 
 
@@ -187,8 +192,9 @@ def _members(means, sizes, weigh, row, there, k, v, K: tl.constexpr, V: tl.const
 
 
 @triton.jit
-def _join(means, sizes, own, weigh, row, k, v, M: tl.constexpr, K: tl.constexpr, V: tl.constexpr, MP: tl.constexpr,
-          C: tl.constexpr, CP: tl.constexpr, WEIGHS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def _join(means, sizes, own, weigh, centre, row, k, v, M: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+          MP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, WEIGHS: tl.constexpr, DTYPE: tl.constexpr,
+          GROUP: tl.constexpr):  # fmt: skip
     """Keys, values, n and spread of the clusters that come to lie at `row`."""
     stays, c = row < M - C, tl.arange(0, CP)
     source = tl.load(own + 2 * MP + row, mask=stays, other=0)
@@ -214,14 +220,18 @@ def _join(means, sizes, own, weigh, row, k, v, M: tl.constexpr, K: tl.constexpr,
     if WEIGHS:
         spread = (second + second_more) / safe - tl.sum(keys * keys * weigh[None, :], 1)
         spread = tl.maximum(spread, 0.0)
-    return _rounded(keys, DTYPE), _rounded(values, DTYPE), n, spread
+    key, value = tl.zeros_like(weigh), tl.zeros([values.shape[1]], tl.float32)
+    if DTYPE == 3:
+        key = tl.load(centre + k, mask=k < K, other=0.0)
+        value = tl.load(centre + K + v, mask=v < V, other=0.0)
+    return _rounded(keys, n, key, DTYPE, GROUP), _rounded(values, n, value, DTYPE, GROUP), n, spread
 
 
 @triton.jit
-def _settle(means, sizes, next_means, next_sizes, tape, one, metric, own, went, base, on, me, M: tl.constexpr,
+def _settle(means, sizes, next_means, next_sizes, tape, one, metric, centre, own, went, base, on, me, M: tl.constexpr,
             K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr,
             VP: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WEIGHS: tl.constexpr, DTYPE: tl.constexpr,
-            FILLS: tl.constexpr):  # fmt: skip
+            GROUP: tl.constexpr, FILLS: tl.constexpr):  # fmt: skip
     """The next clusters, of the tiles of rows that are this program's; if it FILLS, with the chunk that follows, and
     where each cluster went."""
     m, k, v = tl.arange(0, MP), tl.arange(0, KP), tl.arange(0, VP)
@@ -232,7 +242,8 @@ def _settle(means, sizes, next_means, next_sizes, tape, one, metric, own, went, 
         there, new = row < M, (row >= M - C) & (row < M)
         fill = row - (M - C)
         if on != 0:
-            keys, values, n, spread = _join(means, sizes, own, weigh, row, k, v, M, K, V, MP, C, CP, WEIGHS, DTYPE)
+            keys, values, n, spread = _join(means, sizes, own, weigh, centre, row, k, v, M, K, V, MP, C, CP, WEIGHS,
+                                            DTYPE, GROUP)  # fmt: skip
             to = tl.load(own + row, mask=there, other=0)
         else:
             keys, values = _tile(means, row, k, K + V, M, K), _tile(means + K, row, v, K + V, M, V)
@@ -254,11 +265,12 @@ def _settle(means, sizes, next_means, next_sizes, tape, one, metric, own, went, 
 
 
 @triton.jit(do_not_specialize=["first", "last", "S", "L"])
-def merge_all(every, counts, went, tape, one, metric, goes_on, real, whole, tickets, alpha, first, last, S, G, L,
-              M: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr,
-              KP: tl.constexpr, VP: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, WEIGHS: tl.constexpr,
-              DTYPE: tl.constexpr, JUMPS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, INNER: tl.constexpr,
-              JOINED: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr):  # fmt: skip
+def merge_all(every, counts, went, tape, one, metric, centres, goes_on, real, whole, tickets, alpha, first, last, S, G,
+              L, M: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MP: tl.constexpr,
+              CP: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
+              WEIGHS: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, JUMPS: tl.constexpr, R: tl.constexpr,
+              W: tl.constexpr, INNER: tl.constexpr, JOINED: tl.constexpr, PRECISION: tl.constexpr,
+              PART: tl.constexpr):  # fmt: skip
     """Merges `first` to `last`, of L in `metric`. PART 0: all of it; 1: only costs; 2: only what follows from them."""
     p, me = tl.program_id(0) // P, tl.program_id(0) % P
     N = tl.num_programs(0) // P
@@ -282,8 +294,8 @@ def merge_all(every, counts, went, tape, one, metric, goes_on, real, whole, tick
                 _choose(least, partner, own, M, MP, C, CP, JUMPS, R, W)
             ahead, fill = at + N * M, (p * S + i).to(tl.int64) * C
             _settle(means, sizes, every + ahead * (K + V), counts + ahead * 2, tape + fill * (K + V), one + fill * 2,
-                    square, own, went + at, p * M, on, me, M, K, V, C, MP, CP, KP, VP, P, JOINED, WEIGHS,
-                    DTYPE, True)  # fmt: skip
+                    square, centres + p * (K + V), own, went + at, p * M, on, me, M, K, V, C, MP, CP, KP, VP, P,
+                    JOINED, WEIGHS, DTYPE, GROUP, True)  # fmt: skip
         if PART == 0:
             _meet(tickets + p, (2 * (i - first) + 2) * P, P)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from linearize.errors import InputError
 from linearize.model import host, ops
-from linearize.model.ops import clusters, clusters_backend
+from linearize.model.ops import clusters, clusters_backend, compact
 
-B, H, G, T, K, V, M, C = 2, 4, 2, 40, 6, 5, 12, 3
+B, H, G, T, K, V, M, C = 2, 4, 2, 40, 6, 10, 12, 3
 RULE = clusters.Rule(C, 0.3, 1.0, H // G, 0.4)
 
 
@@ -33,14 +33,17 @@ class Kernel:
 
 
 def merge_all(
-    every, counts, went, tape, one, metric, goes_on, real, whole, tickets, alpha, first, last, S, G, L, **constants
-):
+    every, counts, went, tape, one, metric, centres, goes_on, real, whole, tickets, alpha, first, last, S, G, L,
+    **constants,
+):  # fmt: skip
     assert (first, last, alpha, L, goes_on.dtype) == (0, S, RULE.expected, S + 1, torch.uint8)
     assert constants["HEADS"] == RULE.heads and constants["M"] == M and constants["C"] == C and constants["WEIGHS"]
-    dtype = [None, torch.bfloat16, torch.int8][constants["DTYPE"]]
+    dtype = [None, torch.bfloat16, torch.int8, torch.uint8][constants["DTYPE"]]
+    assert constants["GROUP"] == (compact.groups(K, V, dtype) or [1])[0]
+    centre = centres if dtype == torch.uint8 else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINEARIZE_BACKEND", "torch")
-        made = clusters._merges(every[0], counts[0], tape, one, metric, goes_on > 0, RULE, dtype)
+        made = clusters._merges(every[0], counts[0], tape, one, metric, goes_on > 0, RULE, dtype, centre)
     for x, new in zip((every, counts, went), (*made[:2], torch.stack(made[2])), strict=True):
         x.copy_(new)
 
@@ -51,16 +54,22 @@ def merge_gradient(given, counts, went, scratch, out, tape, S, **constants):
     out.copy_(first), tape.copy_(rest)
 
 
-def take_in(kept, scales, sizes, queries, keys, values, exists, *scratch, **constants):
-    state = (kept, sizes, queries, *([scales] if kept.dtype == torch.int8 else []))
+def state_of(kept, sizes, queries, scales, centres):
+    """The state of which a kernel was given these parts, and others in the place of those that it does not have."""
+    more = {torch.int8: [scales], torch.uint8: [scales, centres]}.get(kept.dtype, [])
+    return kept, sizes, queries, *more
+
+
+def take_in(kept, scales, sizes, queries, centres, keys, values, exists, *scratch, **constants):
+    state = state_of(kept, sizes, queries, scales, centres)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINEARIZE_BACKEND", "torch")
         clusters.update_state(keys, values, exists, state, RULE)
 
 
-def read_token(q, kept, scales, sizes, queries, mass, same, y, weight, scaling, softcap, G, **constants):
+def read_token(q, kept, scales, sizes, queries, centres, mass, same, y, weight, scaling, softcap, G, **constants):
     assert (same, scaling, constants["OWN"], constants["CAPPED"]) == (RULE.mass, RULE.scaling, False, False)
-    state = (kept, sizes, queries, *([scales] if kept.dtype == torch.int8 else []))
+    state = state_of(kept, sizes, queries, scales, centres)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINEARIZE_BACKEND", "torch")
         for x, new in zip((y, weight), clusters.read_state(q, state, RULE), strict=True):
@@ -101,7 +110,7 @@ def made(dtype: torch.dtype | None) -> list[Tensor]:
     return [x.detach().clone() for x in (*out, *state)]
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8, torch.uint8], ids=str)
 def test_merging_goes_to_the_kernels(dtype, calls, monkeypatch):
     by_kernels = made(dtype)
     block = [("merge_all", (B * G,)), ("merge_gradient", (B * G, 1))]
@@ -130,10 +139,11 @@ def test_a_step_with_a_gradient_is_not_sent_to_a_kernel_that_has_none(calls):
 
 
 def test_what_the_kernels_cannot_do_runs_by_pytorch_and_is_said(calls):
-    assert "float64" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2, dtype=torch.float64), 8, None))
-    assert "2048" in str(clusters_backend.restriction(torch.zeros(1, 1, 2048, 2), 8, torch.int8))
-    assert "272" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2), 272, None))
-    assert "int4" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2), 8, torch.uint8))
+    assert "float64" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2, dtype=torch.float64), 8, 8, None))
+    assert "2048" in str(clusters_backend.restriction(torch.zeros(1, 1, 2048, 2), 8, 8, torch.int8))
+    assert "272" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2), 272, 8, None))
+    assert "int4" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2), 16, 32, torch.uint8))
+    assert clusters_backend.restriction(torch.zeros(1, 1, 8, 2), 40, 24, torch.uint8) is None
     ops._warn.cache_clear()
     x = torch.randn(1, 1, 30, 272)
     state = clusters.initial_state(1, 1, 272, 272, M, x.device)

@@ -197,7 +197,7 @@ def test_a_mixer_is_its_pytorch_form(
 
 @pytest.mark.skipif(merging_missing is not None, reason=f"the kernels cannot run here: {merging_missing}")
 @pytest.mark.parametrize("programs", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize(("M", "C", "K"), [(32, 4, 16), (128, 16, 64), (464, 58, 64), (256, 32, 128)])
 def test_clusters_merge_on_a_gpu_as_by_pytorch(
     M: int, C: int, K: int, dtype: torch.dtype, programs: int, monkeypatch: pytest.MonkeyPatch
@@ -206,20 +206,20 @@ def test_clusters_merge_on_a_gpu_as_by_pytorch(
     torch.manual_seed(0)
     B, G, S = 2, 2, 3
     rule = clusters.Rule(C, mass=0.3, expected=1.0, heads=2)
-    given = [x.cuda() for x in clustered_block(B, G, M, C, K, S, dtype)]
+    given = [None if x is None else x.cuda() for x in clustered_block(B, G, M, C, K, S, dtype)]
     made = {}
     for backend in ("torch", "fla"):
         monkeypatch.setenv("LINEARIZE_BACKEND", backend)
         means, tape = (given[i].detach().requires_grad_() for i in (0, 2))
-        every, sizes = clusters._Merges.apply(means, given[1], tape, *given[3:], rule, dtype)  # type: ignore[misc]
+        every, sizes = clusters._Merges.apply(means, given[1], tape, *given[3:-1], rule, dtype, given[-1])  # type: ignore[misc]
         weight = torch.linspace(-1, 1, every.numel(), device="cuda").view_as(every)
         gradients = torch.autograd.grad((every * weight).sum(), (means, tape))
-        went = clusters._merges(*(x.detach() for x in given), rule, dtype)[2]
+        went = clusters._merges(*given[:-1], rule, dtype, given[-1])[2]
         made[backend] = every.detach(), sizes, torch.stack(list(went)).long(), *gradients
     every, sizes, went, *gradients = zip(made["fla"], made["torch"], strict=True)
     assert torch.equal(*went)
     # Where means are rounded, sums in two orders may fall on two sides.
-    step = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.int8: 0.05}[dtype]
+    step = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.int8: 0.05, torch.uint8: 0.6}[dtype]
     torch.testing.assert_close(*every, rtol=0, atol=step)
     torch.testing.assert_close(*sizes, rtol=1e-4, atol=max(step, 1e-3) * K)
     for each in gradients:
@@ -227,7 +227,7 @@ def test_clusters_merge_on_a_gpu_as_by_pytorch(
 
 
 @pytest.mark.skipif(merging_missing is not None, reason=f"the kernels cannot run here: {merging_missing}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8], ids=str)
 def test_clusters_take_in_and_read_tokens_in_a_graph_as_by_pytorch(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,13 +263,25 @@ def test_clusters_take_in_and_read_tokens_in_a_graph_as_by_pytorch(
             torch.testing.assert_close(out, wanted, rtol=0, atol=1e-4 if dtype == torch.float32 else 2e-2)
 
 
-def clustered_block(B: int, G: int, M: int, C: int, K: int, S: int, dtype: torch.dtype) -> list[Tensor]:
-    """What `clusters._merges` takes, up to its rule: the first row stops before the last merge."""
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+def test_the_block_that_kernels_are_held_to_stops_where_it_says(dtype: torch.dtype) -> None:
+    *given, centre = clustered_block(2, 2, 32, 4, 16, 3, dtype)
+    every, sizes, _ = clusters._merges(*given, clusters.Rule(4, 0.3, 1.0, 2), dtype, centre)
+    assert torch.equal(every[-1][0], every[-2][0]) and not torch.equal(every[-1][1], every[-2][1])
+    assert (sizes[-1][1, ..., 0].sum(-1) == sizes[0][1, ..., 0].sum(-1) + 3 * 4).all()
+
+
+def clustered_block(
+    B: int, G: int, M: int, C: int, K: int, S: int, dtype: torch.dtype
+) -> list[Tensor | None]:  # fmt: skip
+    """What `clusters._merges` takes, without rule and dtype: the first row stops before the last merge."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(B, G, *shape)
 
-    means, tape = (clusters._rounded(normal(rows, 2 * K), K, dtype) for rows in (M, S * C))
+    centre = normal(1, 2 * K) if dtype == torch.uint8 else None
+    there = torch.ones(1, dtype=torch.bool)
+    means, tape = (clusters._rounded(normal(rows, 2 * K), there, K, dtype, centre) for rows in (M, S * C))
     sizes = torch.stack([torch.randint(1, 9, (B, G, M)).float(), normal(M).square()], -1)
     one = torch.tensor([1.0, 0.0]).repeat(B, G, S * C, 1)
     queries = 0.3 * normal(S + 1, K)
@@ -277,7 +289,7 @@ def clustered_block(B: int, G: int, M: int, C: int, K: int, S: int, dtype: torch
     goes_on = torch.ones(B, S, dtype=torch.bool)
     goes_on[0, -1] = False
     tape[0, :, -C:], one[0, :, -C:] = 0, 0
-    return [means, sizes, tape, one, metric, goes_on]
+    return [means, sizes, tape, one, metric, goes_on, centre]
 
 
 def test_a_wrong_recurrence_and_a_nan_are_noticed() -> None:
