@@ -2,13 +2,14 @@
 
     python scripts/bench_memory.py --texts WEB.jsonl.gz --caches 2MiB 7.2MiB 32MiB --threads 1
     python scripts/bench_memory.py --texts WEB.jsonl.gz --rows --folders trained=runs/smollm2-135m-best/1-distil
+    python scripts/bench_memory.py --caches 2MiB 7.2MiB 32MiB --speed 30 --threads 2    # times, on a quiet machine
     python scripts/bench_memory.py --texts WEB.jsonl.gz --rows --add A.json B.json    # join what was measured apart
 
 Every layer of the recipe's source is converted, with its window and sinks. The number of clusters, of exact tokens, or
 of tokens in the window is the largest with which the cache of one row, tokens in 16 bits, fits the budget. Perplexity
 is over the source's, block by block on WikiText-2 and on each other text, with a bootstrap interval over the blocks;
-recall is asked some windows back, depths inside the window left out. Writes eval/results/bench-memory.json, and a table
-beside it.
+recall is asked some windows back, depths inside the window left out. Times of a token and of a prefill are those of
+`linearize bench`, all rows interleaved. Writes eval/results/bench-memory.json, and a table beside it.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 
 from linearize.checkpoint.open import load
 from linearize.checkpoint.sources import load_source
-from linearize.evaluation import perplexity, recall
+from linearize.evaluation import perplexity, recall, speed
 from linearize.formats import format_bytes, parse_bytes
 from linearize.model.mixers import build_config
 from linearize.model.modeling import linearize_
@@ -94,11 +95,16 @@ def models(given: argparse.Namespace, source: Any, reach: dict[str, Any]) -> Ite
         yield {"row": name}, load(folder, dtype=torch.float32)[0]
 
 
-def cells(given: argparse.Namespace, texts: dict[str, str]) -> Iterator[common.Cell]:
-    """A cell per row and text, or task and distance."""
+def opened(given: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """The recipe's source, its tokenizer, and the window and sinks of every row."""
     wanted = recipes.load(given.recipe, given.set)
     source, tokenizer = load_source(common.source_of(wanted), torch.float32)[:2]
-    reach = {key: wanted.convert.mixer[key] for key in ("window", "sinks")}
+    return source, tokenizer, {key: wanted.convert.mixer[key] for key in ("window", "sinks")}
+
+
+def cells(given: argparse.Namespace, texts: dict[str, str]) -> Iterator[common.Cell]:
+    """A cell per row and text, or task and distance."""
+    source, tokenizer, reach = opened(given)
     blocks = {name: perplexity.cut(text, tokenizer, given.length, given.blocks) for name, text in texts.items()}
     asked = {
         (task, back): questions(tokenizer, task, reach["window"], back, given.items, given.seed)
@@ -119,11 +125,23 @@ def cells(given: argparse.Namespace, texts: dict[str, str]) -> Iterator[common.C
             yield {**facts, "part": "recall", "task": task, "back": back, **recall.summary(scores)}
 
 
+def speeds(given: argparse.Namespace) -> Iterator[common.Cell]:
+    """Seconds of a token behind --length tokens, and of reading them, all rows interleaved on the same weights."""
+    source, _, reach = opened(given)
+    shared = {id(x): x for x in source.parameters()}
+    rows = [(facts, deepcopy(model, dict(shared))) for facts, model in models(given, source, reach)]
+    timed, _ = speed.interleaved({str(i): row[1] for i, row in enumerate(rows)}, given.length, 1, given.speed, 0)
+    for i, (facts, model) in enumerate(rows):
+        size = {} if facts["row"] == SOURCE else {"bytes": state_bytes(model.config, LENGTH)["linearized"]}
+        yield {**facts, **size, "part": "speed", **timed[str(i)]}
+
+
 def markdown(results: dict[str, Any]) -> list[str]:
     """A row per memory and budget: size, perplexity over the source's on each text, right answers."""
     measured = results["cells"]
     texts = list(dict.fromkeys(cell["text"] for cell in measured if cell["part"] == "perplexity"))
     tasks = list(dict.fromkeys((cell["task"], cell["back"]) for cell in measured if cell["part"] == "recall"))
+    timed = ["ms a token", "s to read"] if any(cell["part"] == "speed" for cell in measured) else []
     rows = []
     for row, cache in dict.fromkeys((cell["row"], cell.get("cache")) for cell in measured):
         own = [cell for cell in measured if (cell["row"], cell.get("cache")) == (row, cache)]
@@ -135,6 +153,9 @@ def markdown(results: dict[str, Any]) -> list[str]:
         for task, back in tasks:
             value = next((c for c in own if (c.get("task"), c.get("back")) == (task, back)), None)
             line.append(f"{100 * value['value']:.0f} ± {100 * value['stderr']:.0f}" if value else "")
+        own = [cell for cell in own if cell["part"] == "speed"]
+        if timed:
+            line += [f"{1e3 * own[0]['token_seconds']:.0f}", f"{own[0]['prefill_seconds']:.1f}"] if own else ["", ""]
         rows.append(line)
     machine, given, added = results["environment"], results["settings"], results.get("added", [])
     head = ["", "clusters, exact tokens or window", "cache", *(f"perplexity, {text}" for text in texts)]
@@ -145,7 +166,7 @@ def markdown(results: dict[str, Any]) -> list[str]:
         f"bootstrap interval of 95 % over the blocks; recall is right answers in per cent, {given['items']} items "
         "each, ± standard error.",
         *(f"Joined later, {', '.join(more['rows'])}: {more['cpu']}, commit {more['commit']}." for more in added),
-        *common.table((*head, *(f"{task}, {back} windows back" for task, back in tasks)), rows),
+        *common.table((*head, *(f"{task}, {back} windows back" for task, back in tasks), *timed), rows),
     ]
 
 
@@ -162,6 +183,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="prompts at a time")
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
     parser.add_argument("--folders", nargs="*", default=[], metavar="NAME=DIR", help="more rows, trained or not")
+    parser.add_argument("--speed", type=int, default=0, help="tokens to decode: measure times alone")
     parser.add_argument("--add", type=Path, nargs="*", help="join these results and measure nothing")
     given = parser.parse_args()
     results, target = common.begin(given)
@@ -179,13 +201,14 @@ def main() -> None:
         results["settings"]["folders"] = [text.partition("=")[0] for text in given.folders]
         texts = {"WikiText-2, validation": common.validation_text()} if given.blocks else {}
         texts |= {path.name.split(".")[0]: read(path) for path in given.texts if given.blocks}
-        common.collect(results, cells(given, texts), lambda found: [], target)
+        made = speeds(given) if given.speed else cells(given, texts)
+        common.collect(results, made, lambda _: [], target)
     common.write_markdown(markdown(results), target)
 
 
 def joined(parts: list[list[common.Cell]]) -> list[common.Cell]:
     """The cells of several files, of equal ones the last, the source first."""
-    keys = ("row", "cache", "text", "task", "back")
+    keys = ("row", "cache", "part", "text", "task", "back")
     by_key = {tuple(cell.get(key) for key in keys): cell for part in parts for cell in part}
     return sorted(by_key.values(), key=lambda cell: cell["row"] != SOURCE)
 

@@ -124,7 +124,6 @@ def test_two_graphs_share_their_weights_and_are_recorded(folder: Path, exported:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_int8_weights_are_smaller_and_near(folder: Path, exported: Path, tmp_path: Path) -> None:
     small = export(folder, "onnx", tmp_path / "int8", piece=8, quantize="int8")
     sizes = [sum(file.stat().st_size for file in each.glob("*.data")) for each in (small, exported)]
@@ -158,15 +157,6 @@ def test_a_program_of_torch_export_runs_without_this_package(folder: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_clusters_merge_in_a_graph(tmp_path: Path) -> None:
-    mixer = {**MIXER, "name": "clusters", "clusters": 16, "chunk": 4}
-    made = save_converted(tmp_path / "made", mixer)
-    out = export(made, "onnx", tmp_path / "onnx", piece=8)
-    settings: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0}
-    assert generate(out, PROMPT, **settings).texts == generate(made, PROMPT, **settings).texts
-
-
-@pytest.mark.slow
 def test_a_source_s_step_takes_a_cache_of_any_length(tmp_path: Path) -> None:
     """Of heads such that no order of sizes is evident: 3 of 64 channels, as SmolLM2-135M has."""
     model = tiny_model("llama", layers=1, num_attention_heads=9, num_key_value_heads=3, head_dim=64, hidden_size=576)
@@ -186,7 +176,7 @@ def test_a_source_s_step_takes_a_cache_of_any_length(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_rounded_states_are_refused_or_kept_unrounded(tmp_path: Path) -> None:
+def test_clusters_merge_in_a_graph_and_rounded_ones_are_refused_or_kept_unrounded(tmp_path: Path) -> None:
     mixer = {**MIXER, "name": "clusters", "clusters": 16, "chunk": 4}
     rounded = save_converted(tmp_path / "rounded", {**mixer, "state_dtype": "int8"})
     with pytest.raises(InputError, match="kept in int8, .* pass --state-dtype float32"):

@@ -75,3 +75,8 @@ def test_rows_texts_and_tasks_are_measured_on_a_tiny_model(tmp_path: Path, monke
     }
     assert all(cell["over_source"] == [1.0, 1.0, 1.0] for cell in cells if cell["row"] == "source" and "text" in cell)
     assert all(cell["bytes"] <= 24 * 1024 for cell in cells if cell["row"] != "source")
+    cells = run(*given, "--length", 160, "--speed", 4)["cells"]
+    assert [cell["row"] for cell in cells] == ["source", "a longer window", "clusters, int8"]
+    grows = {cell["row"]: cell["cache_bytes"] for cell in cells}
+    assert grows["a longer window"] < grows["source"] and all(cell["token_seconds"] > 0 for cell in cells)
+    assert "| ms a token | s to read |" in (tmp_path / "tiny.md").read_text()
