@@ -17,6 +17,7 @@ import gzip
 import json
 import math
 import random
+import statistics
 from collections.abc import Iterator
 from copy import copy, deepcopy
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import bench_common as common
 import torch
+from torch.nn import functional as F
 
 from linearize.checkpoint.open import load
 from linearize.checkpoint.sources import load_source
@@ -112,6 +114,7 @@ def cells(given: argparse.Namespace, texts: dict[str, str]) -> Iterator[common.C
         for back in given.back
     }
     losses: dict[str, torch.Tensor] = {}
+    whole = deepcopy(source, {id(x): x for x in source.parameters()})
     for facts, model in models(given, source, reach):
         if facts["row"] != SOURCE:
             facts["bytes"] = state_bytes(model.config, LENGTH)["linearized"]
@@ -120,9 +123,21 @@ def cells(given: argparse.Namespace, texts: dict[str, str]) -> Iterator[common.C
             value = interval(own, losses.setdefault(name, own), given.seed)
             cell = {**facts, "part": "perplexity", "text": name, "perplexity": math.exp(own.double().mean())}
             yield cell | {"over_source": value}
+            if given.kl and facts["row"] != SOURCE:
+                yield {**facts, "part": "kl", "text": name, "kl": divergence(whole, model, ids[: given.kl])}
         for (task, back), items in asked.items():
             scores = recall.right(model, tokenizer, items, given.batch)
             yield {**facts, "part": "recall", "task": task, "back": back, **recall.summary(scores)}
+
+
+@torch.inference_mode()
+def divergence(source: Any, model: Any, ids: torch.Tensor) -> list[float]:
+    """Nats per token that a model is from the source, in KL divergence, of each block."""
+    blocks = []
+    for block in ids.split(1):
+        expected, own = (torch.log_softmax(each(input_ids=block).logits[0], -1) for each in (source, model))
+        blocks.append(F.kl_div(own, expected, log_target=True, reduction="none").sum(-1).mean().item())
+    return blocks
 
 
 def speeds(given: argparse.Namespace) -> Iterator[common.Cell]:
@@ -141,18 +156,21 @@ def markdown(results: dict[str, Any]) -> list[str]:
     measured = results["cells"]
     texts = list(dict.fromkeys(cell["text"] for cell in measured if cell["part"] == "perplexity"))
     tasks = list(dict.fromkeys((cell["task"], cell["back"]) for cell in measured if cell["part"] == "recall"))
+    far = [f"KL, {text}" for text in texts if any(cell["part"] == "kl" for cell in measured)]
     timed = ["ms a token", "s to read"] if any(cell["part"] == "speed" for cell in measured) else []
     rows = []
     for row, cache in dict.fromkeys((cell["row"], cell.get("cache")) for cell in measured):
         own = [cell for cell in measured if (cell["row"], cell.get("cache")) == (row, cache)]
         line = [row, str(own[0].get("number", "")), format_bytes(own[0]["bytes"]) if "bytes" in own[0] else ""]
         for name in texts:
-            value = next((cell["over_source"] for cell in own if cell.get("text") == name), None)
+            value = next((x["over_source"] for x in own if (x["part"], x.get("text")) == ("perplexity", name)), None)
             form = "{:.3f} ({:.3f} to {:.3f})" if row != SOURCE else "1"
             line.append(form.format(*value) if value else "")
         for task, back in tasks:
             value = next((c for c in own if (c.get("task"), c.get("back")) == (task, back)), None)
             line.append(f"{100 * value['value']:.0f} ± {100 * value['stderr']:.0f}" if value else "")
+        nats = {cell["text"]: f"{statistics.mean(cell['kl']):.4f}" for cell in own if cell["part"] == "kl"}
+        line += [nats.get(name, "") for name in texts if far]
         own = [cell for cell in own if cell["part"] == "speed"]
         if timed:
             line += [f"{1e3 * own[0]['token_seconds']:.0f}", f"{own[0]['prefill_seconds']:.1f}"] if own else ["", ""]
@@ -166,7 +184,7 @@ def markdown(results: dict[str, Any]) -> list[str]:
         f"bootstrap interval of 95 % over the blocks; recall is right answers in per cent, {given['items']} items "
         "each, ± standard error.",
         *(f"Joined later, {', '.join(more['rows'])}: {more['cpu']}, commit {more['commit']}." for more in added),
-        *common.table((*head, *(f"{task}, {back} windows back" for task, back in tasks), *timed), rows),
+        *common.table((*head, *(f"{task}, {back} windows back" for task, back in tasks), *far, *timed), rows),
     ]
 
 
@@ -177,6 +195,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, nargs="*", default=[], help=".txt, or .jsonl.gz with a field `text`")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a block")
     parser.add_argument("--blocks", type=int, default=16, help="of each text; 0: no perplexity")
+    parser.add_argument("--kl", type=int, default=0, help="blocks of each text on which the KL divergence is measured")
     parser.add_argument("--items", type=int, default=48, help="of each task")
     parser.add_argument("--tasks", nargs="*", choices=recall.TASKS, default=["multikey", "copy", "mqar"])
     parser.add_argument("--back", type=int, nargs="+", default=[16], help="windows from a question to what it asks")

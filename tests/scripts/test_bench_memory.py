@@ -69,11 +69,13 @@ def test_rows_texts_and_tasks_are_measured_on_a_tiny_model(tmp_path: Path, monke
     files = ("--recipe", tmp_path / "base.yaml", "--texts", tmp_path / "words.txt")
     given = (*files, "--caches", "24KiB", "--rows", "a longer window", "clusters, int8")
     small = ("--length", 64, "--blocks", 2, "--items", 2, "--tasks", "multikey", "--back", 40)
-    cells = run(*given, *small)["cells"]
-    assert {(cell["row"], cell["part"]) for cell in cells} == {
-        (row, part) for row in ("source", "a longer window", "clusters, int8") for part in ("perplexity", "recall")
-    }
-    assert all(cell["over_source"] == [1.0, 1.0, 1.0] for cell in cells if cell["row"] == "source" and "text" in cell)
+    cells = run(*given, *small, "--kl", 1)["cells"]
+    names, parts = ("source", "a longer window", "clusters, int8"), ("perplexity", "recall", "kl")
+    expected = {(row, part) for row in names for part in parts} - {("source", "kl")}
+    assert {(cell["row"], cell["part"]) for cell in cells} == expected
+    nats = {cell["row"]: cell["kl"] for cell in cells if cell["part"] == "kl" and cell["text"] == "words"}
+    assert abs(nats["a longer window"][0]) < 1e-6 < nats["clusters, int8"][0] < 0.01
+    assert all(cell.get("over_source", [1.0] * 3) == [1.0] * 3 for cell in cells if cell["row"] == "source")
     assert all(cell["bytes"] <= 24 * 1024 for cell in cells if cell["row"] != "source")
     cells = run(*given, "--length", 160, "--speed", 4)["cells"]
     assert [cell["row"] for cell in cells] == ["source", "a longer window", "clusters, int8"]
