@@ -2,8 +2,9 @@
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -130,28 +131,31 @@ def mixers() -> str:
     return table(header, rows, left=3)
 
 
-def memories() -> str:
+def memories(file: str = "bench-memory.json") -> str:
     """Memories with the same bytes of cache beside a longer window, untrained unless a row says otherwise."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for cell in read("bench-memory.json")["cells"]:
-        what = cell.get("text") or f"{cell['task']}, {cell['back']} windows back"
-        rows.setdefault((cell["row"], cell.get("cache", "")), {})[what] = cell
-    columns = list(rows["source", ""])
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for cell in read(file)["cells"]:
+        row = rows.setdefault((cell["row"], cell.get("cache", "")), {})
+        row |= {"clusters, exact tokens or window": str(cell.get("number", ""))}
+        row |= {"cache": format_bytes(cell["bytes"])} if "bytes" in cell else {"cache": ""}
+        row |= _measured(cell)
+    columns = dict.fromkeys(name for row in rows.values() for name in row)
+    lines = ([row, *(entries.get(name, "") for name in columns)] for (row, _), entries in rows.items())
+    return table(("", *columns), lines)
 
-    def shown(cell: dict[str, Any] | None) -> str:
-        if cell is None:
-            return ""
-        if cell["part"] == "recall":
-            return f"{100 * cell['value']:.0f} ± {100 * cell['stderr']:.0f} %"
-        mean, low, high = cell["over_source"]
-        return f"{mean:.3f} × ({low:.3f} to {high:.3f})" if low < high else "1 ×"
 
-    lines = []
-    for (row, _), cells in rows.items():
-        first = next(iter(cells.values()))
-        size = format_bytes(first["bytes"]) if "bytes" in first else ""
-        lines.append([row, str(first.get("number", "")), size, *(shown(cells.get(column)) for column in columns)])
-    return table(("", "clusters, exact tokens or window", "cache", *columns), lines)
+def _measured(cell: dict[str, Any]) -> dict[str, str]:
+    """Column -> entry, of one measurement of a memory."""
+    if cell["part"] == "recall":
+        return {
+            f"{cell['task']}, {cell['back']} windows back": f"{100 * cell['value']:.0f} ± {100 * cell['stderr']:.0f} %"
+        }
+    if cell["part"] == "speed":
+        return {"a token": f"{1e3 * cell['token_seconds']:.0f} ms", "prefill": f"{cell['prefill_seconds']:.1f} s"}
+    if cell["part"] == "kl":
+        return {f"KL, {cell['text']}": f"{statistics.mean(cell['kl']):.4f}"}
+    mean, low, high = cell["over_source"]
+    return {cell["text"]: f"{mean:.3f} × ({low:.3f} to {high:.3f})" if low < high else "1 ×"}
 
 
 def decoding() -> str:
@@ -292,6 +296,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "trained": trained,
     "mixers": mixers,
     "memories": memories,
+    "budgets": partial(memories, "bench-memory-curve.json"),
     "decoding": decoding,
     "training": training,
     "conversion": conversion,

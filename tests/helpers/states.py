@@ -23,6 +23,8 @@ CASES |= {
     "sliding layers taken back": {"name": "gla", "source": "gemma3_text", "sliding_window": 16, "back": 3},
     "sliding layers, short": {"name": "gla", "source": "gemma3_text", "sliding_window": 300},
     "bf16": {"name": "gla", "dtype": torch.bfloat16},
+    "a state in int8": {"name": "gla", "state_dtype": "int8"},
+    "clusters in int4, taken back": {"name": "clusters", "state_dtype": "int4", "clusters": 16, "back": 5},
     "a short text": {"name": "gla", "read": 3},
 }
 

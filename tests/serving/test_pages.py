@@ -1,5 +1,6 @@
 """Pages of a server's cache: what mixers say of whole texts, they say of texts cut into the steps of a server."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,8 +101,10 @@ def test_tokens_that_stay_exact_lie_in_the_page(name: str) -> None:
     assert_close(tuple(got), tuple(whole(m, *text) for text in drawn), 1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["gla", "kda", "clusters"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*itertools.product(["gla", "kda", "clusters"], ["bfloat16", "int8"]), ("clusters", "int4")],
+)
 def test_states_in_fewer_bits_are_those_of_a_cache(name: str, dtype: str) -> None:
     torch.manual_seed(0)
     m = mixer(name=name, state_dtype=dtype, **SEED.get(name, {}))
