@@ -22,8 +22,6 @@ STEPS = {torch.int8: 127, torch.uint8: 7}
 """The largest number that is kept of a row or group."""
 GROUP = 16
 """Channels that share a scale in int4, or the most that divide both widths."""
-ZEROS = 0x88
-"""Both halves of a byte change their sign bit by it: between -8 to 7 in two's complement and 0 to 15."""
 SHORT = 8
 """Rows of fewer numbers share their scale with the rows beside them; if these are few too, as sums of weights are, they
 stay fp32."""
@@ -91,39 +89,44 @@ def packed(width: int, dtype: torch.dtype | None) -> int:
     return width // 2 if dtype == torch.uint8 else width
 
 
+def _grouped(x: Tensor, widths: list[int]) -> list[Tensor]:
+    """Views [..., groups, width] of x [..., D]: one of all groups where they are equally wide, else one of each."""
+    if len(set(widths)) == 1:
+        return [x.unflatten(-1, (len(widths), widths[0]))]
+    return [part.unsqueeze(-2) for part in x.split(widths, -1)]
+
+
 def stored_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
     """Keys beside values [..., K + V] as a cache keeps them, and for int8 and int4 their scales, one for each of
     `groups`: what is rounded once needs no rest. Zeros are kept as zeros."""
     widths = groups(key_width, x.shape[-1] - key_width, dtype)
     if not widths:
         return (x.to(dtype if dtype == torch.bfloat16 else x.dtype),)
-    most = STEPS[dtype]  # type: ignore[index]
-    parts = x.split(widths, -1)
-    scales = [(part.abs().amax(-1, keepdim=True) / most).bfloat16() for part in parts]
-    codes = torch.cat(
-        [
-            (part / scale.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-most, most)
-            for part, scale in zip(parts, scales, strict=True)
-        ],
-        -1,
-    )
-    if dtype == torch.uint8:
-        low, high = (codes + 8).to(torch.uint8).chunk(2, -1)
-        return (low | high << 4) ^ ZEROS, torch.cat(scales, -1)
-    return codes.to(torch.int8), torch.cat(scales, -1)
+    most, codes, scales = STEPS[dtype], [], []  # type: ignore[index]
+    for part in _grouped(x, widths):
+        scale = (part.abs().amax(-1) / most).bfloat16()
+        step = scale.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+        codes.append((part / step).round().clamp(-most, most).flatten(-2).to(torch.int8))
+        scales.append(scale)
+    codes, scales = torch.cat(codes, -1), torch.cat(scales, -1)
+    if dtype == torch.int8:
+        return codes, scales
+    low, high = codes.view(torch.uint8).chunk(2, -1)
+    return low & 15 | high << 4, scales
 
 
 def opened_pairs(kept: Tensor, scales: Tensor | None, key_width: int, dtype: torch.dtype) -> Tensor:
     """That of which `stored_pairs` keeps this, in `dtype`."""
     if kept.dtype == torch.uint8:
-        both = kept ^ ZEROS
-        x = torch.cat([both & 15, both >> 4], -1).to(dtype) - 8
+        both = kept.view(torch.int8)  # whose shifts to the right keep the sign
+        x = torch.cat([both << 4 >> 4, both >> 4], -1).to(dtype)
     else:
         x = kept.to(dtype)
     if scales is not None:
-        widths = groups(key_width, x.shape[-1] - key_width, kept.dtype)
-        for part, scale in zip(x.split(widths, -1), scales.to(dtype).split(1, -1), strict=True):
-            part *= scale
+        parts = _grouped(x, groups(key_width, x.shape[-1] - key_width, kept.dtype))
+        each = scales.to(dtype).split([part.shape[-2] for part in parts], -1)
+        for part, scale in zip(parts, each, strict=True):
+            part.mul_(scale.unsqueeze(-1))
     return x
 
 
