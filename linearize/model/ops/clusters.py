@@ -326,7 +326,8 @@ def _has_kernels(sizes: Tensor, key_width: int, value_width: int, dtype: torch.d
 
 def _is_one_launch(key_width: int, state: State, *given: Any) -> bool:
     """Whether a kernel takes in or reads a token. Those have no gradient."""
-    value_width = state[4 if len(state) > 4 else 0].shape[-1] - key_width
+    centre = _centre(state)
+    value_width = (state[0] if centre is None else centre).shape[-1] - key_width
     if host.is_free(state[1]) or not _has_kernels(state[1], key_width, value_width, state[0].dtype):
         return False
     return not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in (*state, *given))
