@@ -281,7 +281,7 @@ CLUSTERS = {
     "clusters 40:5 int8": {"M": 40, "C": 5, "K": 12, "V": 20, "dtype": torch.int8},
     "clusters 40:5 int4": {"M": 40, "C": 5, "V": 16, "dtype": torch.uint8},
     "clusters 736:92 int4": {"M": 736, "C": 92, "K": 64, "V": 64, "B": 1, "G": 1, "dtype": torch.uint8, "steps": 0},
-    "clusters 40:5 int4, wider keys": {"M": 40, "C": 5, "K": 40, "V": 24, "dtype": torch.uint8, "split": True},
+    "clusters 40:5 int4, odd widths": {"M": 40, "C": 5, "K": 20, "V": 20, "dtype": torch.uint8, "split": True},
     "clusters 40:5 plain": {"M": 40, "C": 5, "dtype": None, "mass": 0.0, "expected": 0.0},
     "clusters 464:58": {"M": 464, "C": 58, "K": 64, "V": 64, "B": 1, "G": 1, "dtype": None, "steps": 0},
     "clusters 40:5 split": {"M": 40, "C": 5, "dtype": torch.int8, "split": True},

@@ -23,8 +23,8 @@ from linearize.model.ops import clusters, clusters_backend, compact
 
 TARGETS = {"A100": 80, "H100": 90}
 """GPU -> its compute capability."""
-SIZES = ((736, 92, 64, 64), (464, 58, 128, 128), (40, 5, 40, 24))
-"""M, C, K and V: SmolLM2's in int4, an 8B model's, and unequal ones that are no powers of two."""
+SIZES = ((736, 92, 64, 64), (464, 58, 128, 128), (40, 5, 20, 20))
+"""M, C, K and V: SmolLM2's in int4, an 8B model's, and ones that are no powers of two."""
 OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32"}
 

@@ -63,7 +63,7 @@ class Mixer(base.Mixer):
     summary = "Softmax over clusters of keys: what has left the window is merged into M means, nothing is dropped"
     rule = "y_t = Σ_m p_m v̄_m,  p = softmax_m(a(q_t, k̄_m) + ln n_m + γ c_m)"
     papers = ("2402.06082", "2210.09461")
-    state = "G·(M·(b·(K + V) + 8) + 4·(2K + 1)) bytes, b = 4, 2, 1 + 4/(K + V), or ⅝ and 4·G·(K + V) more"
+    state = "G·(M·(b·(K + V) + 8) + 4·(2K + 1)) bytes, b = 4, 2, 1 + 4/(K + V), or ⅝ + 4/(K + V) with 4·G·(K + V) more"
     Config = Config
     rounds_itself = True
 

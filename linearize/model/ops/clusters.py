@@ -21,14 +21,15 @@ Attention of kvpress, arXiv 2510.00636, drops keys of little A; here they are me
 without gradient; the means have theirs.
 
 Means are kept in the dtype of the state and computed with in fp32. They are rounded when a token enters and after every
-merge, by the block form as by the steps. int8 has a scale for the key and one for the value of each cluster, int4 one
-for a group of channels. What int4 keeps is the difference from a centre, the first token that was taken in: keys of a
-head have channels in common, which would leave the others few of 15 steps (KIVI, arXiv 2402.02750, scales by channel).
+merge, by the block form as by the steps; compact.py says how. What int4 keeps is the difference from a centre, which is
+the first token that was taken in: keys of a head have channels in common, which would leave the others few of 16 steps
+(KIVI, arXiv 2402.02750, scales by channel).
 
 Letters and shapes as in ops/additive.py: q [B, H, T, K], k and v [B, G, T, ·], exists [B, G, T, 1]. State, all zeros at
 first: means [B, G, M, K + V]; sizes [B, G, M, 2] fp32, n and Σ_d w_d Var_d times the heads of a group; queries
 [B, G, 1, 2K + 1] fp32, sums of the squares of the scaled queries and of these themselves, with a last column that says
-whether the last token existed; for int8 and int4 scales [B, G, M, ·] bf16; for int4 the centre [B, G, 1, K + V] fp32.
+whether the last token existed; for int8 and int4 what scales the means, [B, G, M, ·] each; for int4 the centre
+[B, G, 1, K + V] fp32.
 Taken clusters come before free ones.
 """
 
@@ -57,20 +58,19 @@ def initial_state(
     dtype: torch.dtype | None = None,
 ) -> State:  # fmt: skip
     """Zeros on `device`, of M = `clusters`, the means in `dtype`: bf16, int8, uint8 for int4, or None for fp32."""
-    width, scales = key_width + value_width, len(compact.groups(key_width, value_width, dtype))
-    means = torch.zeros(batch, kv_heads, clusters, compact.packed(width, dtype), device=device, dtype=dtype)
+    width = key_width + value_width
     sizes = torch.zeros(batch, kv_heads, clusters, 2, device=device)
-    state = means, sizes, sizes.new_zeros(batch, kv_heads, 1, 2 * key_width + 1)
-    if scales:
-        state = *state, sizes.new_zeros(batch, kv_heads, clusters, scales, dtype=torch.bfloat16)
+    means = torch.zeros(batch, kv_heads, clusters, width, device=device)
+    kept, *scales = compact.stored_pairs(means, key_width, dtype)
+    state = kept, sizes, sizes.new_zeros(batch, kv_heads, 1, 2 * key_width + 1), *scales
     return (*state, sizes.new_zeros(batch, kv_heads, 1, width)) if dtype == torch.uint8 else state
 
 
 def opened(state: State) -> Tensor:
     """The means of a state, [B, G, M, K + V] fp32, not to be changed; those of free clusters are zeros."""
-    means, sizes, queries, *scales = state
-    x = compact.opened_pairs(means, scales[0] if scales else None, queries.shape[-1] // 2, sizes.dtype)
-    return torch.where(sizes[..., :1] > 0, x + scales[1], 0) if len(scales) > 1 else x
+    means, sizes, queries = state[:3]
+    x, centre = compact.opened_pairs(means, _scales(state), queries.shape[-1] // 2, sizes.dtype), _centre(state)
+    return x if centre is None else torch.where(sizes[..., :1] > 0, x + centre, 0)
 
 
 def _kept(x: Tensor, there: Tensor, key_width: int, dtype: torch.dtype, centre: Tensor | None) -> State:
@@ -86,7 +86,11 @@ def _rounded(x: Tensor, there: Tensor, key_width: int, dtype: torch.dtype | None
 
 
 def _centre(state: State) -> Tensor | None:
-    return state[4] if len(state) > 4 else None
+    return state[-1] if state[0].dtype == torch.uint8 else None
+
+
+def _scales(state: State) -> State:
+    return state[3:-1] if state[0].dtype == torch.uint8 else state[3:]
 
 
 def _first(comes: Tensor, token: Tensor, centre: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
         return clusters_backend.take_in(k, v, exists, state, rule)
     here = exists > 0
     full = (sizes[:, :, -1:, :1] > 0) & here
-    old, new = (means, *state[3:4], sizes), None
+    old, new = (means, *_scales(state), sizes), None
     if torch.compiler.is_exporting():  # the graph looks while it runs
         new = torch.cond(full.any(), lambda *x: _roomy(*x, rule=rule), _same, (full, *state))
     elif not host.is_free(means) or bool(full.any()):  # where a look is not free, it is merged at every step
@@ -125,12 +129,12 @@ def _roomy(full: Tensor, *state: Tensor, rule: Rule) -> State:
     means, sizes, queries = state[:3]
     kept, size, _ = joined(opened(state).clone(), sizes.clone(), queries[..., :-1], rule)  # of copies, for autograd
     merged = *_kept(kept, size[..., :1] > 0, queries.shape[-1] // 2, means.dtype, _centre(state)), size
-    return tuple(torch.where(full, new, x) for new, x in zip(merged, (means, *state[3:4], sizes), strict=True))
+    return tuple(torch.where(full, new, x) for new, x in zip(merged, (means, *_scales(state), sizes), strict=True))
 
 
 def _same(full: Tensor, *state: Tensor) -> State:
     """What `_roomy` gives where no row is full."""
-    return tuple(x.clone() for x in (state[0], *state[3:4], state[1]))
+    return tuple(x.clone() for x in (state[0], *_scales(state), state[1]))
 
 
 def read_state(q: Tensor, state: State, rule: Rule) -> tuple[Tensor, Tensor]:

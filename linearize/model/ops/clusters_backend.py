@@ -67,8 +67,8 @@ def _at_once(device: torch.device) -> int:
 def restriction(sizes: Tensor, K: int, V: int, dtype: torch.dtype | None) -> str | None:
     """What about clusters of `sizes` [B, G, M, 2], kept in `dtype`, the kernels cannot do, or None."""
     M, widest = sizes.shape[2], max(K, V)
-    if dtype == torch.uint8 and (K + V) // 2 % compact.groups(K, V, dtype)[0]:
-        return f"in int4, half of a key and a value together must be groups of channels, and they are {K} and {V} wide"
+    if dtype == torch.uint8 and K != V:
+        return f"in int4 keys and values must be equally wide, and these are {K} and {V}"
     if sizes.dtype != torch.float32:
         return f"they compute in fp32, and the clusters are {sizes.dtype}"
     if widest > WIDEST:
@@ -123,13 +123,15 @@ def merges(
 
 
 def _parts(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Means, sizes, queries, scales and centre; sizes stand for what a state does not have, which no kernel reads."""
-    return *state, *[state[1]] * (5 - len(state))
+    """Means, scales, units, sizes, queries and centre; sizes stand for what a state lacks, which no kernel reads."""
+    means, sizes, queries, *rest = state
+    scales, units, centre = [*rest, *[sizes] * (3 - len(rest))]
+    return means, scales, units, sizes, queries, centre
 
 
 def take_in(k: Tensor, v: Tensor, exists: Tensor, state: tuple[Tensor, ...], rule: Any) -> None:
     """`clusters.update_state`, with its arguments, where nothing has a gradient."""
-    means, sizes, queries, scales, centre = _parts(state)
+    means, scales, units, sizes, queries, centre = _parts(state)
     (B, G, M), K, V = means.shape[:3], k.shape[-1], v.shape[-1]
     compiled = constants(M, K, V, rule, means.dtype, 1)
     opened, merged, counts = (sizes.new_empty(B, G, M, width) for width in (K + V, K + V, 2))
@@ -138,14 +140,14 @@ def take_in(k: Tensor, v: Tensor, exists: Tensor, state: tuple[Tensor, ...], rul
     assert all(x.is_contiguous() for x in state)  # it is changed in place
     token = (x.to(sizes.dtype).contiguous() for x in (k, v, exists))
     _launch(
-        "take_in", (B * G,), means, scales, sizes, queries, centre, *token, opened, merged, counts, real, whole,
-        float(rule.expected), **compiled, **FLAGS,
+        "take_in", (B * G,), means, scales, units, sizes, queries, centre, *token, opened, merged, counts, real,
+        whole, float(rule.expected), **compiled, **FLAGS,
     )  # fmt: skip
 
 
 def read_token(q: Tensor, state: tuple[Tensor, ...], rule: Any) -> tuple[Tensor, Tensor]:
     """`clusters.read_state`, with its arguments, where nothing has a gradient."""
-    means, sizes, queries, scales, centre = _parts(state)
+    means, scales, units, sizes, queries, centre = _parts(state)
     assert all(x.is_contiguous() for x in state)  # it is changed in place
     (B, H, _, K), (G, M) = q.shape, means.shape[1:3]
     V = (centre if means.dtype == torch.uint8 else means).shape[-1] - K
@@ -154,7 +156,7 @@ def read_token(q: Tensor, state: tuple[Tensor, ...], rule: Any) -> tuple[Tensor,
     names = ("M", "K", "V", "KP", "VP", "HEADS", "DTYPE", "GROUP", "WEIGHS")
     mass = rule.mass.float() if isinstance(rule.mass, Tensor) else sizes
     _launch(
-        "read_token", (B * H,), q.contiguous(), means, scales, sizes, queries, centre, mass,
+        "read_token", (B * H,), q.contiguous(), means, scales, units, sizes, queries, centre, mass,
         0.0 if isinstance(rule.mass, Tensor) else float(rule.mass), y, weight, rule.scaling, rule.softcap or 0.0, G,
         **{name: compiled[name] for name in names}, CAPPED=rule.softcap is not None,
         OWN=isinstance(rule.mass, Tensor), **READING,

@@ -153,14 +153,30 @@ def _choose(least, partner, own, M: tl.constexpr, MP: tl.constexpr, C: tl.conste
 
 
 @triton.jit
-def _codes(x, WIDTH: tl.constexpr, MOST: tl.constexpr):
-    """Rows in few bits, WIDTH numbers with a scale: whole numbers up to MOST, and scales [·, groups, 1]."""
-    x = tl.reshape(x, [x.shape[0], x.shape[1] // WIDTH, WIDTH])
-    scale = tl.div_rn(tl.max(tl.abs(x), 2), MOST + tl.zeros([x.shape[0], x.shape[1]], tl.float32))
-    scale = scale.to(tl.bfloat16).to(tl.float32)[:, :, None]
-    code = tl.div_rn(x, tl.maximum(scale, 1.1754943508222875e-38) + tl.zeros_like(x))
-    code = (code + 12582912.0) - 12582912.0  # to the nearest whole number, halves to even
-    return tl.minimum(tl.maximum(code, -MOST), MOST), scale
+def _whole(x, least, most):
+    """To the nearest whole number, halves to even."""
+    return tl.minimum(tl.maximum((x + 12582912.0) - 12582912.0, least), most)
+
+
+@triton.jit
+def _codes(x):
+    """Rows in int8: whole numbers, and the step [·, 1] of each."""
+    step = tl.div_rn(tl.max(tl.abs(x), 1), 127.0).to(tl.bfloat16).to(tl.float32)[:, None]
+    return _whole(tl.div_rn(x, tl.maximum(step, 1.1754943508222875e-38) + tl.zeros_like(x)), -127.0, 127.0), step
+
+
+@triton.jit
+def _half_bytes(x, GROUP: tl.constexpr):
+    """Rows in int4: whole numbers [·, groups, GROUP], a step of each group [·, groups], and the unit of each row."""
+    x = tl.reshape(x, [x.shape[0], x.shape[1] // GROUP, GROUP])
+    high, low = tl.max(x, 2), tl.min(x, 2)
+    step = tl.where(high > -low, high, low) * -0.125
+    unit = tl.div_rn(tl.max(tl.abs(step), 1), 127.0).to(tl.bfloat16).to(tl.float32)
+    scale = tl.div_rn(step, tl.maximum(unit, 1.1754943508222875e-38)[:, None] + tl.zeros_like(step))
+    scale = _whole(scale, -127.0, 127.0)
+    step = scale * unit[:, None]
+    step = tl.where(step == 0.0, float("inf"), step)
+    return _whole(tl.div_rn(x, step[:, :, None] + tl.zeros_like(x)), -8.0, 7.0), scale, unit
 
 
 @triton.jit
@@ -169,11 +185,12 @@ def _rounded(x, n, centre, DTYPE: tl.constexpr, GROUP: tl.constexpr):
     if DTYPE == 1:
         x = x.to(tl.bfloat16).to(tl.float32)
     if DTYPE == 2:
-        code, scale = _codes(x, x.shape[1], 127.0)
-        x = tl.reshape(code * scale, x.shape)
+        code, step = _codes(x)
+        x = code * step
     if DTYPE == 3:
-        code, scale = _codes(x - centre[None, :], GROUP, 7.0)
-        x = tl.where(n[:, None] > 0.0, tl.reshape(code * scale, x.shape) + centre[None, :], 0.0)
+        code, scale, unit = _half_bytes(x - centre[None, :], GROUP)
+        near = tl.reshape(code * (scale * unit[:, None])[:, :, None], x.shape) + centre[None, :]
+        x = tl.where(n[:, None] > 0.0, near, 0.0)
     return x
 
 

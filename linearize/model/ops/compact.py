@@ -6,11 +6,14 @@ smaller than a step of int8 are not lost (error feedback). Plain rounding to int
 break on it. 1.5 bytes a number, and 2 a row.
 
 Keys beside values, which are rounded when they are written and not at every step, need no rest: the functions of pairs.
-These also know int4, two numbers in a byte with a scale for every 16: of a state that changes at every step it would
-leave nothing.
+These also know int4, two numbers in a byte: of a state that changes at every step it would leave nothing. A group of 8
+numbers has a step in int8, and these steps a unit in bf16, one for the key and one for the value (double quantisation,
+QLoRA, arXiv 2305.14314). The number of a group that is farthest from 0 is -8 of its steps, whatever its sign, so that
+all 16 codes are of use.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +21,8 @@ from torch.nn import functional as F
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
 """Name -> what a state is rounded to, int4 by the dtype of the bytes that hold it; None: not at all."""
-STEPS = {torch.int8: 127, torch.uint8: 7}
-"""The largest number that is kept of a row or group."""
-GROUP = 16
-"""Channels that share a scale in int4, or the most that divide both widths."""
+GROUP = 8
+"""Channels that share a step in int4, or the most that divide both widths."""
 SHORT = 8
 """Rows of fewer numbers share their scale with the rows beside them; if these are few too, as sums of weights are, they
 stay fp32."""
@@ -77,63 +78,78 @@ def _steps(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def groups(key_width: int, value_width: int, dtype: torch.dtype | None) -> list[int]:
-    """Widths of what shares a scale: for int8 the key and the value, for int4 groups of channels; else nothing does."""
+    """Widths of what shares a step: for int8 the key and the value, for int4 groups of channels; else nothing does."""
     if dtype == torch.int8:
         return [key_width, value_width]
     width = math.gcd(key_width, value_width, GROUP)
     return [width] * ((key_width + value_width) // width) if dtype == torch.uint8 else []
 
 
-def packed(width: int, dtype: torch.dtype | None) -> int:
-    """How many elements hold so many numbers of a pair, which are an even number in int4."""
-    return width // 2 if dtype == torch.uint8 else width
-
-
-def _grouped(x: Tensor, widths: list[int]) -> list[Tensor]:
-    """Views [..., groups, width] of x [..., D]: one of all groups where they are equally wide, else one of each."""
-    if len(set(widths)) == 1:
-        return [x.unflatten(-1, (len(widths), widths[0]))]
-    return [part.unsqueeze(-2) for part in x.split(widths, -1)]
-
-
 def stored_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """Keys beside values [..., K + V] as a cache keeps them, and for int8 and int4 their scales, one for each of
-    `groups`: what is rounded once needs no rest. Zeros are kept as zeros."""
-    widths = groups(key_width, x.shape[-1] - key_width, dtype)
+    """Keys beside values [..., K + V] as a cache keeps them, and what scales them: what is rounded once needs no rest.
+    Zeros are kept as zeros.
+
+    Returns:
+        With int8 whole numbers [..., K + V] and steps bf16 [..., 2]. With int4 bytes [..., (K + V)/2], of channel i in
+        the low half and i + (K + V)/2 in the high one; a step of each group, int8 [..., groups]; the units of steps,
+        bf16 [..., 2]. Else the pairs alone.
+    """
+    widths, tiny = groups(key_width, x.shape[-1] - key_width, dtype), torch.finfo(torch.float32).tiny
     if not widths:
         return (x.to(dtype if dtype == torch.bfloat16 else x.dtype),)
-    most, codes, scales = STEPS[dtype], [], []  # type: ignore[index]
-    for part in _grouped(x, widths):
-        scale = (part.abs().amax(-1) / most).bfloat16()
-        step = scale.to(x.dtype).clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-        codes.append((part / step).round().clamp(-most, most).flatten(-2).to(torch.int8))
-        scales.append(scale)
-    codes, scales = torch.cat(codes, -1), torch.cat(scales, -1)
     if dtype == torch.int8:
-        return codes, scales
-    low, high = codes.view(torch.uint8).chunk(2, -1)
-    return low & 15 | high << 4, scales
+        parts = x.split(widths, -1)
+        steps = torch.cat([part.abs().amax(-1, keepdim=True) / 127 for part in parts], -1).bfloat16()
+        each = steps.to(x.dtype).clamp(min=tiny).split(1, -1)
+        codes = torch.cat([part / step for part, step in zip(parts, each, strict=True)], -1)
+        return codes.round().clamp(-127, 127).to(torch.int8), steps
+    x = x.unflatten(-1, (-1, widths[0]))
+    high, low = x.amax(-1), x.amin(-1)
+    step = torch.where(high > -low, high, low) / -8
+    most = [part.abs().amax(-1, keepdim=True) / 127 for part in _of_pairs(step, key_width, widths)]
+    units = torch.cat(most, -1).bfloat16()
+    unit = _for_each(units.to(x.dtype), key_width, widths)
+    scales = (step / unit.clamp(min=tiny)).round().clamp(-127, 127)
+    step = scales * unit
+    codes = (x / step.where(step != 0, math.inf).unsqueeze(-1)).round().clamp(-8, 7).flatten(-2)
+    first, second = codes.to(torch.int8).view(torch.uint8).chunk(2, -1)
+    return first & 15 | second << 4, scales.to(torch.int8), units
 
 
-def opened_pairs(kept: Tensor, scales: Tensor | None, key_width: int, dtype: torch.dtype) -> Tensor:
+def opened_pairs(kept: Tensor, scales: Sequence[Tensor], key_width: int, dtype: torch.dtype) -> Tensor:
     """That of which `stored_pairs` keeps this, in `dtype`."""
     if kept.dtype == torch.uint8:
         both = kept.view(torch.int8)  # whose shifts to the right keep the sign
         x = torch.cat([both << 4 >> 4, both >> 4], -1).to(dtype)
-    else:
-        x = kept.to(dtype)
-    if scales is not None:
-        parts = _grouped(x, groups(key_width, x.shape[-1] - key_width, kept.dtype))
-        each = scales.to(dtype).split([part.shape[-2] for part in parts], -1)
-        for part, scale in zip(parts, each, strict=True):
-            part.mul_(scale.unsqueeze(-1))
+        widths = groups(key_width, x.shape[-1] - key_width, kept.dtype)
+        step = scales[0].to(dtype) * _for_each(scales[1].to(dtype), key_width, widths)
+        x.unflatten(-1, (-1, widths[0])).mul_(step.unsqueeze(-1))
+        return x
+    x = kept.to(dtype)
+    if scales:
+        parts = x.split([key_width, x.shape[-1] - key_width], -1)
+        for part, step in zip(parts, scales[0].to(dtype).split(1, -1), strict=True):
+            part.mul_(step)
     return x
+
+
+def _of_pairs(x: Tensor, key_width: int, widths: list[int]) -> tuple[Tensor, ...]:
+    """Those of groups [..., groups] that are of keys, and those that are of values."""
+    keys = key_width // widths[0]
+    return x.split([keys, len(widths) - keys], -1)
+
+
+def _for_each(units: Tensor, key_width: int, widths: list[int]) -> Tensor:
+    """Of units [..., 2] that of each group, [..., groups]."""
+    keys = key_width // widths[0]
+    sizes = keys, len(widths) - keys
+    return torch.cat([x.expand(*x.shape[:-1], n) for x, n in zip(units.split(1, -1), sizes, strict=True)], -1)
 
 
 def rounded_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> Tensor:
     """Keys beside values as they are after they were stored; the gradient passes as if they were not."""
-    if dtype not in (torch.bfloat16, *STEPS):
+    if dtype not in (torch.bfloat16, torch.int8, torch.uint8):
         return x
-    stored = stored_pairs(x.detach(), key_width, dtype)
-    kept = opened_pairs(stored[0], stored[1] if len(stored) > 1 else None, key_width, x.dtype)
-    return x + (kept - x).detach() if x.requires_grad else kept
+    kept, *scales = stored_pairs(x.detach(), key_width, dtype)
+    opened = opened_pairs(kept, scales, key_width, x.dtype)
+    return x + (opened - x).detach() if x.requires_grad else opened

@@ -12,7 +12,7 @@ from linearize.errors import InputError
 from linearize.model import host, ops
 from linearize.model.ops import clusters, clusters_backend, compact
 
-B, H, G, T, K, V, M, C = 2, 4, 2, 40, 6, 10, 12, 3
+B, H, G, T, K, V, M, C = 2, 4, 2, 40, 6, 5, 12, 3
 RULE = clusters.Rule(C, 0.3, 1.0, H // G, 0.4)
 
 
@@ -39,7 +39,7 @@ def merge_all(
     assert (first, last, alpha, L, goes_on.dtype) == (0, S, RULE.expected, S + 1, torch.uint8)
     assert constants["HEADS"] == RULE.heads and constants["M"] == M and constants["C"] == C and constants["WEIGHS"]
     dtype = [None, torch.bfloat16, torch.int8, torch.uint8][constants["DTYPE"]]
-    assert constants["GROUP"] == (compact.groups(K, V, dtype) or [1])[0]
+    assert constants["GROUP"] == (compact.groups(constants["K"], constants["V"], dtype) or [1])[0]
     centre = centres if dtype == torch.uint8 else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINEARIZE_BACKEND", "torch")
@@ -54,22 +54,24 @@ def merge_gradient(given, counts, went, scratch, out, tape, S, **constants):
     out.copy_(first), tape.copy_(rest)
 
 
-def state_of(kept, sizes, queries, scales, centres):
+def state_of(kept, scales, units, sizes, queries, centres):
     """The state of which a kernel was given these parts, and others in the place of those that it does not have."""
-    more = {torch.int8: [scales], torch.uint8: [scales, centres]}.get(kept.dtype, [])
+    more = {torch.int8: [scales], torch.uint8: [scales, units, centres]}.get(kept.dtype, [])
     return kept, sizes, queries, *more
 
 
-def take_in(kept, scales, sizes, queries, centres, keys, values, exists, *scratch, **constants):
-    state = state_of(kept, sizes, queries, scales, centres)
+def take_in(kept, scales, units, sizes, queries, centres, keys, values, exists, *scratch, **constants):
+    state = state_of(kept, scales, units, sizes, queries, centres)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINEARIZE_BACKEND", "torch")
         clusters.update_state(keys, values, exists, state, RULE)
 
 
-def read_token(q, kept, scales, sizes, queries, centres, mass, same, y, weight, scaling, softcap, G, **constants):
+def read_token(
+    q, kept, scales, units, sizes, queries, centres, mass, same, y, weight, scaling, softcap, G, **constants
+):
     assert (same, scaling, constants["OWN"], constants["CAPPED"]) == (RULE.mass, RULE.scaling, False, False)
-    state = state_of(kept, sizes, queries, scales, centres)
+    state = state_of(kept, scales, units, sizes, queries, centres)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINEARIZE_BACKEND", "torch")
         for x, new in zip((y, weight), clusters.read_state(q, state, RULE), strict=True):
@@ -98,8 +100,9 @@ def made(dtype: torch.dtype | None) -> list[Tensor]:
     """Of a block, its gradients, and a few steps."""
     torch.manual_seed(0)
     exists = (torch.rand(B, 1, T, 1) > 0.2).float().expand(-1, G, -1, -1)
-    q, k, v = (torch.randn(B, n, T, w, requires_grad=True) for n, w in ((H, K), (G, K), (G, V)))
-    state = clusters.initial_state(B, G, K, V, M, q.device, dtype)
+    width = K if dtype == torch.uint8 else V
+    q, k, v = (torch.randn(B, n, T, w, requires_grad=True) for n, w in ((H, K), (G, K), (G, width)))
+    state = clusters.initial_state(B, G, K, width, M, q.device, dtype)
     y, weight, state = clusters.run(q, k * exists, v * exists, exists, state, RULE)
     out = [y, weight.exp(), *torch.autograd.grad(y.square().sum() + weight.exp().sum(), (q, k, v)), *state]
     state = tuple(x.detach().clone() for x in state)
@@ -143,7 +146,6 @@ def test_what_the_kernels_cannot_do_runs_by_pytorch_and_is_said(calls):
     assert "2048" in str(clusters_backend.restriction(torch.zeros(1, 1, 2048, 2), 8, 8, torch.int8))
     assert "272" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2), 272, 8, None))
     assert "int4" in str(clusters_backend.restriction(torch.zeros(1, 1, 8, 2), 16, 32, torch.uint8))
-    assert clusters_backend.restriction(torch.zeros(1, 1, 8, 2), 40, 24, torch.uint8) is None
     ops._warn.cache_clear()
     x = torch.randn(1, 1, 30, 272)
     state = clusters.initial_state(1, 1, 272, 272, M, x.device)

@@ -50,12 +50,19 @@ def test_small_updates_are_not_lost_in_int8():
 def test_what_is_kept_of_a_pair_is_as_near_as_its_steps(dtype, widths):
     x = torch.randn(2, 3, 5, sum(widths)) * torch.rand(2, 3, 5, 1) * 10
     x[..., 0, :] = 0
-    codes, scales = compact.stored_pairs(x, widths[0], dtype)
-    assert codes.dtype == dtype and codes.shape[-1] == compact.packed(sum(widths), dtype)
-    assert not codes[..., 0, :].any() and not scales[..., 0, :].any(), "free clusters are zeros"
-    y = compact.opened_pairs(codes, scales, widths[0], x.dtype)
-    parts = zip(*(z.split(compact.groups(*widths, dtype), -1) for z in (x, y)), strict=True)
-    for exact, kept in parts:  # half a step, and what bf16 takes from a scale
-        step = exact.abs().amax(-1, keepdim=True) / compact.STEPS[dtype]
-        assert ((exact - kept).abs() <= step * (0.5 + compact.STEPS[dtype] / 256) + 1e-6).all()
+    codes, *scales = compact.stored_pairs(x, widths[0], dtype)
+    assert codes.dtype == dtype and codes.shape[-1] == sum(widths) // (2 if dtype == torch.uint8 else 1)
+    assert not any(part[..., 0, :].any() for part in (codes, *scales)), "free clusters are zeros"
+    y, most = compact.opened_pairs(codes, scales, widths[0], x.dtype), 8 if dtype == torch.uint8 else 127
+    units = scales[-1].float().repeat_interleave(torch.tensor(widths), -1)
+    parts = zip(*(z.split(compact.groups(*widths, dtype), -1) for z in (x, y, units)), strict=True)
+    for exact, kept, unit in parts:
+        step = exact.abs().amax(-1, keepdim=True) / most
+        if dtype == torch.int8:  # half a step, and what bf16 takes from it
+            assert ((exact - kept).abs() <= step * (0.5 + most / 256) + 1e-6).all()
+        else:  # a step, as 7 stands for all up to 8, and what rounding the step took from its largest number
+            assert ((exact - kept).abs() <= step + 4 * unit + 1e-6).all()
+            assert (exact - kept).square().mean() < 0.15 * step.square().mean()
+    again = (compact.rounded_pairs(y, widths[0], dtype) - y).abs()
+    assert (again <= (units if dtype == torch.uint8 else 0)).all() and (again > 0).float().mean() < 0.01
     torch.testing.assert_close(compact.rounded_pairs(x, widths[0], dtype), y, rtol=0, atol=0)
