@@ -67,7 +67,7 @@ def test_blocks_in_four_bits_are_steps(T, cut):
     seen = exists[:, :1] > 0
     first = torch.stack([k[b, :, int(seen[b, 0, :, 0].int().argmax())] for b in range(B)])
     there = seen.any(2)[:, :, None]
-    torch.testing.assert_close(block[4][:, :, 0, :8], torch.where(there[:, :, 0], first, 0), rtol=0, atol=0)
+    torch.testing.assert_close(block[-1][:, :, 0, :8], torch.where(there[:, :, 0], first, 0), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("cuts", [(3,), (8, 9), (20, 21, 40)])
