@@ -209,10 +209,9 @@ def main() -> None:
     if given.add:
         parts = [json.loads(file.read_text(encoding="utf-8")) for file in given.add]
         results |= {key: parts[0][key] for key in ("settings", "environment")}
-        results["added"] = [
-            *parts[0].get("added", []),
-            *({**part["environment"], **part["settings"]} for part in parts[1:]),
-        ]
+        later = [{**part["environment"], **part["settings"]} for part in parts[1:]]
+        older = [old for old in parts[0].get("added", []) if old["rows"] not in [new["rows"] for new in later]]
+        results["added"] = [*older, *later]
         results["cells"] = joined([part["cells"] for part in parts])
         common.save(results, target)
     else:

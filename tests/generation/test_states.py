@@ -571,7 +571,8 @@ def test_a_chat_that_breaks_off_keeps_its_last_answer(loaded, tmp_path: Path) ->
 
 # --- batches
 
-BATCHES = [name for name in CASES if name not in ("bf16", "a short text", "softmax")]
+ROUNDED = ("bf16", "a state in int8")  # in which sums in another order may fall on two sides
+BATCHES = [name for name in CASES if name not in ("a short text", "softmax", *ROUNDED)]
 
 
 @torch.no_grad()

@@ -58,6 +58,8 @@ def test_results_measured_apart_are_joined(tmp_path: Path, monkeypatch: pytest.M
     table = (tmp_path / "tiny.md").read_text()
     assert "| kda | 5 | 1.00 MiB | 1.300 (1.000 to 1.200) |" in table
     assert "\nJoined later, gla, kda: a machine, commit abc.\n" in table
+    again = run("--add", tmp_path / "tiny.json", second)
+    assert [more["rows"] for more in again["added"]] == [["gla", "kda"]], "what was measured anew is named once"
 
 
 def test_rows_texts_and_tasks_are_measured_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
