@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.states import CASES, go_on, model_of, read, text
+from helpers.states import CASES, W, go_on, model_of, read, text
 from helpers.tiny import MIXER, save_converted, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -27,6 +27,7 @@ from linearize.cli import main
 from linearize.errors import InputError
 from linearize.generation import Chat, Lossless, StateStore, chat, generate
 from linearize.model.branches import windows
+from linearize.model.mixers import MIXERS
 from linearize.model.modeling import linearize_
 from linearize.model.states import copied, split_states, stack_states
 
@@ -569,10 +570,25 @@ def test_a_chat_that_breaks_off_keeps_its_last_answer(loaded, tmp_path: Path) ->
         Chat(*loaded).save(tmp_path / "nothing")
 
 
+# --- fewer bits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", sorted({*MIXERS} - {"softmax", "window"}))
+def test_a_short_text_goes_on_by_steps_before_anything_has_left_the_window(name: str, dtype: str) -> None:
+    """The logarithm of an empty sum is infinite: int8 made it and all beside it NaN."""
+    model, ids = model_of(name, state_dtype=dtype), text(3 * W)
+    cache = DynamicCache(config=model.config)
+    steps = torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(3 * W)], 1)
+    whole = model_of(name)(ids, use_cache=False).logits
+    assert torch.allclose(steps[:, :W], whole[:, :W], atol=1e-4), "nothing has been rounded yet"
+    assert (steps - whole).norm() < 0.2 * whole.norm()
+
+
 # --- batches
 
-ROUNDED = ("bf16", "a state in int8")  # in which sums in another order may fall on two sides
-BATCHES = [name for name in CASES if name not in ("a short text", "softmax", *ROUNDED)]
+BATCHES = [name for name in CASES if name not in ("bf16", "a short text", "softmax")]
 
 
 @torch.no_grad()
