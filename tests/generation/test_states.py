@@ -580,7 +580,8 @@ def test_a_short_text_goes_on_by_steps_before_anything_has_left_the_window(name:
     """The logarithm of an empty sum is infinite: int8 made it and all beside it NaN."""
     model, ids = model_of(name, state_dtype=dtype), text(3 * W)
     cache = DynamicCache(config=model.config)
-    steps = torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(3 * W)], 1)
+    parts = (1, 2, 2, *[1] * (3 * W - 5))
+    steps = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(parts, 1)], 1)
     whole = model_of(name)(ids, use_cache=False).logits
     assert torch.allclose(steps[:, :W], whole[:, :W], atol=1e-4), "nothing has been rounded yet"
     assert (steps - whole).norm() < 0.2 * whole.norm()
