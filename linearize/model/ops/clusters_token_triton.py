@@ -66,6 +66,17 @@ def _pack(keys, values, centre, kept, scales, units, row, x, there, taken, width
 
 
 @triton.jit
+def _store(key, value, centre, kept, scales, units, row, k, v, there, taken, K: tl.constexpr, V: tl.constexpr,
+           DTYPE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Clusters into a state; those that are not taken are zeros."""
+    if DTYPE == 3:
+        _pack(key, value, centre, kept, scales, units, row, k, there, taken, K, GROUP)
+    else:
+        _keep(key, kept, scales, row, k, there, 0, K, K + V, DTYPE)
+        _keep(value, kept, scales, row, v, there, K, V, K + V, DTYPE)
+
+
+@triton.jit
 def take_in(kept, scales, units, sizes, queries, centres, keys, values, exists, means, merged, counts, real, whole,
             alpha, M: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MP: tl.constexpr,
             CP: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
@@ -73,17 +84,9 @@ def take_in(kept, scales, units, sizes, queries, centres, keys, values, exists, 
             W: tl.constexpr, INNER: tl.constexpr, JOINED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """`clusters.update_state`, in place; `means`, `merged` and `counts` are scratch. One program a head: P = 1."""
     p, D = tl.program_id(0), K + V
-    kept, scales, units, sizes, queries, centre, means, merged, counts = (
-        kept + p * M * (K if DTYPE == 3 else D),
-        scales + p * M * (D // GROUP if DTYPE == 3 else 2),
-        units + p * M * 2,
-        sizes + p * M * 2,
-        queries + p * (2 * K + 1),
-        centres + p * D,
-        means + p * M * D,
-        merged + p * M * D,
-        counts + p * M * 2,
-    )
+    kept, scales = kept + p * M * (K if DTYPE == 3 else D), scales + p * M * (D // GROUP if DTYPE == 3 else 2)
+    units, sizes, queries, centre = units + p * M * 2, sizes + p * M * 2, queries + p * (2 * K + 1), centres + p * D
+    means, merged, counts = means + p * M * D, merged + p * M * D, counts + p * M * 2
     least, partner = real + p * 4 * MP, whole + p * 7 * MP
     m, k, v = tl.arange(0, MP), tl.arange(0, KP), tl.arange(0, VP)
     here = tl.load(exists + p)
@@ -107,12 +110,8 @@ def take_in(kept, scales, units, sizes, queries, centres, keys, values, exists, 
         for start in range(0, M, JOINED):
             row = start + tl.arange(0, JOINED)
             key, value = _tile(merged, row, k, D, M, K), _tile(merged + K, row, v, D, M, V)
-            if DTYPE == 3:
-                taken = tl.load(counts + 2 * row, mask=row < M, other=0.0) > 0.0
-                _pack(key, value, centre, kept, scales, units, row, k, row < M, taken, K, GROUP)
-            else:
-                _keep(key, kept, scales, row, k, row < M, 0, K, D, DTYPE)
-                _keep(value, kept, scales, row, v, row < M, K, V, D, DTYPE)
+            taken = tl.load(counts + 2 * row, mask=row < M, other=0.0) > 0.0
+            _store(key, value, centre, kept, scales, units, row, k, v, row < M, taken, K, V, DTYPE, GROUP)
         both = tl.arange(0, 2 * MP)
         tl.store(sizes + both, tl.load(counts + both, mask=both < 2 * M, other=0.0), mask=both < 2 * M)
         tl.debug_barrier()
@@ -127,10 +126,7 @@ def take_in(kept, scales, units, sizes, queries, centres, keys, values, exists, 
         tl.store(centre + k[None, :], key, mask=first & (k < K)[None, :])
         tl.store(centre + K + v[None, :], value, mask=first & (v < V)[None, :])
         tl.debug_barrier()
-        _pack(key, value, centre, kept, scales, units, row, k, there, there, K, GROUP)
-    else:
-        _keep(key, kept, scales, row, k, there, 0, K, D, DTYPE)
-        _keep(value, kept, scales, row, v, there, K, V, D, DTYPE)
+    _store(key, value, centre, kept, scales, units, row, k, v, there, there, K, V, DTYPE, GROUP)
     tl.store(sizes + 2 * row, tl.full([1], 1.0, tl.float32), mask=there)
     tl.store(queries + 2 * K, here)
 
@@ -143,12 +139,8 @@ def read_token(q, kept, scales, units, sizes, queries, centres, mass, same, y, w
     """`clusters.read_state`, a program per row and query head; the first of a group adds up the queries."""
     h, D = tl.program_id(0), K + V
     p = h // HEADS
-    kept, scales, units = (
-        kept + p * M * (K if DTYPE == 3 else D),
-        scales + p * M * (D // GROUP if DTYPE == 3 else 2),
-        units + p * M * 2,
-    )
-    sizes, queries, centre = sizes + p * M * 2, queries + p * (2 * K + 1), centres + p * D
+    kept, scales = kept + p * M * (K if DTYPE == 3 else D), scales + p * M * (D // GROUP if DTYPE == 3 else 2)
+    units, sizes, queries, centre = units + p * M * 2, sizes + p * M * 2, queries + p * (2 * K + 1), centres + p * D
     k, v = tl.arange(0, KP), tl.arange(0, VP)
     query = tl.load(q + h * K + k, mask=k < K, other=0.0).to(tl.float32)
     top, total, sums = tl.full([1], 2 * EMPTY, tl.float32), tl.zeros([1], tl.float32), tl.zeros([VP], tl.float32)

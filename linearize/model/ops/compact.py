@@ -26,6 +26,8 @@ GROUP = 8
 SHORT = 8
 """Rows of fewer numbers share their scale with the rows beside them; if these are few too, as sums of weights are, they
 stay fp32."""
+NOTHING = math.log(torch.finfo(torch.float32).tiny)
+"""What int8 keeps of the logarithm of 0, the weight of a memory in which nothing has arrived."""
 FINEST = 16
 """Sixteenths of a step are what is left over."""
 
@@ -69,6 +71,7 @@ def opened(kept: tuple[Tensor, ...], dtype: torch.dtype | None) -> tuple[Tensor,
 
 
 def _steps(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.masked_fill(x == -math.inf, NOTHING)  # by which the row would be scaled
     scale = (x.abs().amax(-1 if x.shape[-1] >= SHORT else (-2, -1), keepdim=True) / 127).bfloat16()
     x = x / scale.float().clamp(min=torch.finfo(torch.float32).tiny)
     step = x.round().clamp(-127, 127)

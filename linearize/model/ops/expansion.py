@@ -81,7 +81,7 @@ def run(
     S, mean_v = S / count, m[..., :-1] / count
     mean_k = S[..., -1:]
     S = torch.cat([S[..., :-1] - mean_k * mean_v, mean_k if centre is None else mean_k + centre.mT], -1)
-    m = torch.cat([mean_v, count.log() + strength], -1)  # int8 could not keep the logarithm of 0, nor what is beside it
+    m = torch.cat([mean_v, n.log() + strength], -1)
     return y.view(B, H, T, -1), weight.view(B, H, T), (S, m, n)
 
 
@@ -102,14 +102,13 @@ def update_state(k1: Tensor, v1: Tensor, log_decay: Tensor, state: State, *, str
     S, m, n = state
     k1, v1 = k1.float(), v1.float()
     n.mul_(log_decay.float().exp()).add_(v1[..., -1:])
-    _, count = _count(n)
-    part = v1[..., -1:] / count
+    part = v1[..., -1:] / n.clamp(min=torch.finfo(n.dtype).tiny)
     rest = 1 - part
     dk, dv = k1[..., :-1] - S[..., -1:].mT, v1[..., :-1] - m[..., :-1]
     one = torch.ones_like(n)
     # Whole tensors: a graph for onnxruntime turns a write into some columns into two transpositions.
     S.mul_(torch.cat([rest.expand_as(dv), one], -1)).addcmul_((part * dk).mT, torch.cat([rest * dv, one], -1))
-    m.copy_(torch.cat([m[..., :-1] + part * dv, count.log() + strength], -1))
+    m.copy_(torch.cat([m[..., :-1] + part * dv, n.log() + strength], -1))
 
 
 def read_state(q: Tensor, state: State, *, scaling: float = 1.0) -> Tensor:
