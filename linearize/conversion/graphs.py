@@ -29,6 +29,7 @@ from linearize.errors import InputError
 from linearize.model.attention import linearized_modules
 from linearize.model.cache import LinearizedCacheLayer
 from linearize.model.sizes import text_sizes
+from linearize.model.transformers_api import CACHE
 from linearize.progress import step_progress
 
 State = dict[str, Tensor]
@@ -62,7 +63,7 @@ class Piece(nn.Module):
         self.model = model
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=torch.zeros(2, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
+            model(input_ids=torch.zeros(2, 2, dtype=torch.int64), **{CACHE: cache}, use_cache=True)
         self.layers: list[Any] = cache.layers
         # Contiguous, whatever they were made from: else a size that grows is compared with itself in another order.
         self.state = {name: x.new_zeros(x.shape) for name, x in _tensors(self.layers).items()}
@@ -85,7 +86,7 @@ class Piece(nn.Module):
         positions = seen[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
         model: Any = self.model
         keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-        out = model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **keep)
+        out = model(input_ids=input_ids, position_ids=positions, **{CACHE: cache}, use_cache=True, **keep)
         return {"logits": out.logits[:, -1].float(), "state": _tensors(cache.layers)}
 
 

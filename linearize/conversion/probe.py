@@ -22,7 +22,7 @@ from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.branches import branches
 from linearize.model.modeling import linearize_
-from linearize.model.transformers_api import CONFIG_MAPPING
+from linearize.model.transformers_api import CACHE, CONFIG_MAPPING
 
 EXACT = 1e-6
 """Of the largest logit: the control runs the source's own kernels, most often bit for bit."""
@@ -162,8 +162,8 @@ class _Probe:
         cuts = [0, 5, T - 6, *range(T - 5, T + 1)]
         for start, end in zip(cuts, cuts[1:], strict=False):
             with torch.no_grad():
-                result = self.model(x[:, start:end], past_key_values=past, use_cache=True)
-            past = result.past_key_values
+                result = self.model(x[:, start:end], **{CACHE: past}, use_cache=True)
+            past = result[CACHE]
             out.append(result.logits.float())
         return torch.cat(out, 1)
 

@@ -22,6 +22,7 @@ from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.branches import branches
 from linearize.model.cache import LinearizedCacheLayer
+from linearize.model.transformers_api import CACHE
 
 SUPER = 50.0
 TEXT, TOKENS = "wikitext2_valid", 1024
@@ -69,7 +70,7 @@ def _measured(model: Any, ids: Tensor) -> dict[int, dict[str, Any]]:
                 hooks.append(module.register_forward_hook(_down(rows[index])))
     try:
         cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()

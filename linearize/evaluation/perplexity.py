@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
+from linearize.model.transformers_api import CACHE
 
 PIECE = 2048
 """Tokens of one forward pass."""
@@ -94,8 +95,8 @@ def pieces(model: PreTrainedModel, block: Tensor, ends: list[int], cached: bool)
     past = None
     for start, end in pairwise([0, *ends]):
         ids = block[None, start:end].to(model.device)
-        output = model(input_ids=ids, past_key_values=past, use_cache=cached)
-        past = output.past_key_values
+        output = model(input_ids=ids, **{CACHE: past}, use_cache=cached)
+        past = output[CACHE]
         yield output.logits[0], past
 
 

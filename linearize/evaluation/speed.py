@@ -42,6 +42,7 @@ from linearize.evaluation.quiet import quiet
 from linearize.evaluation.suite import SpeedSpec
 from linearize.model.attention import linearized_modules
 from linearize.model.sizes import text_sizes
+from linearize.model.transformers_api import CACHE
 from linearize.progress import Bar
 
 COLUMNS = ("source", "window", "student")
@@ -72,7 +73,7 @@ def prefill(model: PreTrainedModel, cache: Cache, ids: Tensor, piece: int) -> Te
         Logits of the last position [B, 1, vocabulary].
     """
     for part in ids.split(piece, dim=1):
-        logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(part, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
     return logits
 
 
@@ -92,7 +93,7 @@ def decode(model: PreTrainedModel, cache: Cache, token: Tensor, steps: int) -> l
     """
 
     def step() -> Tensor:
-        return model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+        return model(token, **{CACHE: cache}, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
 
     seconds = []
     for _ in range(steps + 1):

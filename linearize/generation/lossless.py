@@ -27,6 +27,7 @@ from linearize.checkpoint.manifest import facts_of
 from linearize.checkpoint.open import is_adapter
 from linearize.checkpoint.sources import load_source, locate, relocate
 from linearize.errors import InputError
+from linearize.model.transformers_api import CACHE
 
 MOST = 12
 """Tokens that are drafted at a time."""
@@ -196,14 +197,14 @@ class Lossless:
             logits_processor: of transformers.
             stopping_criteria: of transformers.
             generation_config: whether tokens are drawn, and how many at most.
-            **kwargs: `past_key_values`, the source's cache.
+            **kwargs: the source's cache.
 
         Raises:
             InputError: more than one prompt.
         """
         if input_ids.shape[0] != 1:
             raise InputError(f"lossless: found {input_ids.shape[0]} prompts; one at a time is drafted")
-        ids, cache, self.counts = input_ids, kwargs["past_key_values"], Counts()
+        ids, cache, self.counts = input_ids, kwargs[CACHE], Counts()
         start, most = ids.shape[1], int(stopping_criteria.max_length or 1 << 60)
         logits = self._pass(model, ids[:, cache.get_seq_length() :], cache, 1)
         cache.activate_past_recording()
@@ -235,7 +236,7 @@ class Lossless:
             self.pace.saw_pass(number + 1, time.perf_counter() - start_time)
         if self._streamer is not None:
             self._streamer.end()
-        return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)  # type: ignore[arg-type]
+        return GenerateDecoderOnlyOutput(sequences=ids, **{CACHE: cache})  # type: ignore[arg-type]
 
     def resume(self, cache: Any, ids: list[int]) -> None:
         """Draft behind a state of the student's that is at hand.
@@ -253,7 +254,7 @@ class Lossless:
     def _pass(model: Any, ids: Tensor, cache: Any, wanted: int) -> Tensor:
         """Logits [1, wanted, vocabulary] of the last tokens of a block behind a cache."""
         keep = {"logits_to_keep": wanted} if model._supports_logits_to_keep() else {}
-        return model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits[:, -wanted:]
+        return model(input_ids=ids, **{CACHE: cache}, use_cache=True, **keep).logits[:, -wanted:]
 
     @staticmethod
     def _pick(scores: Tensor, drawn: bool) -> Tensor:

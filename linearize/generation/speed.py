@@ -28,6 +28,7 @@ from linearize.checkpoint.text import only
 from linearize.errors import InputError
 from linearize.generation.decoder import Clock
 from linearize.generation.lossless import Lossless, Pace
+from linearize.model.transformers_api import CACHE
 from linearize.recipe.resources import package_folder
 
 TEXT = "wikitext2_valid"
@@ -165,10 +166,10 @@ def _write(
         own.resume(copy.deepcopy(caches["student"]), ids[0, :-1].tolist())
     with torch.no_grad(), only(writer, settings):
         if alone is None:
-            output = own.generate(ids, clock, generation_config=settings, past_key_values=again)
+            output = own.generate(ids, clock, generation_config=settings, **{CACHE: again})
         else:
             with own.alone(alone):
-                output = writer.generate(ids, generation_config=settings, past_key_values=again, streamer=clock)
+                output = writer.generate(ids, generation_config=settings, **{CACHE: again}, streamer=clock)
     written[name] = output.sequences[0, ids.shape[1] :].tolist()
     return clock.times[-1] - clock.times[1]
 

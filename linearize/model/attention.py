@@ -13,7 +13,7 @@ from transformers import AttentionInterface, Cache, PreTrainedConfig
 
 from ..errors import InputError
 from . import architectures, host, softmax_heads, transformers_api
-from .cache import LinearizedCacheLayer
+from .cache import LinearizedCacheLayer, know_each_other
 from .decoding import settle, steps
 from .made import Made, as_inspected
 from .mixers import MIXERS, Context, MixerConfig
@@ -57,8 +57,7 @@ class LinearizedAttention(_Source):
             What the source's forward returns.
 
         Raises:
-            RuntimeError: the decoder layer does not pass on what `_before_decoder` added, or hands over the cache under
-                another name.
+            RuntimeError: the decoder layer does not pass on what `_before_decoder` added.
         """
         if args:
             kwargs.update(zip(self.arguments, args, strict=False))
@@ -75,12 +74,8 @@ class LinearizedAttention(_Source):
                 f"{type(self).__name__}: the decoder layer drops keyword arguments, padding among them; its model type "
                 "needs a row in linearize/model/architectures.py with drops_arguments"
             )
-        if kwargs.get("cache") is not None:
-            raise RuntimeError(
-                f"{type(self).__name__}: this transformers hands a layer its cache as `cache`, as 5.24 and later "
-                "do, and it would not be seen; install transformers 5.23"
-            )
-        past = kwargs.pop("layer_past" if "layer_past" in kwargs else "past_key_values", None)
+        past = transformers_api.cache_of(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in transformers_api.CACHE_NAMES}
         call = _Call(past, rows, mask, kwargs.get("position_embeddings"), steps or {})
         if self.layer_idx in call.steps:
             call.steps[self.layer_idx][0].positions[self.layer_idx] = call.position_embeddings
@@ -204,7 +199,7 @@ def swap_attention(model: nn.Module, path: str, config: PreTrainedConfig, mixer:
 def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     """Once per forward: left-aligned rows for padding or packing; for a decoding step, what all layers do at once."""
     tokens = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
-    T, past = tokens.shape[1], kwargs.get("past_key_values")
+    T, past = tokens.shape[1], transformers_api.cache_of(kwargs)
     compiling = torch.compiler.is_compiling()
     if not tokens.is_floating_point() and not compiling:
         _check_ids(decoder, tokens)
@@ -232,6 +227,7 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
         _check_rows(past, whole, positions, T)
     kwargs["linearize_rows"] = rows
     if isinstance(past, Cache) and not compiling:
+        know_each_other(past.layers)
         settle({m.layer_idx: m.mixer for m in decoder.linearized if m.branch != "source"}, past.layers, T)
     # A compiler joins the layers' operations itself.
     if T == 1 and rows is None and isinstance(past, Cache) and not compiling:

@@ -47,7 +47,8 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             such heads. The one part that grows.
     """
 
-    __slots__ = ("stack",)  # not among `vars`, of which exporters make trees: the stack points back at its layers
+    # Not among `vars`, of which exporters make trees: they point at other layers.
+    __slots__ = ("beside", "stack")
 
     is_sliding = False
     supports_early_init = False
@@ -59,6 +60,7 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.tensors: dict[str, Tensor] = {}
         self.grown: Tensor | None = None
         self.stack: Stack | None = None  # pyright: ignore[reportAttributeAccessIssue]
+        self.beside: Any = None  # pyright: ignore[reportAttributeAccessIssue]
         self.is_initialized = False
         self.waiting: int | None = 0
         self._length: int | Tensor = 0
@@ -225,8 +227,9 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return self._length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """No mask is needed: sizes for which transformers builds none."""
-        return query_length, 0
+        """Those of a layer beside it that stays softmax, as transformers may ask any layer; else such that no mask is
+        built, as none is needed."""
+        return (query_length, 0) if self.beside is None else self.beside.get_mask_sizes(query_length)
 
     def get_max_length(self) -> int:
         """-1: any number of tokens."""
@@ -348,6 +351,19 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Move all tensors back to their device."""
         if self.is_initialized:
             self._map(lambda x: x.to(self.device, non_blocking=True))
+
+
+def know_each_other(layers: list) -> None:
+    """Let linearized layers find a layer that stays softmax, whose masks transformers may ask them for.
+
+    Args:
+        layers: of a Cache.
+    """
+    softmax = (x for x in layers if isinstance(x, CacheLayerMixin) and not isinstance(x, LinearizedCacheLayer))
+    beside = next((layer for layer in softmax if not layer.is_sliding), None)
+    for layer in layers:
+        if isinstance(layer, LinearizedCacheLayer):
+            layer.beside = beside
 
 
 def cache_layer(

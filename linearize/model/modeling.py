@@ -199,7 +199,7 @@ class LinearizedForCausalLM(_Source):
         # Layers are swapped before the first step: a static cache would otherwise answer for the masks as if it were
         # softmax.
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        past = model_kwargs.get("past_key_values")
+        past = transformers_api.cache_of(model_kwargs)
         if past is not None and not self.training:
             depth = self.config.get_text_config().num_hidden_layers  # fewer while a model drafts by early exit
             for module in linearized_modules(self):

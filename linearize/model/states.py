@@ -18,7 +18,7 @@ from .cache import LinearizedCacheLayer
 from .transformers_api import DYNAMIC_LAYERS
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LinearizedCacheLayer, *DYNAMIC_LAYERS)}
-_MADE_AGAIN = {"dtype", "device", "stack", "waiting", "_sliding_window_tensor"}
+_MADE_AGAIN = {"dtype", "device", "beside", "stack", "waiting", "_sliding_window_tensor"}
 """Attributes of a layer that follow from its others."""
 _POSITIONS = {"_length", "cumulative_length"}
 """Positions that a layer has seen: in a batch those of the longest row."""

@@ -30,6 +30,9 @@ from transformers.cache_utils import (
 # Rules by which tensors of a checkpoint are renamed and joined when it is read, and back when it is written.
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+# How the cache is called has changed with 5.24, everywhere: as an argument, and in what a forward returns.
+from transformers.generation.utils import ALL_CACHE_NAMES
+
 # Masks are made by attention implementation; ours needs the one that SDPA gets.
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # noqa: F401
 
@@ -41,6 +44,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  # noqa: F401
 
 _RULES = threading.RLock()
+
+CACHE: str = ALL_CACHE_NAMES[0]
+"""Name of a model's cache, as an argument and in what it returns: `past_key_values`, since 5.24 `cache`."""
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""Every name by which a source hands its cache from the model to a layer."""
 
 DYNAMIC_LAYERS = (
     *(DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer),
@@ -91,6 +99,15 @@ def routable(source: type[nn.Module]) -> bool:
 def rotation(source: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """A source's own function for RoPE, (q, k, cos, sin) -> (q, k); its file has it under this name, or none."""
     return getattr(sys.modules[source.__module__], "apply_rotary_pos_emb", None)
+
+
+def cache_of(arguments: dict[str, Any]) -> Cache | None:
+    """The cache among keyword arguments, by whatever name; None where there is none.
+
+    Args:
+        arguments: of a forward or of `generate`.
+    """
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def name_of(config: PreTrainedConfig) -> str | None:

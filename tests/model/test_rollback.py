@@ -326,5 +326,5 @@ def test_a_static_cache_refuses() -> None:
     forward(model, draw(0, 1, 5), cache)
     with pytest.raises(RuntimeError, match="use a dynamic cache"):
         cache.layers[0].activate_past_recording()
-    with pytest.raises(ValueError, match="Static cache"):
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)static (linearized )?cache"):  # since 5.24, ours
         model.generate(draw(0, 1, 5), prompt_lookup_num_tokens=2, max_new_tokens=3, cache_implementation="static")

@@ -37,14 +37,22 @@ def test_nothing_else_in_the_model_imports_from_inside_transformers() -> None:
                 )
 
 
-def test_a_cache_under_the_name_that_later_versions_give_it_is_refused() -> None:
+@pytest.mark.parametrize("name", api.CACHE_NAMES)
+def test_a_cache_is_seen_under_every_name_that_a_version_gives_it(name: str) -> None:
     model = linearize_(tiny_model("llama", layers=1), GLA)
     layer, hidden = model.model.layers[0].self_attn, torch.randn(1, 3, model.config.hidden_size)
     angles = model.model.rotary_emb(hidden, torch.arange(3)[None])
     given = {"attention_mask": None, "position_embeddings": angles, "linearize_rows": None}
-    layer(hidden, **given, past_key_values=DynamicCache())
-    with pytest.raises(RuntimeError, match=r"its cache as `cache`.*install transformers 5\.23"):
-        layer(hidden, **given, cache=DynamicCache())
+    cache = DynamicCache()
+    layer(hidden, **given, **{name: cache})
+    assert cache.get_seq_length() == 3
+
+
+def test_a_model_takes_and_returns_its_cache_by_the_name_of_this_version() -> None:
+    model = tiny_model("llama", layers=1)
+    cache = DynamicCache()
+    made = model(torch.tensor([[3, 4]]), **{api.CACHE: cache}, use_cache=True)
+    assert made[api.CACHE] is cache and cache.get_seq_length() == 2
 
 
 def test_the_server_looks_for_the_class_in_its_own_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
