@@ -1,7 +1,6 @@
 """What the benchmarks share: options, results as they grow, claims with their limits, tables, text."""
 
 import argparse
-import gzip
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 from linearize.checkpoint.sources import Located, locate
 from linearize.evaluation.clock import in_process, rotated, timed
 from linearize.evaluation.environment import environment
-from linearize.recipe.resources import package_folder
+from linearize.evaluation.suite import read_text
 from linearize.recipe.schema import Recipe
 
 Cell = dict[str, Any]
@@ -146,7 +145,7 @@ def write_markdown(lines: list[str], target: Path) -> None:
 
 def validation_text() -> str:
     """The embedded validation half of WikiText-2, which no recipe trains on."""
-    return gzip.decompress((package_folder("eval") / "data" / "wikitext2_valid.txt.gz").read_bytes()).decode()
+    return read_text("wikitext2_valid")[0]
 
 
 def source_of(wanted: Recipe) -> Located:

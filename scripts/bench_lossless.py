@@ -59,7 +59,9 @@ def main() -> None:
     measured: dict[str, Any] = {}
     results["dtypes"] = measured
     for dtype in given.dtypes:
-        measured[dtype] = bench_lossless(given.folder, given.contexts, given.tokens, dtype, say=print)
+        measured[dtype] = bench_lossless(
+            given.folder, common.validation_text(), given.contexts, given.tokens, dtype, say=print
+        )
         common.save(results, target)
     table = [cells(dtype, row) for dtype, each in measured.items() for row in each["rows"]]
     head = ("dtype", "context", "source", "lossless", "student", "lossless / source")

@@ -22,7 +22,7 @@ from linearize.model import architectures
 from linearize.model.attention import linearized_modules
 from linearize.model.branches import branches
 from linearize.model.modeling import linearize_
-from linearize.model.transformers_api import CACHE, CONFIG_MAPPING
+from linearize.model.transformers_api import CACHE, CONFIG_MAPPING, cache_of
 
 EXACT = 1e-6
 """Of the largest logit: the control runs the source's own kernels, most often bit for bit."""
@@ -163,7 +163,7 @@ class _Probe:
         for start, end in zip(cuts, cuts[1:], strict=False):
             with torch.no_grad():
                 result = self.model(x[:, start:end], **{CACHE: past}, use_cache=True)
-            past = result[CACHE]
+            past = cache_of(result)
             out.append(result.logits.float())
         return torch.cat(out, 1)
 

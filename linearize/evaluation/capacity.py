@@ -19,7 +19,7 @@ from linearize.evaluation.caches import cache_bytes
 from linearize.evaluation.recall import WINDOW, Item
 from linearize.evaluation.suite import CapacitySpec
 from linearize.model.sizes import text_sizes
-from linearize.model.transformers_api import CACHE
+from linearize.model.transformers_api import cache_of
 
 EXAMPLES, ASKED = 2, 8
 MOST = len(stories.ADJECTIVES) * len(stories.NOUNS)
@@ -90,7 +90,7 @@ def measure(
             continue
         scores = recall.right(model, tokenizer, asked, batch_size, advance)
         before = tokenizer(asked[0].prompt[: asked[0].context], return_tensors="pt", verbose=False)["input_ids"]
-        past = model(input_ids=before.to(model.device), use_cache=True, logits_to_keep=1)[CACHE]
+        past = cache_of(model(input_ids=before.to(model.device), use_cache=True, logits_to_keep=1))
         cells.append({"pairs": pairs, "length": length, "cache_bytes": cache_bytes(past), **recall.summary(scores)})
     return cells
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearize.errors import InputError
-from linearize.model.transformers_api import CACHE
+from linearize.model.transformers_api import CACHE, cache_of
 
 PIECE = 2048
 """Tokens of one forward pass."""
@@ -96,7 +96,7 @@ def pieces(model: PreTrainedModel, block: Tensor, ends: list[int], cached: bool)
     for start, end in pairwise([0, *ends]):
         ids = block[None, start:end].to(model.device)
         output = model(input_ids=ids, **{CACHE: past}, use_cache=cached)
-        past = output[CACHE]
+        past = cache_of(output)
         yield output.logits[0], past
 
 

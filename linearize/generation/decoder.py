@@ -19,7 +19,7 @@ from linearize.formats import plain
 from linearize.generation.lossless import Lossless
 from linearize.generation.result import Generation, wrong_settings
 from linearize.generation.store import StateStore
-from linearize.model.transformers_api import CACHE
+from linearize.model.transformers_api import CACHE, cache_of
 
 FOLLOWED = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"),
@@ -131,7 +131,7 @@ class Decoder:
             keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
             new = ids[None, known:-1].to(model.device)
             with torch.no_grad():
-                cache = model(input_ids=new, **{CACHE: cache}, use_cache=True, **keep)[CACHE]
+                cache = cache_of(model(input_ids=new, **{CACHE: cache}, use_cache=True, **keep))
             self._keep(ids[:-1], cache)
         return cache
 
@@ -200,7 +200,7 @@ class Decoder:
         for row in output.sequences[:, batch.shape[1] :].cpu():
             stops = [position for position, token in enumerate(row.tolist()) if token in self.ends]
             new.append(row[: stops[0] + 1] if stops else row)
-        cache = output[CACHE]
+        cache = cache_of(output)
         if self.store is not None and cache is not None:
             self._keep(torch.cat([ids[0], new[0]])[: int(cache.get_seq_length())], cache)
         return new, clock, cache  # type: ignore[return-value]

@@ -27,7 +27,7 @@ from linearize.checkpoint.manifest import facts_of
 from linearize.checkpoint.open import is_adapter
 from linearize.checkpoint.sources import load_source, locate, relocate
 from linearize.errors import InputError
-from linearize.model.transformers_api import CACHE
+from linearize.model.transformers_api import CACHE, cache_of
 
 MOST = 12
 """Tokens that are drafted at a time."""
@@ -204,7 +204,7 @@ class Lossless:
         """
         if input_ids.shape[0] != 1:
             raise InputError(f"lossless: found {input_ids.shape[0]} prompts; one at a time is drafted")
-        ids, cache, self.counts = input_ids, kwargs[CACHE], Counts()
+        ids, cache, self.counts = input_ids, cache_of(kwargs), Counts()
         start, most = ids.shape[1], int(stopping_criteria.max_length or 1 << 60)
         logits = self._pass(model, ids[:, cache.get_seq_length() :], cache, 1)
         cache.activate_past_recording()

@@ -8,11 +8,11 @@ whether it pays or not: how many are kept there is what the student is worth as 
 """
 
 import copy
-import gzip
 import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,9 +29,7 @@ from linearize.errors import InputError
 from linearize.generation.decoder import Clock
 from linearize.generation.lossless import Lossless, Pace
 from linearize.model.transformers_api import CACHE
-from linearize.recipe.resources import package_folder
 
-TEXT = "wikitext2_valid"
 TURNS = 5
 FORCED = 4
 WAYS = ["source", "lossless", "resumed", "forced", "student"]
@@ -40,6 +38,7 @@ DRAFTED = WAYS[1:4]
 
 def bench_lossless(
     folder: str | Path,
+    text: str,
     contexts: Sequence[int] = (512, 2048, 8192),
     tokens: int = 128,
     dtype: str = "auto",
@@ -50,7 +49,8 @@ def bench_lossless(
 
     Args:
         folder: linearized folder, adapter folder or Hub id.
-        contexts: tokens of the embedded validation text before the first new one.
+        text: what is continued; longer than the longest context.
+        contexts: tokens of the text before the first new one.
         tokens: that are written, greedily.
         dtype: of the weights.
         out: results file; None writes none.
@@ -68,11 +68,16 @@ def bench_lossless(
         check_file_output(Path(out), "what `bench --lossless` writes", _ours)
     model, tokenizer = load(folder, dtype)
     drafting = Lossless.of(folder, model)
-    text = gzip.decompress((package_folder("eval") / "data" / f"{TEXT}.txt.gz").read_bytes()).decode()
     ids = torch.tensor([tokenizer(text[: 12 * max(contexts)], verbose=False)["input_ids"]], device=model.device)
     if ids.shape[1] < max(contexts):
         raise InputError(f"contexts: found {max(contexts)}; the text has {ids.shape[1]} tokens")
-    settings = {"folder": str(folder), "text": TEXT, "tokens": tokens, "turns": TURNS, "dtype": str(model.dtype)}
+    settings = {
+        "folder": str(folder),
+        "text": sha256(text.encode()).hexdigest(),
+        "tokens": tokens,
+        "turns": TURNS,
+        "dtype": str(model.dtype),
+    }
     results: dict[str, Any] = {"settings": settings | {"threads": torch.get_num_threads()}, "rows": []}
     for context in contexts:
         row = _context(drafting, ids[:, :context], tokens)

@@ -101,13 +101,13 @@ def rotation(source: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]] | 
     return getattr(sys.modules[source.__module__], "apply_rotary_pos_emb", None)
 
 
-def cache_of(arguments: dict[str, Any]) -> Cache | None:
-    """The cache among keyword arguments, by whatever name; None where there is none.
+def cache_of(given: Any) -> Any:
+    """The cache among keyword arguments, or in what was returned, by whatever name; None where there is none.
 
     Args:
-        arguments: of a forward or of `generate`.
+        given: a mapping: arguments of a forward or of `generate`, or the output of one.
     """
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
 
 
 def name_of(config: PreTrainedConfig) -> str | None:

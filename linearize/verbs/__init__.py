@@ -251,6 +251,7 @@ def bench(
         >>> linearize.bench("runs/demo/merged", contexts=[1024])["columns"]["student"]["speed"][0]["token_seconds"]
     """
     if lossless:
+        from linearize.evaluation.suite import read_text
         from linearize.generation.speed import bench_lossless
 
         if plot is not None or list(batches) != [1] or source is not None or quantize is not None:
@@ -258,7 +259,7 @@ def bench(
                 "bench: lossless writes one text at a time, from the recorded source, and draws nothing; leave out "
                 "batches, source, quantize and plot"
             )
-        return bench_lossless(folder, contexts, steps, dtype, out)
+        return bench_lossless(folder, read_text("wikitext2_valid")[0], contexts, steps, dtype, out)
     from linearize.evaluation.evaluate import bench as run
     from linearize.reporting import terminal
     from linearize.reporting.plot import check_target, draw_speed

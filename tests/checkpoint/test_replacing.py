@@ -35,7 +35,7 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
 WRITERS = {
     "eval": lambda model, out: evaluate(model, out=out, progress=False),
     "bench": lambda model, out: bench(model, out=out, progress=False),
-    "bench --lossless": lambda model, out: bench_lossless(model, out=out),
+    "bench --lossless": lambda model, out: bench_lossless(model, "", out=out),
     "report": lambda model, out: linearize.report(RESULTS, out),
     "plot": lambda model, out: plot.check_target(out),
 }
