@@ -13,8 +13,8 @@ from transformers import AttentionInterface, Cache, PreTrainedConfig
 
 from ..errors import InputError
 from . import architectures, host, softmax_heads, transformers_api
-from .cache import LinearizedCacheLayer, know_each_other
-from .decoding import settle, steps
+from .cache import LinearizedCacheLayer
+from .decoding import know_each_other, settle, steps
 from .made import Made, as_inspected
 from .mixers import MIXERS, Context, MixerConfig
 from .ops.rows import Packed, Rows

@@ -353,19 +353,6 @@ class LinearizedCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self._map(lambda x: x.to(self.device, non_blocking=True))
 
 
-def know_each_other(layers: list) -> None:
-    """Let linearized layers find a layer that stays softmax, whose masks transformers may ask them for.
-
-    Args:
-        layers: of a Cache.
-    """
-    softmax = (x for x in layers if isinstance(x, CacheLayerMixin) and not isinstance(x, LinearizedCacheLayer))
-    beside = next((layer for layer in softmax if not layer.is_sliding), None)
-    for layer in layers:
-        if isinstance(layer, LinearizedCacheLayer):
-            layer.beside = beside
-
-
 def cache_layer(
     cache: Cache, layer_idx: int, window: int, sinks: int, grows: bool = False, late: bool = True
 ) -> LinearizedCacheLayer:

@@ -16,6 +16,7 @@ from . import host
 from .cache import LinearizedCacheLayer
 from .stack import Stack
 from .tokens import Tokens
+from .transformers_api import CacheLayerMixin
 
 if TYPE_CHECKING:
     from .mixers.base import Mixer
@@ -101,6 +102,19 @@ def enter(mixer: "Mixer", stack: Stack, first: Tensor, last: Tensor, state: tupl
         leaving = x.gather(2, slot[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
         real = (token >= layer.sinks) & ((first + offset)[:, None] < last[:, None])
         mixer.take_in(Tokens(leaving * real[:, None, :, None], mixer.geometry), state)
+
+
+def know_each_other(layers: list) -> None:
+    """Let linearized layers find a layer that stays softmax, whose masks transformers may ask them for.
+
+    Args:
+        layers: of a Cache.
+    """
+    softmax = (x for x in layers if isinstance(x, CacheLayerMixin) and not isinstance(x, LinearizedCacheLayer))
+    beside = next((layer for layer in softmax if not getattr(layer, "is_sliding", False)), None)
+    for layer in layers:
+        if isinstance(layer, LinearizedCacheLayer):
+            layer.beside = beside
 
 
 def settle(mixers: "dict[int, Mixer]", layers: list, new: int) -> None:
