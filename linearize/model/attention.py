@@ -226,8 +226,9 @@ def _before_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any]):
     if getattr(past, "uneven", False) and not compiling:
         _check_rows(past, whole, positions, T)
     kwargs["linearize_rows"] = rows
-    if isinstance(past, Cache) and not compiling:
+    if isinstance(past, Cache):
         know_each_other(past.layers)
+    if isinstance(past, Cache) and not compiling:
         settle({m.layer_idx: m.mixer for m in decoder.linearized if m.branch != "source"}, past.layers, T)
     # A compiler joins the layers' operations itself.
     if T == 1 and rows is None and isinstance(past, Cache) and not compiling:
