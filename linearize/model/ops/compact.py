@@ -97,15 +97,46 @@ def stored_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> tuple[
         the low half and i + (K + V)/2 in the high one; a step of each group, int8 [..., groups]; the units of steps,
         bf16 [..., 2]. Else the pairs alone.
     """
-    widths, tiny = groups(key_width, x.shape[-1] - key_width, dtype), torch.finfo(torch.float32).tiny
-    if not widths:
+    if dtype not in (torch.int8, torch.uint8):
         return (x.to(dtype if dtype == torch.bfloat16 else x.dtype),)
+    codes, *scales = _codes(x, key_width, dtype)
+    codes = codes.to(torch.int8)
+    if dtype == torch.uint8:
+        first, second = codes.view(torch.uint8).chunk(2, -1)
+        codes = first & 15 | second << 4
+    return codes, *scales
+
+
+def opened_pairs(kept: Tensor, scales: Sequence[Tensor], key_width: int, dtype: torch.dtype) -> Tensor:
+    """That of which `stored_pairs` keeps this, in `dtype`."""
+    if kept.dtype == torch.uint8:
+        both = kept.view(torch.int8)  # whose shifts to the right keep the sign
+        return _scaled(torch.cat([both << 4 >> 4, both >> 4], -1).to(dtype), scales, key_width)
+    return _scaled(kept.to(dtype), scales, key_width)
+
+
+def rounded_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> Tensor:
+    """Keys beside values as they are after they were stored; the gradient passes as if they were not."""
+    if dtype not in (torch.bfloat16, torch.int8, torch.uint8):
+        return x
+    given = x.detach()
+    if dtype == torch.bfloat16:
+        opened = given.to(dtype).to(x.dtype)
+    else:
+        codes, *scales = _codes(given, key_width, dtype)
+        opened = _scaled(codes, scales, key_width)
+    return x + (opened - x).detach() if x.requires_grad else opened
+
+
+def _codes(x: Tensor, key_width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Whole numbers [..., K + V] in the dtype of x, before they are packed, and what scales them."""
+    widths, tiny = groups(key_width, x.shape[-1] - key_width, dtype), torch.finfo(torch.float32).tiny
     if dtype == torch.int8:
         parts = x.split(widths, -1)
         steps = torch.cat([part.abs().amax(-1, keepdim=True) / 127 for part in parts], -1).bfloat16()
         each = steps.to(x.dtype).clamp(min=tiny).split(1, -1)
         codes = torch.cat([part / step for part, step in zip(parts, each, strict=True)], -1)
-        return codes.round().clamp(-127, 127).to(torch.int8), steps
+        return codes.round_().clamp_(-127, 127), steps
     x = x.unflatten(-1, (-1, widths[0]))
     high, low = x.amax(-1), x.amin(-1)
     step = torch.where(high > -low, high, low) / -8
@@ -114,26 +145,21 @@ def stored_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> tuple[
     unit = _for_each(units.to(x.dtype), key_width, widths)
     scales = (step / unit.clamp(min=tiny)).round().clamp(-127, 127)
     step = scales * unit
-    codes = (x / step.where(step != 0, math.inf).unsqueeze(-1)).round().clamp(-8, 7).flatten(-2)
-    first, second = codes.to(torch.int8).view(torch.uint8).chunk(2, -1)
-    return first & 15 | second << 4, scales.to(torch.int8), units
+    codes = (x / step.where(step != 0, math.inf).unsqueeze(-1)).round_().clamp_(-8, 7).flatten(-2)
+    return codes, scales.to(torch.int8), units
 
 
-def opened_pairs(kept: Tensor, scales: Sequence[Tensor], key_width: int, dtype: torch.dtype) -> Tensor:
-    """That of which `stored_pairs` keeps this, in `dtype`."""
-    if kept.dtype == torch.uint8:
-        both = kept.view(torch.int8)  # whose shifts to the right keep the sign
-        x = torch.cat([both << 4 >> 4, both >> 4], -1).to(dtype)
-        widths = groups(key_width, x.shape[-1] - key_width, kept.dtype)
-        step = scales[0].to(dtype) * _for_each(scales[1].to(dtype), key_width, widths)
-        x.unflatten(-1, (-1, widths[0])).mul_(step.unsqueeze(-1))
-        return x
-    x = kept.to(dtype)
-    if scales:
-        parts = x.split([key_width, x.shape[-1] - key_width], -1)
-        for part, step in zip(parts, scales[0].to(dtype).split(1, -1), strict=True):
+def _scaled(codes: Tensor, scales: Sequence[Tensor], key_width: int) -> Tensor:
+    """What whole numbers stand for, in their place."""
+    if len(scales) == 2:
+        widths = groups(key_width, codes.shape[-1] - key_width, torch.uint8)
+        step = scales[0].to(codes.dtype) * _for_each(scales[1].to(codes.dtype), key_width, widths)
+        codes.unflatten(-1, (-1, widths[0])).mul_(step.unsqueeze(-1))
+    elif scales:
+        parts = codes.split([key_width, codes.shape[-1] - key_width], -1)
+        for part, step in zip(parts, scales[0].to(codes.dtype).split(1, -1), strict=True):
             part.mul_(step)
-    return x
+    return codes
 
 
 def _of_pairs(x: Tensor, key_width: int, widths: list[int]) -> tuple[Tensor, ...]:
@@ -147,12 +173,3 @@ def _for_each(units: Tensor, key_width: int, widths: list[int]) -> Tensor:
     keys = key_width // widths[0]
     sizes = keys, len(widths) - keys
     return torch.cat([x.expand(*x.shape[:-1], n) for x, n in zip(units.split(1, -1), sizes, strict=True)], -1)
-
-
-def rounded_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> Tensor:
-    """Keys beside values as they are after they were stored; the gradient passes as if they were not."""
-    if dtype not in (torch.bfloat16, torch.int8, torch.uint8):
-        return x
-    kept, *scales = stored_pairs(x.detach(), key_width, dtype)
-    opened = opened_pairs(kept, scales, key_width, x.dtype)
-    return x + (opened - x).detach() if x.requires_grad else opened
