@@ -210,6 +210,8 @@ def main() -> None:
         parts = [json.loads(file.read_text(encoding="utf-8")) for file in given.add]
         results |= {key: parts[0][key] for key in ("settings", "environment")}
         later = [{**part["environment"], **part["settings"]} for part in parts[1:]]
+        for part in later:
+            part["rows"] = [*part["rows"], *part.get("folders", [])]
         older = [old for old in parts[0].get("added", []) if old["rows"] not in [new["rows"] for new in later]]
         results["added"] = [*older, *later]
         results["cells"] = joined([part["cells"] for part in parts])

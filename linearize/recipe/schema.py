@@ -15,7 +15,7 @@ LARGEST = 10**15
 """Of every whole number: more than any number of tokens, few enough digits to print."""
 MOST_LAYERS = 1000
 DEFAULT_MIXER = {
-    "name": "clusters", "combine": "memory", "window": 64, "sinks": 4, "clusters": 464, "state_dtype": "int8",
+    "name": "clusters", "combine": "memory", "window": 64, "sinks": 4, "clusters": 704, "state_dtype": "int4",
 }  # fmt: skip
 """What remembers most per byte in the committed results (eval/results/bench-memory.md)."""
 CRITERIA = ("uniform", "sensitivity", "greedy", "recall")

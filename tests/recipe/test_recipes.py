@@ -341,7 +341,7 @@ def test_another_mixer_keeps_what_it_knows_and_takes_settings_of_its_own() -> No
 
 
 def test_a_mixer_of_the_defaults_has_their_size_and_keeps_it_to_itself() -> None:
-    chosen = {"clusters": 464, "state_dtype": "int8"}
+    chosen = {"clusters": 704, "state_dtype": "int4"}
     assert recipes.load("smollm2-135m", ["convert.mixer.name=clusters"]).convert.mixer.items() >= chosen.items()
     gla = recipes.load("smollm2-135m-best", ["convert.mixer.name=gla"]).convert.mixer
     assert gla["name"] == "gla" and not gla.keys() & chosen.keys()
@@ -355,7 +355,7 @@ def test_a_budget_of_cache_takes_the_place_of_a_size_that_nobody_gave_beside_it(
         recipes.from_dict({**MINIMAL, "convert": {"cache": "4MiB"}}),
     ):
         assert recipe.convert.cache == "4MiB" and "clusters" not in recipe.convert.mixer
-        assert recipe.convert.mixer["state_dtype"] == "int8"
+        assert recipe.convert.mixer["state_dtype"] == "int4"
     both = ["convert.mixer.clusters=96"]
     for recipe in (
         recipes.load("smollm2-135m-best", ["convert.cache=4MiB", *both]),
