@@ -25,7 +25,7 @@ BASE = "smollm2-135m-best"
 RECIPES = {
     # Name -> what differs from BASE: the best (clusters in the bytes of 128 in fp32), gla as a memory, and Liger's as
     # published.
-    "best": ["convert.mixer={name: clusters, combine: memory, window: 64, sinks: 4, clusters: 704, state_dtype: int4}"],
+    "best": [],
     "gla": ["convert.mixer={name: gla, combine: memory, window: 64, sinks: 4}"],
     "liger": ["convert.mixer={name: gla, combine: liger, window: 64, sinks: 0}", "train.distil.lm=1.0",
               "train.distil.kl=0.0", "train.distil.peft={r: 8, alpha: 8, roles: [q, k, v]}"],

@@ -138,3 +138,22 @@ def addresses(cache: StaticCache) -> list[int]:
     held = [x for layer in cache.layers for x in (*layer.tensors.values(), layer.get_seq_length())]
     assert all(hasattr(x, "_dynamo_static_input_type") for x in held)
     return [x.data_ptr() for x in held]
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_layer_beside_softmax_gives_the_masks_of_that(kind) -> None:
+    """transformers 5.24 asks the first layer, whatever it is; a mask of its sizes is what the softmax layer gets."""
+    model = linearize_(tiny_model(layers=2), {"name": "gla", "window": W, "sinks": S}, layers=[0])
+    cache = DynamicCache() if kind is DynamicCache else StaticCache(model.config, max_cache_len=32)
+    tokens = torch.randint(3, 50, (1, 12))
+    with torch.no_grad():
+        for part in tokens.split(6, 1):
+            model(part, past_key_values=cache)
+    own, softmax = cache.layers
+    assert isinstance(own, LinearizedCacheLayer) and own.beside is softmax
+    assert own.get_mask_sizes(3) == softmax.get_mask_sizes(3) == ((15, 0) if kind is DynamicCache else (32, 0))
+    alone = linearize_(tiny_model(layers=1), {"name": "gla", "window": W, "sinks": S})
+    with torch.no_grad():
+        cache = alone(tokens, use_cache=True).past_key_values
+        alone(tokens[:, :1], past_key_values=cache)
+    assert cache.layers[0].get_mask_sizes(3) == (3, 0)
