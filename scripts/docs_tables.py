@@ -20,8 +20,8 @@ GLA, CLUSTERS, HYBRID, LIGER = (
 TRAINED = {
     "window alone": (CLUSTERS, "window", ""),
     "`gla`: recipe `smollm2-135m`": (GLA, "student", "49,152"),
-    "464 `clusters` in int8, not trained": (CLUSTERS, "converted", ""),
-    "464 `clusters` in int8, trained": (CLUSTERS, "student", "131,072"),
+    "`clusters`, not trained": (CLUSTERS, "converted", ""),
+    "`clusters`: recipe `smollm2-135m-best`": (CLUSTERS, "student", "131,072"),
     "128 clusters in fp32 + 4 softmax layers: `smollm2-135m-hybrid`": (HYBRID, "student", "32,768"),
     "Liger as published": (LIGER, "student", "131,072"),
 }
