@@ -119,25 +119,31 @@ def cells(given: argparse.Namespace, texts: dict[str, str]) -> Iterator[common.C
         if facts["row"] != SOURCE:
             facts["bytes"] = state_bytes(model.config, LENGTH)["linearized"]
         for name, ids in blocks.items():
-            own = perplexity.losses(model, ids)
+            own, nats = beside(model, whole if facts["row"] != SOURCE else None, ids, given.kl)
             value = interval(own, losses.setdefault(name, own), given.seed)
             cell = {**facts, "part": "perplexity", "text": name, "perplexity": math.exp(own.double().mean())}
             yield cell | {"over_source": value}
-            if given.kl and facts["row"] != SOURCE:
-                yield {**facts, "part": "kl", "text": name, "kl": divergence(whole, model, ids[: given.kl])}
+            if nats:
+                yield {**facts, "part": "kl", "text": name, "kl": nats}
         for (task, back), items in asked.items():
             scores = recall.right(model, tokenizer, items, given.batch)
             yield {**facts, "part": "recall", "task": task, "back": back, **recall.summary(scores)}
 
 
 @torch.inference_mode()
-def divergence(source: Any, model: Any, ids: torch.Tensor) -> list[float]:
-    """Nats per token that a model is from the source, in KL divergence, of each block."""
-    blocks = []
-    for block in ids.split(1):
-        expected, own = (torch.log_softmax(each(input_ids=block).logits[0], -1) for each in (source, model))
-        blocks.append(F.kl_div(own, expected, log_target=True, reduction="none").sum(-1).mean().item())
-    return blocks
+def beside(model: Any, source: Any, ids: torch.Tensor, count: int) -> tuple[torch.Tensor, list[float]]:
+    """Losses [blocks, tokens], and of the first `count` blocks the KL divergence to a source, in nats per token."""
+    losses, nats = [], []
+    for number, block in enumerate(ids):
+        if source is None or number >= count:
+            losses.append(perplexity.losses(model, block[None])[0])
+            continue
+        pairs = zip(perplexity.predictions(model, block), perplexity.predictions(source, block), strict=True)
+        logs = [(torch.log_softmax(own, -1), torch.log_softmax(far, -1), tokens) for (own, tokens), (far, _) in pairs]
+        losses.append(torch.cat([F.nll_loss(own, tokens, reduction="none") for own, _, tokens in logs]))
+        far = [F.kl_div(own, far, log_target=True, reduction="none").sum(-1) for own, far, _ in logs]
+        nats.append(torch.cat(far).mean().item())
+    return torch.stack(losses), nats
 
 
 def speeds(given: argparse.Namespace) -> Iterator[common.Cell]:
