@@ -40,8 +40,10 @@ DOORS = {
 CLOSED = {"torch", "transformers", "linearize.errors", "linearize.model", "fla", "triton"}
 """What a checkpoint needs to run; fla is optional and imported inside functions."""
 FILES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Full names of all modules that a file imports, at the top or inside a function."""
     inside = ["linearize", *path.relative_to(PACKAGE).with_suffix("").parts]
@@ -59,8 +61,7 @@ def imports(path: Path) -> set[str]:
 def room(name: str) -> str:
     """The module or folder directly below the package that a full name belongs to; the package itself is __init__."""
     pieces = name.split(".")
-    known = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
-    return pieces[1] if len(pieces) > 1 and pieces[1] in known else "__init__"
+    return pieces[1] if len(pieces) > 1 and pieces[1] in ROOMS else "__init__"
 
 
 def row(name: str) -> int:
@@ -138,6 +139,7 @@ def arrows(running: bool = False) -> dict[str, set[str]]:
     return graph
 
 
+@cache
 def rooms() -> set[tuple[str, str]]:
     """Pairs of rooms of which the first imports the second."""
     return {(room(a), room(b)) for a, targets in arrows().items() for b in targets if room(a) != room(b)}

@@ -33,6 +33,7 @@ def test_content(wheel: Path) -> None:
     assert [name for name in names if "__pycache__" in name] == []
 
 
+@pytest.mark.slow
 def test_installed_wheel_works_from_any_folder(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site-packages"
     pip = [

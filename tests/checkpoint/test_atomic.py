@@ -2,13 +2,12 @@
 
 import errno
 import hashlib
+import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -139,32 +138,34 @@ def test_space_is_checked_where_the_folder_will_be(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys, time
+import json, os, random, signal, sys, time
 from pathlib import Path
 from linearize.checkpoint.atomic import output_folder
-while True:
-    with output_folder(Path(sys.argv[1]), overwrite=True) as folder:
-        for name in ("config.json", "one", "two", "three"):
-            (folder / name).write_text(name)
-    print("round", flush=True)
+out, chance = Path(sys.argv[1]), random.Random(0)
+for _ in range(40):
+    ready, done = os.pipe()
+    child = os.fork()  # many kills for one start of Python
+    while not child:
+        with output_folder(out, overwrite=True) as folder:
+            for name in ("config.json", "one", "two", "three"):
+                (folder / name).write_text(name)
+        os.write(done, b".")
+    os.read(ready, 1)  # the first round is done, so the kill falls into a swap of one folder for another
+    time.sleep(chance.random() * 0.02)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    print(json.dumps([os.listdir(out) if out.exists() else [], os.listdir(out.parent)]))
 """
 
 
 def test_after_a_kill_at_any_moment_the_folder_is_whole_or_absent(tmp_path: Path) -> None:
-    out, seen = tmp_path / "out", set()
-    chance = random.Random(0)
-    for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, out], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()  # the first round is done, so the kill falls into a swap of one folder for another
-        time.sleep(chance.random() * 0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        present = {entry.name for entry in out.iterdir()} if out.exists() else set()
-        assert present in (set(), {"config.json", "one", "two", "three"})
-        seen |= leftovers(tmp_path, "out")
-    assert seen <= {".out.partial", ".out.replaced", ".out.lock"}
+    out = tmp_path / "out"
+    process = subprocess.run([sys.executable, "-c", KILLED, out], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    found = [json.loads(line) for line in process.stdout.splitlines()]
+    assert len(found) == 40
+    assert all(set(inside) in (set(), {"config.json", "one", "two", "three"}) for inside, _ in found)
+    assert {name for _, beside in found for name in beside} <= {"out", ".out.partial", ".out.replaced", ".out.lock"}
     with atomic.output_folder(out, overwrite=True) as folder:
         (folder / "config.json").write_text("")
     assert not leftovers(tmp_path, "out")

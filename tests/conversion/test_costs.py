@@ -98,6 +98,7 @@ def test_every_recurrence_says_what_it_is():
     assert costs.mixers_table(rows).row_count == len(rows)
 
 
+@pytest.mark.slow
 def test_it_says_so_without_docstrings_too():
     """python -OO strips them."""
     code = "import json; from linearize.conversion import costs; print(json.dumps(costs.describe()))"

@@ -97,6 +97,7 @@ def test_essays_need_a_network(packages: None, monkeypatch: pytest.MonkeyPatch, 
         load("niah_single_2", folder)
 
 
+@pytest.mark.slow
 def test_code_beside_the_tokenizer_is_not_run(packages: None, folder: Path, tmp_path: Path) -> None:
     """lm-eval opens it with trust_remote_code=True."""
     strange = tmp_path / "strange"

@@ -44,7 +44,9 @@ def written(model, ids: Tensor, tokens: int = 40, **how) -> list[int]:
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(length=st.integers(1, 4 * W), seed=st.integers(0, 99), always=st.sampled_from([None, 1, 2, 5, 12]))
-@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "how", [pytest.param(GREEDY, id="greedy"), pytest.param(SAMPLED, id="sampled", marks=pytest.mark.slow)]
+)
 def test_it_writes_what_the_source_writes(model, how: dict, length: int, seed: int, always: int | None) -> None:
     ids, drafting = prompt(length, seed), Lossless(model, always=always)
     with branches(model, "source"):

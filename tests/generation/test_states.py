@@ -356,6 +356,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_folder(gla: Any, tmp_path: Path) -> None:
     limit = 2 * size_of(gla, tmp_path / "x") + 100  # less than they want, so that each removes what the other reads
     environ = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "LINEARIZE_NO_FSYNC": "1"}

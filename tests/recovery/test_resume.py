@@ -23,6 +23,7 @@ from linearize.recovery.resume import Checkpoints
 from linearize.recovery.train import train
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(converted, text, tmp_path):
     # Dropout, so that the state of the random numbers matters; several passes over the data, so that their order does.
     wanted = recipe_for(text, steps=40, peft={"r": 4, "alpha": 8, "dropout": 0.1})
