@@ -113,9 +113,8 @@ def test_the_evidence_is_that_of_the_committed_results():
     rows = costs.describe()
     assert rows["window"]["evidence"] is None
     assert rows["clusters"]["evidence"]["change"] < -0.2 and evidence["clusters"]["result"].startswith("trained: ")
-    assert (
-        "-31.8%: 30.01 for 44.00" in list(costs.mixers_table(rows).columns[3].cells)[list(rows).index("clusters")].plain
-    )
+    cells = dict(zip(rows, costs.mixers_table(rows).columns[3].cells, strict=True))
+    assert "-31.6%: 29.98 for 43.80" in cells["clusters"].plain
 
 
 def test_a_mixer_without_a_result_says_so(monkeypatch, tmp_path):

@@ -199,6 +199,7 @@ def test_private_and_a_name_without_organisation(folder: Path, hub: FakeHub, cli
     assert hub.repos["tester/tiny-gla"].private
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_up_alone_when_its_base_is_on_the_hub(tmp_path: Path, hub: FakeHub, client: Client):
     assert hub.url in client.push(write_folder(tmp_path / "base"), "acme/base")
     adapter = write_adapter(tmp_path / "adapter", "acme/base")

@@ -233,7 +233,7 @@ def assisted(how: str, name: str) -> tuple[PreTrainedModel, dict]:
     }[how]()
 
 
-@pytest.mark.parametrize("name", ["gla", "clusters", "window"])
+@pytest.mark.parametrize("name", ["gla", *(pytest.param(x, marks=pytest.mark.slow) for x in ("clusters", "window"))])
 @pytest.mark.parametrize("how", ["draft", "target", "both", "lookup", "exit"])
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(length=st.integers(1, 3 * W), seed=st.integers(0, 99), drafted=st.integers(1, 3 * R))

@@ -46,7 +46,7 @@ def test_the_probe_notices_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "of the largest logit" in failed["keys before RoPE"]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "jamba", "nemotron_h"])
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "jamba", pytest.param("nemotron_h", marks=pytest.mark.slow)])
 def test_a_model_that_does_not_rotate_in_its_attention_has_its_keys(kind: str) -> None:
     model = probe.tiny(CONFIG_MAPPING[kind]())
     checks = {check.name: check for check in probe.probe(model)}

@@ -39,7 +39,7 @@ def test_weights_gradients_and_optimiser_are_counted_to_the_byte(mixer):
     assert taught.weights == 2 * own and taught.source > 0 == whole.source
 
 
-@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer["name"])
+@pytest.mark.parametrize("mixer", [MIXERS[0], pytest.param(MIXERS[1], marks=pytest.mark.slow)], ids=lambda m: m["name"])
 def test_a_step_without_values_holds_what_one_with_values_holds(mixer, monkeypatch):
     class Watch(counted._Watch):
         def _of_known(self, func, args, kwargs, given):
