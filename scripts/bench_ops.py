@@ -2,7 +2,7 @@
 
     python scripts/bench_ops.py                                              # four minutes on two cores
     python scripts/bench_ops.py --lengths 256 512 --naive 256 --repeats 2 --rows softmax "additive channel"
-    python scripts/bench_ops.py --rows softmax "mixer clusters 128" "mixer clusters 464" --name bench-ops-clusters
+    python scripts/bench_ops.py --rows softmax "mixer clusters 352" "mixer clusters 704" --name bench-ops-clusters
     python scripts/bench_ops.py --device cuda --name gpu-ops                 # every mixer, with kernels and without
 
 Every number is one forward and backward pass, batch 1, in fp32; on a GPU in bf16, where rows are whole mixers, by
@@ -47,8 +47,8 @@ ROWS = (
 """naive is the token-by-token form of `additive channel`."""
 MIXER_ROWS = tuple(f"mixer {name}" for name, cls in MIXERS.items() if cls.recurrent or name == "window")
 GPU_ROWS = ("softmax", *MIXER_ROWS)
-CLUSTER_ROWS = tuple(f"mixer clusters {count}" for count in (128, 256, 464, 1024))
-"""Time against the number of clusters, kept in int8."""
+CLUSTER_ROWS = tuple(f"mixer clusters {count}" for count in (176, 352, 704, 1408))
+"""Time against the number of clusters, kept in int4."""
 LIMITS = {
     "additive channel": ("≤ 0.5", "≤ 0.15"), "delta none": ("≤ 1", "≤ 0.3"), "delta scalar": ("≤ 1", "≤ 0.3"),
     "diagonal": ("≤ 0.25", "≤ 0.05"),
@@ -90,7 +90,7 @@ def mixer_of(name: str, given: argparse.Namespace) -> Any:
     """A mixer with its gate half open."""
     geometry = Geometry(*given.heads, given.width, given.width)
     name, _, count = name.partition(" ")
-    own = {"clusters": int(count), "state_dtype": "int8"} if count else {}
+    own = {"clusters": int(count), "state_dtype": "int4"} if count else {}
     mixer = make(name, {"window": WINDOW, "sinks": SINKS, **own}, geometry).to(given.device)
     for parameter in mixer.parameters():
         torch.nn.init.constant_(parameter, 0.5)

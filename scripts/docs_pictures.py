@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from docs_tables import BEYOND, CLUSTERS, GLA, WINDOWS, beyond, cached, column, read, recall
 
@@ -158,4 +159,52 @@ def decoding() -> str:
     return picture(panels, f"Decoding SmolLM2-135M. {about}")
 
 
-PICTURES: dict[str, Callable[[], str]] = {"tradeoff.svg": tradeoff, "decoding.svg": decoding}
+def budgets() -> str:
+    """Perplexity and right answers by bytes of the cache: clusters against a longer window of the same bytes."""
+    cells = read("bench-memory-curve.json")["cells"]
+    names = {"clusters, int4": ("clusters", COLOURS["clusters"]), "a longer window": ("window", COLOURS["window"])}
+    texts = list(dict.fromkeys(cell["text"] for cell in cells if cell["part"] == "perplexity"))
+
+    def points(row: str, value: Callable[[dict[str, Any]], float | None]) -> list[tuple[float, float]]:
+        """Mebibytes, and the mean of a value over the cells of a row and budget that have one."""
+        by_size: dict[float, list[float]] = {}
+        for cell in cells:
+            if cell["row"] == row and (number := value(cell)) is not None:
+                by_size.setdefault(cell.get("bytes", 0) / MIB, []).append(number)
+        return sorted((size, sum(each) / len(each)) for size, each in by_size.items())
+
+    def lost(text: str) -> Callable[[dict[str, Any]], float | None]:
+        return lambda cell: cell["over_source"][0] if cell.get("text") == text and "over_source" in cell else None
+
+    def right(cell: dict[str, Any]) -> float | None:
+        return 100 * cell["value"] if cell["part"] == "recall" else None
+
+    sizes = [(1.75, ""), (2, "2"), (4, "4"), (8, "8"), (16, "16"), (32, "32"), (36, "")]
+    curves = [(colour, points(row, lost(text))) for row, (_, colour) in names.items() for text in texts]
+    rights = {words: (colour, points(row, right)) for row, (words, colour) in names.items()}
+    full = points("source", right)[0][1]
+    panels = [
+        Panel(
+            "Perplexity at 2048 tokens", "MiB of cache", f"of the source's, {' and '.join(texts)}", sizes,
+            [(1.0, "1.0"), (1.1, "1.1"), (1.2, "1.2"), (1.3, "1.3"), (1.4, "1.4"), (1.5, "1.5"), (1.6, "1.6")],
+            [(words, *points(row, lost(texts[0]))[1], colour, "start", 10, -4)
+             for row, (words, colour) in names.items()],
+            curves,
+        ),
+        Panel(
+            "Recall, 16 windows back", "MiB of cache", "per cent right, mean of three tasks", sizes,
+            [(0, "0"), (25, "25"), (50, "50"), (75, "75"), (100, "100")],
+            [(words, *line[-2], colour, "start", 10, 14) for words, (colour, line) in rights.items()]
+            + [("source", sizes[1][0], full, COLOURS["source"], "start", 9, -9)],
+            [*rights.values(), (COLOURS["source"], [(sizes[1][0], full), (sizes[-2][0], full)])],
+        ),
+    ]  # fmt: skip
+    about = "; ".join(
+        f"{words} of {size:.0f} MiB: {times:.2f} times the source's perplexity"
+        for row, (words, _) in names.items()
+        for size, times in points(row, lost(texts[0]))
+    )
+    return picture(panels, f"SmolLM2-135M, untrained. {about}")
+
+
+PICTURES: dict[str, Callable[[], str]] = {"tradeoff.svg": tradeoff, "decoding.svg": decoding, "budgets.svg": budgets}

@@ -158,6 +158,25 @@ def _measured(cell: dict[str, Any]) -> dict[str, str]:
     return {cell["text"]: f"{mean:.3f} × ({low:.3f} to {high:.3f})" if low < high else "1 ×"}
 
 
+def peers(length: int) -> str:
+    """A converted folder beside kvpress's presses behind contexts of one length."""
+    cells = [cell for cell in read("peers.json")["cells"] if cell["length"] == length]
+    found = {(cell["system"], cell["task"]): cell for cell in cells}
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+
+    def shown(cell: dict[str, Any] | None) -> str:
+        if cell is None:
+            return ""
+        value, error, of = cell["value"], cell["stderr"] or 0.0, cell["n"]
+        if cell["task"].startswith("text"):
+            return f"{value:+.3f} ± {error:.3f} ({of})"
+        return f"{100 * value:.0f} ± {100 * error:.0f} % ({of})"
+
+    systems = dict.fromkeys(system for system, _ in found)
+    rows = ([system, *(shown(found.get((system, task))) for task in tasks)] for system in systems)
+    return table(("", *tasks), rows)
+
+
 def decoding() -> str:
     """Milliseconds per token and cache by context, one row and fp32."""
     cells = read("bench-decode-x86_64-2-cores.json")["cells"]
@@ -297,6 +316,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "mixers": mixers,
     "memories": memories,
     "budgets": partial(memories, "bench-memory-curve.json"),
+    "peers-near": partial(peers, 1024),
+    "peers-far": partial(peers, 4096),
     "decoding": decoding,
     "training": training,
     "conversion": conversion,
