@@ -207,4 +207,4 @@ def budgets() -> str:
     return picture(panels, f"SmolLM2-135M, untrained. {about}")
 
 
-PICTURES: dict[str, Callable[[], str]] = {"tradeoff.svg": tradeoff, "decoding.svg": decoding, "budgets.svg": budgets}
+PICTURES: dict[str, Callable[[], str]] = {"tradeoff.svg": tradeoff, "decoding.svg": decoding}

@@ -167,10 +167,9 @@ def peers(length: int) -> str:
     def shown(cell: dict[str, Any] | None) -> str:
         if cell is None:
             return ""
-        value, error, of = cell["value"], cell["stderr"] or 0.0, cell["n"]
-        if cell["task"].startswith("text"):
-            return f"{value:+.3f} ± {error:.3f} ({of})"
-        return f"{100 * value:.0f} ± {100 * error:.0f} % ({of})"
+        scale, form, unit = (1, "+.3f", "") if cell["task"].startswith("text") else (100, ".0f", " %")
+        error = "" if cell["stderr"] is None else f" ± {scale * cell['stderr']:{form.lstrip('+')}}"
+        return f"{scale * cell['value']:{form}}{error}{unit} ({cell['n']})"
 
     systems = dict.fromkeys(system for system, _ in found)
     rows = ([system, *(shown(found.get((system, task))) for task in tasks)] for system in systems)
