@@ -191,7 +191,7 @@ def markdown(results: dict[str, Any]) -> list[str]:
         f"Perplexity is over the source's, {given['blocks']} blocks of {given['length']} tokens of each text, with a "
         f"bootstrap interval of 95 % over the blocks; recall is right answers in per cent, {items} items each, "
         "± standard error.",
-        *(f"Joined later, {', '.join(more['rows'])}: {more['cpu']}, commit {more['commit']}." for more in added),
+        *(f"Joined later, {'; '.join(more['rows'])}: {more['cpu']}, commit {more['commit']}." for more in added),
         *common.table((*head, *(f"{task}, {back} windows back" for task, back in tasks), *far, *timed), rows),
     ]
 

@@ -11,6 +11,7 @@ from docs_tables import BEYOND, CLUSTERS, GLA, WINDOWS, beyond, cached, column, 
 INK, DIM, RULE = "#1c1c1c", "#5a5a5a", "#d8d8d8"
 FONT = "font-family='system-ui, -apple-system, Segoe UI, Roboto, sans-serif'"
 MIB = 2**20
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -160,51 +161,57 @@ def decoding() -> str:
 
 
 def budgets() -> str:
-    """Perplexity and right answers by bytes of the cache: clusters against a longer window of the same bytes."""
+    """Perplexity, right answers and time per token of untrained clusters by bytes of the cache."""
     cells = read("bench-memory-curve.json")["cells"]
-    names = {"clusters, int4": ("clusters", COLOURS["clusters"]), "a longer window": ("window", COLOURS["window"])}
     texts = list(dict.fromkeys(cell["text"] for cell in cells if cell["part"] == "perplexity"))
 
-    def points(row: str, value: Callable[[dict[str, Any]], float | None]) -> list[tuple[float, float]]:
-        """Mebibytes, and the mean of a value over the cells of a row and budget that have one."""
+    def points(row: str, part: str, value: Callable[[dict[str, Any]], float], text: str | None = None) -> list[Point]:
+        """Mebibytes, and the mean of a value over the cells of a row and budget that have it."""
         by_size: dict[float, list[float]] = {}
         for cell in cells:
-            if cell["row"] == row and (number := value(cell)) is not None:
-                by_size.setdefault(cell.get("bytes", 0) / MIB, []).append(number)
+            if (cell["row"], cell["part"]) == (row, part) and text in (None, cell.get("text")):
+                by_size.setdefault(cell.get("bytes", 0) / MIB, []).append(value(cell))
         return sorted((size, sum(each) / len(each)) for size, each in by_size.items())
 
-    def lost(text: str) -> Callable[[dict[str, Any]], float | None]:
-        return lambda cell: cell["over_source"][0] if cell.get("text") == text and "over_source" in cell else None
-
-    def right(cell: dict[str, Any]) -> float | None:
-        return 100 * cell["value"] if cell["part"] == "recall" else None
+    def panel(title: str, y: str, ticks: Sequence[tuple[float, str]], part: str, of: Callable[..., float]) -> Panel:
+        curve, blue, black = points("clusters, int4", part, of), COLOURS["clusters"], COLOURS["source"]
+        level = points("source", part, of)[0][1]
+        marks = [
+            ("clusters", *curve[-1], blue, "end", -9, 18 if curve[-1][1] > level else -9),
+            ("source", curve[0][0], level, black, "start", 9, -9),
+        ]
+        lines = [(blue, curve), (black, [(curve[0][0], level), (curve[-1][0], level)])]
+        return Panel(title, "MiB of cache of clusters", y, sizes, ticks, marks, lines)
 
     sizes = [(1.75, ""), (2, "2"), (4, "4"), (8, "8"), (16, "16"), (32, "32"), (36, "")]
-    curves = [(colour, points(row, lost(text))) for row, (_, colour) in names.items() for text in texts]
-    rights = {words: (colour, points(row, right)) for row, (words, colour) in names.items()}
-    full = points("source", right)[0][1]
+    lost = {text: points("clusters, int4", "perplexity", lambda cell: cell["over_source"][0], text) for text in texts}
     panels = [
         Panel(
-            "Perplexity at 2048 tokens", "MiB of cache", f"of the source's, {' and '.join(texts)}", sizes,
-            [(1.0, "1.0"), (1.1, "1.1"), (1.2, "1.2"), (1.3, "1.3"), (1.4, "1.4"), (1.5, "1.5"), (1.6, "1.6")],
-            [(words, *points(row, lost(texts[0]))[1], colour, "start", 10, -4)
-             for row, (words, colour) in names.items()],
-            curves,
+            "Perplexity at 2048 tokens", "MiB of cache of clusters", "of the source's, two texts", sizes,
+            [(1.0, "1.0"), (1.1, "1.1"), (1.2, "1.2"), (1.3, "1.3"), (1.4, "1.4")],
+            [(text, *next(point for point in line if point[0] > 3), COLOURS["clusters"], *place)
+             for (text, line), place in zip(lost.items(), (("start", 10, -4), ("end", -4, 20)), strict=True)],
+            [(COLOURS["clusters"], line) for line in lost.values()],
         ),
-        Panel(
-            "Recall, 16 windows back", "MiB of cache", "per cent right, mean of three tasks", sizes,
+        panel(
+            "Recall, 16 windows back", "per cent right, mean of three tasks",
             [(0, "0"), (25, "25"), (50, "50"), (75, "75"), (100, "100")],
-            [(words, *line[-2], colour, "start", 10, 14) for words, (colour, line) in rights.items()]
-            + [("source", sizes[1][0], full, COLOURS["source"], "start", 9, -9)],
-            [*rights.values(), (COLOURS["source"], [(sizes[1][0], full), (sizes[-2][0], full)])],
+            "recall", lambda cell: 100 * cell["value"],
         ),
     ]  # fmt: skip
-    about = "; ".join(
-        f"{words} of {size:.0f} MiB: {times:.2f} times the source's perplexity"
-        for row, (words, _) in names.items()
-        for size, times in points(row, lost(texts[0]))
-    )
-    return picture(panels, f"SmolLM2-135M, untrained. {about}")
+    if any(cell["part"] == "speed" for cell in cells):
+        times = [(0, "0"), (50, "50"), (100, "100"), (150, "150"), (200, "200")]
+        panels.append(
+            panel(
+                "Time per token behind 2048",
+                "milliseconds, one CPU core",
+                times,
+                "speed",
+                lambda cell: 1e3 * cell["token_seconds"],
+            )
+        )
+    about = "; ".join(f"{size:.0f} MiB: {times:.2f} times the source's perplexity" for size, times in lost[texts[0]])
+    return picture(panels, f"SmolLM2-135M with clusters, untrained. {about}")
 
 
-PICTURES: dict[str, Callable[[], str]] = {"tradeoff.svg": tradeoff, "decoding.svg": decoding}
+PICTURES: dict[str, Callable[[], str]] = {"tradeoff.svg": tradeoff, "decoding.svg": decoding, "budgets.svg": budgets}

@@ -22,7 +22,7 @@ TRAINED = {
     "`gla`: recipe `smollm2-135m`": (GLA, "student", "49,152"),
     "`clusters`, not trained": (CLUSTERS, "converted", ""),
     "`clusters`: recipe `smollm2-135m-best`": (CLUSTERS, "student", "131,072"),
-    "128 clusters in fp32 + 4 softmax layers: `smollm2-135m-hybrid`": (HYBRID, "student", "32,768"),
+    "`clusters` + 4 softmax layers: `smollm2-135m-hybrid`": (HYBRID, "student", "32,768"),
     "Liger as published": (LIGER, "student", "131,072"),
 }
 """Models that were measured on the same blocks and prompts, all with a window of 64; and the tokens they trained on."""

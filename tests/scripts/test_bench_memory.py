@@ -57,7 +57,7 @@ def test_results_measured_apart_are_joined(tmp_path: Path, monkeypatch: pytest.M
     assert [(cell["row"], cell["over_source"][0]) for cell in joined] == [("source", 1.0), ("gla", 1.2), ("kda", 1.3)]
     table = (tmp_path / "tiny.md").read_text()
     assert "| kda | 5 | 1.00 MiB | 1.300 (1.000 to 1.200) |" in table
-    assert "\nJoined later, gla, kda: a machine, commit abc.\n" in table
+    assert "\nJoined later, gla; kda: a machine, commit abc.\n" in table
     again = run("--add", tmp_path / "tiny.json", second)
     assert [more["rows"] for more in again["added"]] == [["gla", "kda"]], "what was measured anew is named once"
 
