@@ -200,7 +200,7 @@ def budgets() -> str:
         ),
     ]  # fmt: skip
     if any(cell["part"] == "speed" for cell in cells):
-        times = [(0, "0"), (50, "50"), (100, "100"), (150, "150"), (200, "200")]
+        times = [(0, "0"), (50, "50"), (100, "100"), (150, "150"), (200, "200"), (250, "250")]
         panels.append(
             panel(
                 "Time per token behind 2048",
