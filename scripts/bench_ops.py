@@ -90,7 +90,7 @@ def mixer_of(name: str, given: argparse.Namespace) -> Any:
     """A mixer with its gate half open."""
     geometry = Geometry(*given.heads, given.width, given.width)
     name, _, count = name.partition(" ")
-    own = {"clusters": int(count), "state_dtype": "int4"} if count else {}
+    own = {"name": name, "clusters": int(count), "state_dtype": "int4"} if count else {}
     mixer = make(name, {"window": WINDOW, "sinks": SINKS, **own}, geometry).to(given.device)
     for parameter in mixer.parameters():
         torch.nn.init.constant_(parameter, 0.5)

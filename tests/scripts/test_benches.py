@@ -1,5 +1,6 @@
 """The benchmarks at a tiny size: every part runs, and its numbers are what they are called."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -101,6 +102,16 @@ def test_every_recurrence_can_be_passed(row: str, tmp_path: Path, monkeypatch: p
     sizes = ["--lengths", "80", "--heads", "4", "2", "--width", "8", "--repeats", "1", "--no-memory"]
     (cell,) = run("--rows", row, *sizes)["cells"]
     assert (cell["row"], cell["length"]) == (row, 80) and cell["seconds"] > 0
+
+
+def test_a_row_of_clusters_has_as_many_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import bench_ops
+
+    given = argparse.Namespace(heads=[9, 3], width=64, device="cpu")
+    mixers = [bench_ops.mixer_of(row.removeprefix("mixer "), given) for row in bench_ops.CLUSTER_ROWS]
+    assert [mixer.config.clusters for mixer in mixers] == [176, 352, 704, 1408]
+    assert {mixer.config.window for mixer in mixers} == {bench_ops.WINDOW}
 
 
 def test_claims_of_the_recurrences(monkeypatch: pytest.MonkeyPatch) -> None:
