@@ -185,12 +185,16 @@ def markdown(results: dict[str, Any]) -> list[str]:
     asked = {cell["n"] for cell in measured if cell["part"] == "recall"} or {given["items"]}
     items = " to ".join(str(count) for count in sorted({min(asked), max(asked)}))
     head = ["", "clusters, exact tokens or window", "cache", *(f"perplexity, {text}" for text in texts)]
+    quality = (
+        f"Perplexity is over the source's, {given['blocks']} blocks of {given['length']} tokens of each text, with a "
+        f"bootstrap interval of 95 % over the blocks; recall is right answers in per cent, {items} items each, "
+        "± standard error."
+    )
+    times = f"Times behind {given['length']} tokens, all rows interleaved."
     return [
         f"SmolLM2-135M-Instruct, window of 64 and 4 sinks unless said otherwise, tokens in 16 bits, not trained unless "
         f"said: {machine['cpu']}, {given['threads']} threads, commit {machine['commit']}, seed {given['seed']}.",
-        f"Perplexity is over the source's, {given['blocks']} blocks of {given['length']} tokens of each text, with a "
-        f"bootstrap interval of 95 % over the blocks; recall is right answers in per cent, {items} items each, "
-        "± standard error.",
+        times if timed and not texts else quality,
         *(f"Joined later, {'; '.join(more['rows'])}: {more['cpu']}, commit {more['commit']}." for more in added),
         *common.table((*head, *(f"{task}, {back} windows back" for task, back in tasks), *far, *timed), rows),
     ]

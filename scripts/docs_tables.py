@@ -161,7 +161,7 @@ def _measured(cell: dict[str, Any]) -> dict[str, str]:
 def peers(length: int) -> str:
     """A converted folder beside kvpress's presses behind contexts of one length."""
     cells = [cell for cell in read("peers.json")["cells"] if cell["length"] == length]
-    found = {(cell["system"], cell["task"]): cell for cell in cells}
+    by_task = {(cell["system"], cell["task"]): cell for cell in cells}
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
 
     def shown(cell: dict[str, Any] | None) -> str:
@@ -171,8 +171,8 @@ def peers(length: int) -> str:
         error = "" if cell["stderr"] is None else f" ± {scale * cell['stderr']:{form.lstrip('+')}}"
         return f"{scale * cell['value']:{form}}{error}{unit} ({cell['n']})"
 
-    systems = dict.fromkeys(system for system, _ in found)
-    rows = ([system, *(shown(found.get((system, task))) for task in tasks)] for system in systems)
+    systems = dict.fromkeys(system for system, _ in by_task)
+    rows = ([system, *(shown(by_task.get((system, task))) for task in tasks)] for system in systems)
     return table(("", *tasks), rows)
 
 

@@ -162,10 +162,10 @@ def test_after_a_kill_at_any_moment_the_folder_is_whole_or_absent(tmp_path: Path
     out = tmp_path / "out"
     process = subprocess.run([sys.executable, "-c", KILLED, out], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    found = [json.loads(line) for line in process.stdout.splitlines()]
-    assert len(found) == 40
-    assert all(set(inside) in (set(), {"config.json", "one", "two", "three"}) for inside, _ in found)
-    assert {name for _, beside in found for name in beside} <= {"out", ".out.partial", ".out.replaced", ".out.lock"}
+    listings = [json.loads(line) for line in process.stdout.splitlines()]
+    assert len(listings) == 40
+    assert all(set(inside) in (set(), {"config.json", "one", "two", "three"}) for inside, _ in listings)
+    assert {name for _, beside in listings for name in beside} <= {"out", ".out.partial", ".out.replaced", ".out.lock"}
     with atomic.output_folder(out, overwrite=True) as folder:
         (folder / "config.json").write_text("")
     assert not leftovers(tmp_path, "out")
