@@ -33,7 +33,7 @@ whether the last token existed; for int8 and int4 what scales the means, [B, G, 
 Taken clusters come before free ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,22 +67,30 @@ def initial_state(
 
 
 def opened(state: State) -> Tensor:
-    """The means of a state, [B, G, M, K + V] fp32, not to be changed; those of free clusters are zeros."""
+    """The means of a state, [B, G, M, K + V] fp32; those of free clusters are zeros."""
+    x = torch.cat(_pairs(state), -1)
+    return x if _centre(state) is None else x.mul_(state[1][..., :1] > 0)
+
+
+def _pairs(state: State) -> tuple[Tensor, Tensor]:
+    """Keys and values of the clusters, fp32, not to be changed; those of free clusters are anything finite."""
     means, sizes, queries = state[:3]
-    x, centre = compact.opened_pairs(means, _scales(state), queries.shape[-1] // 2, sizes.dtype), _centre(state)
-    return x if centre is None else torch.where(sizes[..., :1] > 0, x + centre, 0)
+    K, centre = queries.shape[-1] // 2, _centre(state)
+    keys, values = compact.opened_pairs(means, _scales(state), K, sizes.dtype)
+    # In place: on a CPU, new memory costs more than the sum.
+    return (keys, values) if centre is None else (keys.add_(centre[..., :K]), values.add_(centre[..., K:]))
 
 
 def _kept(x: Tensor, there: Tensor, key_width: int, dtype: torch.dtype, centre: Tensor | None) -> State:
     """What is kept of means [B, G, ·, K + V] where they are `there`, and their scales if any."""
-    return compact.stored_pairs(x if centre is None else torch.where(there, x - centre, 0), key_width, dtype)
+    return compact.stored_pairs(x if centre is None else (x - centre) * there, key_width, dtype)
 
 
-def _rounded(x: Tensor, there: Tensor, key_width: int, dtype: torch.dtype | None, centre: Tensor | None) -> Tensor:
+def _rounded(x: Tensor, key_width: int, dtype: torch.dtype | None, centre: Tensor | None) -> Tensor:
     """Means as they are after they were kept."""
     if centre is None:
         return compact.rounded_pairs(x, key_width, dtype)
-    return torch.where(there, compact.rounded_pairs(x - centre, key_width, dtype) + centre, 0)
+    return compact.rounded_pairs(x - centre, key_width, dtype) + centre
 
 
 def _centre(state: State) -> Tensor | None:
@@ -105,14 +113,15 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
         return clusters_backend.take_in(k, v, exists, state, rule)
     here = exists > 0
     full = (sizes[:, :, -1:, :1] > 0) & here
-    old, new = (means, *_scales(state), sizes), None
+    old = means, *_scales(state), sizes
     if torch.compiler.is_exporting():  # the graph looks while it runs
-        new = torch.cond(full.any(), lambda *x: _roomy(*x, rule=rule), _same, (full, *state))
-    elif not host.is_free(means) or bool(full.any()):  # where a look is not free, it is merged at every step
-        new = _roomy(full, *state, rule=rule)
-    if new is not None:
-        for x, changed in zip(old, new, strict=True):
-            x.copy_(changed)
+        _copy(old, torch.cond(full.any(), lambda *x: _roomy(*x, rule=rule), _same, (full, *state)))
+    elif not host.is_free(means):  # where a look is not free, it is merged at every step
+        _copy(old, _roomy(full, *state, rule=rule))
+    else:
+        for row in full[:, 0, 0, 0].nonzero().flatten().tolist():  # one by one, which a CPU's cache has room for
+            own = slice(row, row + 1)
+            _copy([x[own] for x in old], _roomy(full[own], *(x[own] for x in state), rule=rule))
     index = (sizes[..., :1] > 0).sum(2, keepdim=True).clamp(max=means.shape[2] - 1)
     token, centre = torch.cat([k, v], -1).to(sizes.dtype), _centre(state)
     if centre is not None:
@@ -124,10 +133,15 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
     queries.copy_(torch.cat([queries[..., :-1], here.to(queries.dtype)], -1))
 
 
+def _copy(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    for x, changed in zip(old, new, strict=True):
+        x.copy_(changed)
+
+
 def _roomy(full: Tensor, *state: Tensor, rule: Rule) -> State:
     """Means, their scales if any, and sizes of a state whose full rows made room for C tokens."""
     means, sizes, queries = state[:3]
-    kept, size, _ = joined(opened(state).clone(), sizes.clone(), queries[..., :-1], rule)  # of copies, for autograd
+    kept, size, *_ = joined(opened(state), sizes.clone(), queries[..., :-1], rule)  # of copies, for autograd
     merged = *_kept(kept, size[..., :1] > 0, queries.shape[-1] // 2, means.dtype, _centre(state)), size
     return tuple(torch.where(full, new, x) for new, x in zip(merged, (means, *_scales(state), sizes), strict=True))
 
@@ -143,10 +157,10 @@ def read_state(q: Tensor, state: State, rule: Rule) -> tuple[Tensor, Tensor]:
     sizes, queries = state[1:3]
     if _is_one_launch(q.shape[-1], state, q, rule.mass):
         return clusters_backend.read_token(q, state, rule)
-    y, weight = _read(q, opened(state), sizes, None, rule)
+    y, weight = _read(q, *_pairs(state), sizes, None, rule)
     with torch.no_grad():
         seen = _seen(q.to(sizes.dtype) * rule.scaling, sizes.shape[1])
-        queries += F.pad(seen.sum(2, keepdim=True) * queries[..., -1:], (0, 1))
+        queries[..., :-1] += seen * queries[..., -1:]
     return y, weight
 
 
@@ -213,7 +227,8 @@ def _run(
     tape, q, centre = lay(torch.cat([k, v], -1)), lay(q), _centre(state)
     if centre is not None:
         centre = _first((taken == 0)[..., None, None] & on[:, :, :1], tape[:, :, :1], centre)
-    tape = _rounded(tape, on, K, state[0].dtype, centre)
+    tape = _rounded(tape, K, state[0].dtype, centre)
+    tape = tape if centre is None else tape * on  # zeros where there is no token
     one = F.pad(on.to(sizes.dtype), (0, 1)).expand(-1, G, -1, -1)  # n of 1, no variance
     start = min(M, length)
     old = at[:start, None] < taken[:, None, None]
@@ -229,7 +244,8 @@ def _run(
     given = means, sizes, tape[:, :, start:], one[:, :, start:], metric, goes_on, rule, state[0].dtype, centre
     every, sizes = _Merges.apply(*given) if torch.is_grad_enabled() else _merges(*given)[:2]  # type: ignore[misc]
     slots = torch.arange(M, device=q.device)
-    y, weight = _read(q[:, :, :start], every[0], sizes[0], slots <= at[:start, None], rule)
+    seen = slots <= at[:start, None]
+    y, weight = _read(q[:, :, :start], every[0, ..., :K], every[0, ..., K:], sizes[0], seen, rule)
     if merges:
         later = q[:, :, start:].unflatten(2, (merges, chunk)).movedim(2, 0).flatten(0, 1)
         part = _read_chunks(later, every[1:], sizes[1:], slots <= M - chunk + at[:chunk, None], rule)
@@ -303,8 +319,10 @@ def _merges(
     stay, went = torch.arange(sizes[..., 0].numel(), device=sizes.device).view(sizes.shape[:3]), []
     for i in range(goes_on.shape[1]):
         on, fill = goes_on[:, i].view(-1, 1, 1, 1), slice(i * chunk, (i + 1) * chunk)
-        merged, size, to = joined(means, sizes, metric[:, :, i : i + 1], rule)
-        merged = _rounded(merged, size[..., :1] > 0, K, dtype, centre)
+        merged, size, to, grown = joined(means, sizes, metric[:, :, i : i + 1], rule)
+        if dtype is not None:  # the others are rounded already
+            grown = grown.unsqueeze(-1).expand(-1, -1, -1, merged.shape[-1])
+            merged = merged.scatter(2, grown, _rounded(merged.gather(2, grown), K, dtype, centre))
         if not host.is_free(on) or not bool(on.all()):
             merged, size, to = (
                 torch.where(on, merged, means),
@@ -344,30 +362,32 @@ def _seen(q: Tensor, groups: int) -> Tensor:
 
 def _read_chunks(q: Tensor, means: Tensor, sizes: Tensor, seen: Tensor, rule: Rule) -> Iterator[Tensor]:
     """`_read` of chunks q [S·B, H, C, K], each of its own clusters [S, B, G, M, ·]: y [B, H, S·C, V] and log weight."""
-    merges, B = means.shape[:2]
+    (merges, B), K = means.shape[:2], q.shape[-1]
     means, sizes = means.flatten(0, 1), sizes.flatten(0, 1)
     if host.is_free(q):  # chunk by chunk, which a CPU's cache has room for
         chunks = zip(q.split(B), means.split(B), sizes.split(B), strict=True)
-        parts = [_read(asking, own, counts, seen, rule) for asking, own, counts in chunks]
+        parts = [_read(asking, own[..., :K], own[..., K:], counts, seen, rule) for asking, own, counts in chunks]
         read = tuple(torch.cat(x) for x in zip(*parts, strict=True))
     else:
-        read = _read(q, means, sizes, seen, rule)
+        read = _read(q, means[..., :K], means[..., K:], sizes, seen, rule)
     return (x.unflatten(0, (merges, B)).movedim(0, 2).flatten(2, 3) for x in read)
 
 
-def _read(q: Tensor, means: Tensor, sizes: Tensor, seen: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
+def _read(
+    q: Tensor, keys: Tensor, values: Tensor, sizes: Tensor, seen: Tensor | None, rule: Rule
+) -> tuple[Tensor, Tensor]:
     """Attention of q [B, H, L, K] over the clusters, those of `seen` [L, M]."""
     B, H, L, K = q.shape
-    G, M = means.shape[1:3]
+    G, M = keys.shape[1:3]
     n, spread = sizes.mT.unsqueeze(2).split(1, 3)  # [B, G, 1, 1, M] each
-    bias = n.clamp(min=1).log().masked_fill(n == 0, EMPTY)
+    bias = n.log().clamp(min=EMPTY)
     if rule.weighs:
         mass = rule.mass.view(G, -1, 1, 1).to(bias) if isinstance(rule.mass, Tensor) else rule.mass
         bias = bias + (0.5 / rule.heads * mass) * spread
     if seen is not None:
         bias = torch.where(seen, bias, EMPTY)
-    a = scores(q.to(means.dtype).reshape(B, G, -1, L, K), means[..., :K], bias, rule.scaling, rule.softcap)
+    a = scores(q.to(keys.dtype).reshape(B, G, -1, L, K), keys, bias, rule.scaling, rule.softcap)
     p, weight = normalise(a, None)
-    y = p.view(B, G, -1, M) @ means[..., K:]
+    y = p.view(B, G, -1, M) @ values
     weight = weight.masked_fill(weight < EMPTY / 2, float("-inf"))
     return y.view(B, H, L, -1), weight.view(B, H, L)

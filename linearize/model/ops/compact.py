@@ -107,12 +107,15 @@ def stored_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> tuple[
     return codes, *scales
 
 
-def opened_pairs(kept: Tensor, scales: Sequence[Tensor], key_width: int, dtype: torch.dtype) -> Tensor:
-    """That of which `stored_pairs` keeps this, in `dtype`."""
-    if kept.dtype == torch.uint8:
-        both = kept.view(torch.int8)  # whose shifts to the right keep the sign
-        return _scaled(torch.cat([both << 4 >> 4, both >> 4], -1).to(dtype), scales, key_width)
-    return _scaled(kept.to(dtype), scales, key_width)
+def opened_pairs(kept: Tensor, scales: Sequence[Tensor], key_width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys [..., K] and values [..., V] of which `stored_pairs` keeps this, in `dtype`; if not rounded, views of it."""
+    if kept.dtype != torch.uint8:
+        return _scaled(kept.to(dtype), scales, key_width)
+    both = kept.view(torch.int8)  # whose shifts to the right keep the sign
+    codes = both << 4 >> 4, both >> 4
+    if key_width == both.shape[-1]:  # each half alone stays in a CPU's cache
+        return _scaled_parts(codes[0].to(dtype), codes[1].to(dtype), scales)
+    return _scaled(torch.cat(codes, -1).to(dtype), scales, key_width)
 
 
 def rounded_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> Tensor:
@@ -124,7 +127,8 @@ def rounded_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> Tenso
         opened = given.to(dtype).to(x.dtype)
     else:
         codes, *scales = _codes(given, key_width, dtype)
-        opened = _scaled(codes, scales, key_width)
+        _scaled(codes, scales, key_width)
+        opened = codes
     return x + (opened - x).detach() if x.requires_grad else opened
 
 
@@ -149,17 +153,30 @@ def _codes(x: Tensor, key_width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return codes, scales.to(torch.int8), units
 
 
-def _scaled(codes: Tensor, scales: Sequence[Tensor], key_width: int) -> Tensor:
-    """What whole numbers stand for, in their place."""
+def _scaled(codes: Tensor, scales: Sequence[Tensor], key_width: int) -> tuple[Tensor, Tensor]:
+    """What whole numbers stand for, in their place: keys and values."""
+    return _scaled_parts(codes[..., :key_width], codes[..., key_width:], scales)
+
+
+def _scaled_parts(keys: Tensor, values: Tensor, scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if len(scales) == 2:
-        widths = groups(key_width, codes.shape[-1] - key_width, torch.uint8)
-        step = scales[0].to(codes.dtype) * _for_each(scales[1].to(codes.dtype), key_width, widths)
-        codes.unflatten(-1, (-1, widths[0])).mul_(step.unsqueeze(-1))
-    elif scales:
-        parts = codes.split([key_width, codes.shape[-1] - key_width], -1)
-        for part, step in zip(parts, scales[0].to(codes.dtype).split(1, -1), strict=True):
-            part.mul_(step)
-    return codes
+        width = (keys.shape[-1] + values.shape[-1]) // scales[0].shape[-1]
+        steps = scales[0].to(keys.dtype).split([keys.shape[-1] // width, values.shape[-1] // width], -1)
+        keys.mul_(_spread(steps[0], width))
+        values.mul_(_spread(steps[1], width))
+    if scales:
+        units = scales[-1].to(keys.dtype)
+        keys.mul_(units[..., :1])
+        values.mul_(units[..., 1:])
+    return keys, values
+
+
+def _spread(x: Tensor, width: int) -> Tensor:
+    """Small whole numbers x [..., groups], each `width` times, [..., groups·width]. A product with ones: exact in any
+    precision, and on a CPU three times faster than broadcasting over groups."""
+    n = 1 + (x.shape[-1] % 2 == 0)
+    ones = torch.eye(n, dtype=x.dtype, device=x.device).repeat_interleave(width, 1)
+    return (x.reshape(-1, n) @ ones).view(*x.shape[:-1], -1)
 
 
 def _of_pairs(x: Tensor, key_width: int, widths: list[int]) -> tuple[Tensor, ...]:

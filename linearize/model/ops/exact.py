@@ -40,7 +40,7 @@ def stored(state: State, key_width: int, dtype: torch.dtype | None) -> State:
 def opened(kept: State, key_width: int) -> State:
     """The state of which a cache keeps this."""
     tokens, *scales, values, seen = kept
-    return compact.opened_pairs(tokens, scales, key_width, values.dtype), values, seen
+    return torch.cat(compact.opened_pairs(tokens, scales, key_width, values.dtype), -1), values, seen
 
 
 def update_state(k: Tensor, v: Tensor, score: Tensor, exists: Tensor, kept: State) -> None:

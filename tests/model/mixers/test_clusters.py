@@ -106,7 +106,7 @@ def test_a_merge_is_the_cheapest_pairs_and_keeps_every_token(rows, monkeypatch):
     monkeypatch.setattr(joining, "ROWS", rows)
     keys, values, n = torch.randn(1, 1, M, K), torch.randn(1, 1, M, V), torch.randint(1, 5, (1, 1, M, 1)).float()
     queries, sizes = 9 * torch.rand(1, 1, 1, 2 * K + 1), torch.cat([n, torch.rand(1, 1, M, 1)], -1)
-    means, size, _ = ops.joined(torch.cat([keys, values], -1), sizes, queries[..., :-1], RULE)
+    means, size, *_ = ops.joined(torch.cat([keys, values], -1), sizes, queries[..., :-1], RULE)
     merged = *means.split((K, V), -1), size[..., :1]
     w, k, v, count = queries[0, 0, 0, :K], keys[0, 0], values[0, 0], n[0, 0, :, 0]
     square, mean = (queries[0, 0, 0, part] / count.sum() / 2 for part in (slice(0, K), slice(K, 2 * K)))
@@ -149,7 +149,7 @@ def test_the_spread_of_a_cluster_is_the_variance_of_its_members():
     sizes = torch.tensor([1.0, 0.0]).expand(1, 1, M, 2).clone()
     queries = 8 * torch.rand(1, 1, 1, 2 * K + 1)
     rule = ops.Rule(chunk=2, mass=1.0)
-    _, size, _ = ops.joined(torch.cat([keys, values], -1), sizes, queries[..., :-1], rule)  # 0 with 0.1, 9 with 9.1
+    _, size, *_ = ops.joined(torch.cat([keys, values], -1), sizes, queries[..., :-1], rule)  # 0 with 0.1, 9 with 9.1
     w = float(queries[..., :K].sum()) / M  # all channels of a key are equal
     expected = [w * 0.05**2, 0, 0, w * 0.05**2, 0, 0, 0, 0]
     torch.testing.assert_close(size[0, 0, :, 1], torch.tensor(expected), rtol=1e-3, atol=2e-4 * w)
