@@ -218,8 +218,6 @@ class Stage:
         temperature: of both distributions in kl.
         top_k: kl over the source's k likeliest tokens and one outcome for all others; the source is run once per block
             of text, and what it said is kept in LINEARIZE_CACHE for later epochs, runs and students. None: all tokens.
-        short: cuts every second block into blocks of so many tokens, so that a student that learns far text stays near
-            its source on near text; None: all have seq_len tokens.
         beyond: weighs what is predicted from where the memory can be seen, in lm and kl.
         window_dropout: probability that a micro batch sees a shorter window, and that it sees fewer sinks.
         watch: steps between measurements of what the memory adds, on text held back; 0: never. keep: which of these
@@ -246,7 +244,6 @@ class Stage:
     peft: Peft | None = Field(default_factory=Peft)
     tokens: Positive = 1_000_000
     seq_len: Annotated[int, Field(ge=2, le=LARGEST)] = 1024
-    short: Annotated[int, Field(ge=2, le=LARGEST)] | None = None
     batch: Positive = 8
     micro_batch: Positive = 1
     lr: Annotated[float, Field(gt=0)] = 5e-4
@@ -275,8 +272,6 @@ class Stage:
             problems.append(
                 f"tokens {self.tokens} is less than one step, batch x seq_len = {self.batch * self.seq_len}"
             )
-        if self.short and self.seq_len % self.short:
-            problems.append(f"short {self.short} does not divide seq_len {self.seq_len}")
         if not self.lm and not self.kl and not self.transfer:
             problems.append("lm, kl and transfer are all 0, so there is nothing to learn from; set one of them above 0")
         if self.top_k and (self.transfer or not self.kl):

@@ -127,7 +127,7 @@ class Loop:
         """
         started, stage = time.perf_counter(), self.stage
         batches = self._batches(step)
-        (targets,) = self._sum([sum(count_targets(ids, self._weights(ids)) for ids in batches)])
+        (targets,) = self._sum([sum(count_targets(ids, self.by_position) for ids in batches)])
         lm, kl, *errors = self._sum(self._accumulate(step, batches, targets))
         means = {"lm": lm / targets, "kl": kl / targets} if stage.lm or stage.kl else {}
         if stage.transfer:
@@ -167,9 +167,8 @@ class Loop:
             ):
                 losses = self.losses(ids, sums)
                 if losses and not losses.total.requires_grad:
-                    key = "seq_len" if ids.shape[1] == stage.seq_len else "short"
                     raise InputError(
-                        f"train.{stage.name}.{key}: blocks of {ids.shape[1]} tokens reach nothing that is trained: "
+                        f"train.{stage.name}.seq_len: blocks of {stage.seq_len} tokens reach nothing that is trained: "
                         "the memory begins behind window and sinks; use longer blocks, or name roles in peft"
                     )
                 if losses:
@@ -190,10 +189,9 @@ class Loop:
             sums: fp32 [2 + layers], to which lm, kl, and transfer of each layer are added.
         """
         stage, source = self.stage, None
-        part = ids.shape[1] / stage.seq_len  # what each of these is of a block
 
         def learn(error: Tensor) -> None:
-            self.accelerator.backward(error * (part * stage.transfer * self.accelerator.num_processes / stage.batch))
+            self.accelerator.backward(error * (stage.transfer * self.accelerator.num_processes / stage.batch))
 
         if stage.kl or stage.transfer:
             if stage.kl and not self.divided:
@@ -202,7 +200,7 @@ class Loop:
             with hooks as errors:
                 source = self.teacher(ids) if stage.kl else self.teacher.logits(ids, logits_to_keep=1)
             for layer, error in errors.items():
-                sums[2 + self.layers[layer]] += part * error
+                sums[2 + self.layers[layer]] += error
         if not stage.lm and not stage.kl:
             return None
         if self.divided:
@@ -212,7 +210,7 @@ class Loop:
             logits = logits_of(self.plain, ids, self.model, self.autocast)
         losses = token_losses(
             logits, ids, source if stage.kl else None, lm=stage.lm, kl=stage.kl, temperature=stage.temperature,
-            weights=self._weights(ids),
+            weights=self.by_position,
         )  # fmt: skip
         sums[:2] += torch.stack([losses.lm, losses.kl])
         return losses
@@ -245,24 +243,11 @@ class Loop:
         )
 
     def _batches(self, step: int) -> list[Tensor]:
-        """This process's micro batches of a step, those of short blocks apart: which blocks the step has, and which of
-        them are cut, does not depend on how it is divided."""
+        """This process's micro batches of a step: which blocks the step has does not depend on how it is divided."""
         size, processes = self.stage.micro_batch, self.accelerator.num_processes
         first = (step - 1) * self.stage.batch + self.accelerator.process_index * size
         starts = range(first, step * self.stage.batch, size * processes)
-        batches = []
-        for start in starts:
-            ids = self.data[start : start + size].to(self.accelerator.device)
-            cut = (
-                torch.arange(start, start + size) % 2 == 1 if self.stage.short else torch.zeros(size, dtype=torch.bool)
-            )
-            parts = ids[~cut], ids[cut].view(-1, self.stage.short or self.stage.seq_len)
-            batches += [part for part in parts if len(part)]
-        return batches
-
-    def _weights(self, ids: Tensor) -> Tensor:
-        """Those of the positions of token ids [B, T], [T]."""
-        return self.by_position[: ids.shape[1]]
+        return [self.data[start : start + size].to(self.accelerator.device) for start in starts]
 
     def _sum(self, values: Any) -> list[float]:
         """Sums over all processes."""

@@ -96,36 +96,6 @@ def test_how_a_step_is_computed_does_not_change_it(converted, text, tmp_path, ch
     torch.testing.assert_close(losses(tmp_path / "changed"), losses(tmp_path / "plain"), rtol=0, atol=1e-5)
 
 
-def test_every_second_block_is_cut_however_a_step_is_divided(converted, text, tmp_path, monkeypatch):
-    seen, losses_of = [], training_loop.Loop.losses
-
-    def watch(self, ids, sums):
-        seen.append((ids, self.data))
-        return losses_of(self, ids, sums)
-
-    monkeypatch.setattr(training_loop.Loop, "losses", watch)
-    wanted = {"steps": 2, "lm": 1.0, "kl": 1.0, "transfer": 0.5, "beyond": 2.0, "short": T // 4}
-    train(converted, recipe_for(text, **wanted), None, tmp_path / "plain")
-    assert [tuple(ids.shape) for ids, _ in seen] == 4 * [(1, T), (4, T // 4)]
-    for block, (ids, data) in enumerate(seen):
-        assert torch.equal(ids.flatten(), data[block])
-    train(converted, recipe_for(text, **wanted, micro_batch=1), None, tmp_path / "ones")
-    train(converted, recipe_for(text, **wanted, micro_batch=4), None, tmp_path / "fours")
-    assert [tuple(ids.shape) for ids, _ in seen[-4:]] == 2 * [(2, T), (8, T // 4)]
-    for other in ("ones", "fours"):
-        torch.testing.assert_close(losses(tmp_path / other), losses(tmp_path / "plain"), rtol=0, atol=1e-5)
-        a, b = (read_log(tmp_path / name / "train_log.jsonl") for name in (other, "plain"))
-        assert [x["transfer"] for x in a] == pytest.approx([x["transfer"] for x in b], abs=1e-4)
-
-
-def test_short_blocks_must_fill_a_block_and_reach_the_memory(converted, text, tmp_path):
-    with pytest.raises(InputError, match=r"short 7 does not divide seq_len"):
-        recipe_for(text, short=7)
-    gated = save_converted(tmp_path / "gated", {**MIXER, "calibrated": True})
-    with pytest.raises(InputError, match=r"train\.distil\.short: blocks of 4 tokens reach nothing that is trained"):
-        train(gated, recipe_for(text, short=4, peft={"roles": []}), None, tmp_path / "out")
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(text, tmp_path):
     model = linearize_(tiny_model(layers=2), {**MIXER, "calibrated": True})

@@ -50,7 +50,7 @@ EMPTY = -1e30
 """Log weight of a free cluster: finite, so that a softmax over free ones alone is not NaN."""
 PIECE = 2048
 """Tokens that `run` takes at a time: until they are read, all clusters after every chunk are held, G·M·(K + V)/C floats
-a token."""
+a token. Of means kept in whole numbers, the gradient ends between two pieces."""
 
 
 def initial_state(
@@ -86,11 +86,11 @@ def _kept(x: Tensor, there: Tensor, key_width: int, dtype: torch.dtype, centre: 
     return compact.stored_pairs(x if centre is None else (x - centre) * there, key_width, dtype)
 
 
-def _rounded(x: Tensor, key_width: int, dtype: torch.dtype | None, centre: Tensor | None) -> Tensor:
+def _rounded(x: Tensor, there: Tensor, key_width: int, dtype: torch.dtype | None, centre: Tensor | None) -> Tensor:
     """Means as they are after they were kept."""
     if centre is None:
         return compact.rounded_pairs(x, key_width, dtype)
-    return compact.rounded_pairs(x - centre, key_width, dtype) + centre
+    return (compact.rounded_pairs(x - centre, key_width, dtype) + centre) * there
 
 
 def _centre(state: State) -> Tensor | None:
@@ -123,7 +123,7 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
             own = slice(row, row + 1)
             _copy([x[own] for x in old], _roomy(full[own], *(x[own] for x in state), rule=rule))
     index = (sizes[..., :1] > 0).sum(2, keepdim=True).clamp(max=means.shape[2] - 1)
-    token, centre = torch.cat([k, v], -1).to(sizes.dtype), _centre(state)
+    token, centre = torch.where(here, torch.cat([k, v], -1).to(sizes.dtype), 0), _centre(state)
     if centre is not None:
         centre.copy_(_first((sizes[:, :, :1, :1] == 0) & here, token, centre))
     one = torch.cat([exists, torch.zeros_like(exists)], -1)
@@ -141,7 +141,7 @@ def _copy(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
 def _roomy(full: Tensor, *state: Tensor, rule: Rule) -> State:
     """Means, their scales if any, and sizes of a state whose full rows made room for C tokens."""
     means, sizes, queries = state[:3]
-    kept, size, *_ = joined(opened(state), sizes.clone(), queries[..., :-1], rule)  # of copies, for autograd
+    kept, size, _ = joined(opened(state), sizes.clone(), queries[..., :-1], rule)  # of copies, for autograd
     merged = *_kept(kept, size[..., :1] > 0, queries.shape[-1] // 2, means.dtype, _centre(state)), size
     return tuple(torch.where(full, new, x) for new, x in zip(merged, (means, *_scales(state), sizes), strict=True))
 
@@ -227,8 +227,7 @@ def _run(
     tape, q, centre = lay(torch.cat([k, v], -1)), lay(q), _centre(state)
     if centre is not None:
         centre = _first((taken == 0)[..., None, None] & on[:, :, :1], tape[:, :, :1], centre)
-    tape = _rounded(tape, K, state[0].dtype, centre)
-    tape = tape if centre is None else tape * on  # zeros where there is no token
+    tape = _rounded(tape, on, K, state[0].dtype, centre)
     one = F.pad(on.to(sizes.dtype), (0, 1)).expand(-1, G, -1, -1)  # n of 1, no variance
     start = min(M, length)
     old = at[:start, None] < taken[:, None, None]
@@ -319,10 +318,8 @@ def _merges(
     stay, went = torch.arange(sizes[..., 0].numel(), device=sizes.device).view(sizes.shape[:3]), []
     for i in range(goes_on.shape[1]):
         on, fill = goes_on[:, i].view(-1, 1, 1, 1), slice(i * chunk, (i + 1) * chunk)
-        merged, size, to, grown = joined(means, sizes, metric[:, :, i : i + 1], rule)
-        if dtype is not None:  # the others are rounded already
-            grown = grown.unsqueeze(-1).expand(-1, -1, -1, merged.shape[-1])
-            merged = merged.scatter(2, grown, _rounded(merged.gather(2, grown), K, dtype, centre))
+        merged, size, to = joined(means, sizes, metric[:, :, i : i + 1], rule)
+        merged = _rounded(merged, size[..., :1] > 0, K, dtype, centre)
         if not host.is_free(on) or not bool(on.all()):
             merged, size, to = (
                 torch.where(on, merged, means),

@@ -92,7 +92,7 @@ def groups(key_width: int, value_width: int, dtype: torch.dtype | None) -> list[
 
 def stored_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
     """Keys beside values [..., K + V] as a cache keeps them, and what scales them: what is rounded once needs no rest.
-    Zeros are kept as zeros.
+    Zeros are kept as zeros. Whole numbers and their scales have no gradient.
 
     Returns:
         With int8 whole numbers [..., K + V] and steps bf16 [..., 2]. With int4 bytes [..., (K + V)/2], of channel i in
@@ -101,7 +101,7 @@ def stored_pairs(x: Tensor, key_width: int, dtype: torch.dtype | None) -> tuple[
     """
     if dtype not in (torch.int8, torch.uint8):
         return (x.to(dtype if dtype == torch.bfloat16 else x.dtype),)
-    codes, *scales = _codes(x, key_width, dtype)
+    codes, *scales = _codes(x.detach(), key_width, dtype)
     codes = codes.to(torch.int8)
     if dtype == torch.uint8:
         first, second = codes.view(torch.uint8).chunk(2, -1)

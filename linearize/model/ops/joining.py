@@ -36,7 +36,7 @@ class Rule:
         return isinstance(self.mass, Tensor) or self.mass != 0
 
 
-def joined(means: Tensor, sizes: Tensor, metric: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def joined(means: Tensor, sizes: Tensor, metric: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """Let the C clusters that cost least to join become part of others.
 
     Args:
@@ -46,9 +46,8 @@ def joined(means: Tensor, sizes: Tensor, metric: Tensor, rule: Rule) -> tuple[Te
         rule: C, and what a join costs.
 
     Returns:
-        means and sizes of M − C taken clusters, in their order, and C free ones; where each cluster went, as an index
-        [B, G, M] into the rows of all of them, [B·G·M, ·]; and which of the M have grown, an
-        index [B, G, C] that may name one more than once.
+        means and sizes of M − C taken clusters, in their order, and C free ones; and where each cluster went, as an
+        index [B, G, M] into the rows of all of them, [B·G·M, ·].
     """
     K, n = metric.shape[-1] // 2, sizes[..., :1]
     into, order, gone = _partners(means, n, metric, rule)
@@ -63,7 +62,7 @@ def joined(means: Tensor, sizes: Tensor, metric: Tensor, rule: Rule) -> tuple[Te
             spread = second / n.clamp(min=1) - (means[..., :K].square() * _mean(squares, n)).sum(-1, keepdim=True)
     to = order.argsort(-1).gather(2, into)
     first = to.shape[2] * torch.arange(to.shape[0] * to.shape[1], device=to.device).view(*to.shape[:2], 1)
-    return means, torch.cat([n, spread.clamp(min=0)], -1), to + first, to.gather(2, gone)
+    return means, torch.cat([n, spread.clamp(min=0)], -1), to + first
 
 
 @torch.no_grad()

@@ -280,7 +280,8 @@ def clustered_block(
         return torch.randn(B, G, *shape)
 
     centre = normal(1, 2 * K) if dtype == torch.uint8 else None
-    means, tape = (clusters._rounded(normal(rows, 2 * K), K, dtype, centre) for rows in (M, S * C))
+    there = torch.ones(1, dtype=torch.bool)
+    means, tape = (clusters._rounded(normal(rows, 2 * K), there, K, dtype, centre) for rows in (M, S * C))
     sizes = torch.stack([torch.randint(1, 9, (B, G, M)).float(), normal(M).square()], -1)
     one = torch.tensor([1.0, 0.0]).repeat(B, G, S * C, 1)
     queries = 0.3 * normal(S + 1, K)
