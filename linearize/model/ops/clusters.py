@@ -52,6 +52,9 @@ PIECE = 2048
 """Tokens that `run` takes at a time: until they are read, all clusters after every chunk are held, G·M·(K + V)/C floats
 a token. Of means kept in whole numbers, the gradient ends between two pieces."""
 
+MERGED = 2**19
+"""Numbers of means that steps merge at a time on a CPU, whose cache has room for them."""
+
 
 def initial_state(
     batch: int, kv_heads: int, key_width: int, value_width: int, clusters: int, device: torch.device,
@@ -118,10 +121,12 @@ def update_state(k: Tensor, v: Tensor, exists: Tensor, state: State, rule: Rule)
         _copy(old, torch.cond(full.any(), lambda *x: _roomy(*x, rule=rule), _same, (full, *state)))
     elif not host.is_free(means):  # where a look is not free, it is merged at every step
         _copy(old, _roomy(full, *state, rule=rule))
-    else:
-        for row in full[:, 0, 0, 0].nonzero().flatten().tolist():  # one by one, which a CPU's cache has room for
-            own = slice(row, row + 1)
-            _copy([x[own] for x in old], _roomy(full[own], *(x[own] for x in state), rule=rule))
+    elif bool(full.any()):
+        room = sizes.shape[1] * sizes.shape[2] * (k.shape[-1] + v.shape[-1])
+        for some in full[:, 0, 0, 0].nonzero().flatten().split(max(MERGED // room, 1)):
+            new = _roomy(full[some], *(x[some] for x in state), rule=rule)
+            for x, changed in zip(old, new, strict=True):
+                x[some] = changed
     index = (sizes[..., :1] > 0).sum(2, keepdim=True).clamp(max=means.shape[2] - 1)
     token, centre = torch.where(here, torch.cat([k, v], -1).to(sizes.dtype), 0), _centre(state)
     if centre is not None:

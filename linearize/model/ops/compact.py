@@ -180,7 +180,7 @@ def _spread(x: Tensor, width: int) -> Tensor:
         return x.unsqueeze(-1).expand(*x.shape, width).flatten(-2)
     n = 1 + (x.shape[-1] % 2 == 0)
     ones = torch.eye(n, dtype=x.dtype, device=x.device).repeat_interleave(width, 1)
-    return (x.reshape(-1, n) @ ones).view(*x.shape[:-1], -1)
+    return (x.reshape(-1, n) @ ones).view(*x.shape[:-1], x.shape[-1] * width)
 
 
 def _of_pairs(x: Tensor, key_width: int, widths: list[int]) -> tuple[Tensor, ...]:
