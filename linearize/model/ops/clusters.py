@@ -248,8 +248,7 @@ def _run(
     given = means, sizes, tape[:, :, start:], one[:, :, start:], metric, goes_on, rule, state[0].dtype, centre
     every, sizes = _Merges.apply(*given) if torch.is_grad_enabled() else _merges(*given)[:2]  # type: ignore[misc]
     slots = torch.arange(M, device=q.device)
-    seen = slots <= at[:start, None]
-    y, weight = _read(q[:, :, :start], every[0, ..., :K], every[0, ..., K:], sizes[0], seen, rule)
+    y, weight = _read(q[:, :, :start], every[0, ..., :K], every[0, ..., K:], sizes[0], slots <= at[:start, None], rule)
     if merges:
         later = q[:, :, start:].unflatten(2, (merges, chunk)).movedim(2, 0).flatten(0, 1)
         part = _read_chunks(later, every[1:], sizes[1:], slots <= M - chunk + at[:chunk, None], rule)
